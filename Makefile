@@ -1,0 +1,23 @@
+# Short names for what scripts/bootstrap.py runs in .venv, which it makes where it is missing.
+PYTHON ?= python3
+RUN = $(PYTHON) scripts/bootstrap.py
+
+.PHONY: dev lint type test test-gpu demo
+
+dev:
+	$(RUN) setup
+
+lint:
+	$(RUN) lint
+
+type:
+	$(RUN) type
+
+test:
+	$(RUN) test
+
+test-gpu:
+	$(RUN) test -m gpu
+
+demo:
+	$(RUN) demo

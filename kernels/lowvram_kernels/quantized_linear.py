@@ -1,0 +1,64 @@
+"""The product of quantized activations and quantized weights, with its epilogue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowvram.errors import UnsupportedError
+
+# fp64 copies of e4m3 weights are made for this many outputs at a time.
+E4M3_OUTPUT_TILE = 4096
+
+
+def product(a: Tensor, weight: Tensor) -> Tensor:
+    """a @ weight^T exactly: int32 for int8; for e4m3 the sum in fp64, where no addition rounds (K < 2^21), then fp32.
+
+    a: [M, K], weight: [N, K], both int8 or both float8_e4m3fn. Returns [M, N] int32 or float32.
+    Because nothing rounds before the end, no order of additions and no number of rows changes a bit.
+    """
+    if a.dtype != weight.dtype:
+        raise UnsupportedError(f"quantized_linear multiplies equal dtypes, got {a.dtype} and {weight.dtype}")
+    if a.dtype == torch.int8:
+        return int8_product(a, weight)
+    if a.dtype == torch.float8_e4m3fn:
+        left = a.to(torch.float64)
+        tiles = [left @ tile.to(torch.float64).t() for tile in weight.split(E4M3_OUTPUT_TILE)]
+        return torch.cat(tiles, dim=1).float()
+    raise UnsupportedError(f"quantized_linear multiplies int8 or float8_e4m3fn, got {a.dtype}")
+
+
+def int8_product(a: Tensor, weight: Tensor) -> Tensor:
+    """[M, K] x [N, K] int8 -> [M, N] int32. CUDA's library call wants more than 16 rows, so short inputs are padded."""
+    rows = a.shape[0]
+    if a.is_cuda and rows <= 16:
+        a = torch.cat((a, a.new_zeros(17 - rows, a.shape[1])))
+    return torch._int_mm(a.contiguous(), weight.t())[:rows]
+
+
+def quantized_linear(
+    a: Tensor,
+    a_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    gate: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; then out = y, or out += gate * y where `accumulate`.
+
+    a: [M, K] and weight: [N, K], both int8 or both float8_e4m3fn; a_scale: [M, 1], weight_scale: [N, 1], bias: [N], gate: [N], float32;
+    out: [M, N] float32 or bfloat16; with `accumulate` the fp32 residual stream, updated in place.
+    The epilogue is fp32; only the store to `out` rounds.
+    """
+    y = product(a, weight).float() * a_scale * weight_scale.view(1, -1)
+    if bias is not None:
+        y += bias
+    if gate is not None:
+        y *= gate
+    if accumulate:
+        out += y
+    else:
+        out.copy_(y)

@@ -1,0 +1,52 @@
+"""RMSNorm over all channels, 3-D rotary embedding, smoothing and per-token quantization of q and k."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowvram_kernels.quantize_rows import INT8_MAX, SMALLEST_ABSMAX
+
+
+def rms_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, eps: float) -> Tensor:
+    """RoPE(x / sqrt(mean(x^2) + eps) * weight), split into heads.
+
+    x: [M, D] float; weight: [D] float32; cos, sin: [M, D / num_heads / 2] float32 or None for no rotation.
+    Returns [num_heads, M, D / num_heads] float32. RMSNorm is over all D channels before the split (spec 2.1);
+    a rotated pair is the adjacent channels (2j, 2j+1) of a head (spec 2.2).
+    """
+    x = x.float()
+    normed = x * ((x * x).mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
+    heads = normed.view(x.shape[0], num_heads, -1)
+    if cos is not None and sin is not None:
+        pairs = heads.unflatten(-1, (-1, 2))
+        even, odd = pairs[..., 0], pairs[..., 1]
+        c, s = cos.unsqueeze(1), sin.unsqueeze(1)  # [M, 1, head_dim / 2]
+        rotated = heads.new_empty(pairs.shape)
+        rotated[..., 0] = even * c - odd * s
+        rotated[..., 1] = even * s + odd * c
+        heads = rotated.flatten(-2)
+    return heads.transpose(0, 1)
+
+
+def rms_rope_quantize(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    smoothing: Tensor | None,
+    out: Tensor,
+    out_scale: Tensor,
+    *,
+    eps: float,
+) -> None:
+    """out, out_scale = quantize(rms_rope(x) - smoothing), one scale per token and head.
+
+    x, weight, cos, sin: as `rms_rope`; smoothing: [H, head_dim] float32 or None (any constant vector taken from every key
+    leaves the softmax unchanged); out: [H, M, head_dim] int8; out_scale: [H, M] float32, may be views with strides.
+    """
+    heads = rms_rope(x, weight, cos, sin, num_heads=out.shape[0], eps=eps)
+    if smoothing is not None:
+        heads = heads - smoothing.unsqueeze(1)
+    scale = heads.abs().amax(dim=-1).clamp_(min=SMALLEST_ABSMAX) / INT8_MAX
+    out.copy_((heads / scale.unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX))
+    out_scale.copy_(scale)

@@ -1,0 +1,106 @@
+"""Opens what lies inside a model folder, and nothing that a name or a link in it points at elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lowvram.errors import CheckpointError, UnsafeFileError
+
+JSON_CAP_BYTES = 64 * 2**20  # UMT5's tokenizer.json has 17 MB
+
+
+def check_plain_name(name: str, where: Path) -> str:
+    """`name`, if it is one plain file name on every system. Raises `UnsafeFileError`, also for absolute, drive and UNC names."""
+    odd = name in ("", ".", "..") or re.search(r'[/\\:\x00-\x1f\x7f<>"|?*]', name) or name.endswith((" ", "."))
+    if odd or len(name) > 255 or not name.isprintable():
+        raise UnsafeFileError(f"{where} names the file {name[:120]!r}, which is not a plain file name: do not use this model folder")
+    return name
+
+
+def inside(root: Path, path: Path) -> Path:
+    """`path`, if its target lies in the model folder `root` or in the blobs of the hub cache that holds `root`.
+
+    Raises `UnsafeFileError` where a link leads elsewhere.
+    """
+    home, target = root.resolve(), path.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if not any(target.is_relative_to(allowed) for allowed in homes):
+        raise UnsafeFileError(f"{path} is a link that leaves its model folder (to {target}): put the file itself there")
+    return path
+
+
+def read_bytes(root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES) -> bytes:
+    """The content of a small file of the model folder `root`. Raises `CheckpointError`."""
+    inside(root, path)
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        with open(path, "rb") as file:
+            content = file.read(cap_bytes + 1)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(content) > cap_bytes:
+        raise CheckpointError(f"{path} is larger than {cap_bytes} bytes, too large for what it should hold")
+    return content
+
+
+def read_json(root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of the model folder `root`. Raises `CheckpointError`."""
+    try:
+        data = json.loads(read_bytes(root, path, cap_bytes).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return data
+
+
+class Settings:
+    """Checked access to a JSON object: every wrong value is a `CheckpointError` that names file and key."""
+
+    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+        self.path = path
+        self.data = data
+
+    def integer(self, key: str, default: int | None = None, high: int = 2**20) -> int:
+        value = self._value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
+            raise self._error(key, value, f"an integer from 1 to {high}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._value(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e9:
+            raise self._error(key, value, "a finite number")
+        return float(value)
+
+    def integers(self, key: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        value = self._value(key, default)
+        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 16:
+            raise self._error(key, value, "a list of integers")
+        return tuple(Settings(self.path, {key: item}).integer(key) for item in value)
+
+    def booleans(self, key: str, default: tuple[bool, ...]) -> tuple[bool, ...]:
+        value = self._value(key, default)
+        if not isinstance(value, (list, tuple)) or len(value) > 16 or not all(isinstance(item, bool) for item in value):
+            raise self._error(key, value, "a list of true and false")
+        return tuple(value)
+
+    def require(self, key: str, *allowed: Any) -> None:
+        """Raises unless the key is absent or holds one of `allowed`."""
+        if key in self.data and self.data[key] not in allowed:
+            raise self._error(key, self.data[key], " or ".join(repr(item) for item in allowed) + ", all that this version reads")
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.data.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{self.path} lacks the key {key!r}")
+        return value
+
+    def _error(self, key: str, value: Any, wanted: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {key} is {repr(value)[:80]}, expected {wanted}")

@@ -1,0 +1,261 @@
+"""Reads a safetensors header and trusts nothing in it: every rule of the format has its own error."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lowvram.errors import CheckpointError, HeaderError
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+HEADER_CAP_BYTES = 32 * 2**20  # a 14 B model needs 0.3 MB
+SIZE_CAP = 2**63 - 1
+
+
+class FileTooShortError(HeaderError):
+    """Fewer bytes than the eight of the header's length."""
+
+
+class EmptyHeaderError(HeaderError):
+    """The header's length is 0."""
+
+
+class HeaderTooLongError(HeaderError):
+    """The header's length is above `HEADER_CAP_BYTES`."""
+
+
+class HeaderBeyondFileError(HeaderError):
+    """The header's length is above what the file holds."""
+
+
+class HeaderEncodingError(HeaderError):
+    """The header, or a name in it, is not UTF-8."""
+
+
+class HeaderJsonError(HeaderError):
+    """The header is not a JSON object."""
+
+
+class DuplicateKeyError(HeaderError):
+    """A key occurs twice in one JSON object."""
+
+
+class MetadataError(HeaderError):
+    """`__metadata__` is not an object of strings."""
+
+
+class TensorEntryError(HeaderError):
+    """A tensor's entry is not an object of dtype, shape and data_offsets alone."""
+
+
+class UnknownDtypeError(HeaderError):
+    """The dtype is not one of `DTYPE_BYTES`."""
+
+
+class ShapeError(HeaderError):
+    """The shape is not a list of integers >= 0 (a bool is not an integer)."""
+
+
+class OffsetsError(HeaderError):
+    """`data_offsets` is not two integers, 0 <= start <= end."""
+
+
+class SizeOverflowError(HeaderError):
+    """Shape times dtype, or an offset, exceeds 2^63-1 bytes."""
+
+
+class SizeMismatchError(HeaderError):
+    """Shape times dtype differs from the length of `data_offsets`."""
+
+
+class OverlapError(HeaderError):
+    """Two tensors share bytes."""
+
+
+class HoleError(HeaderError):
+    """Bytes between two tensors belong to neither."""
+
+
+class TruncatedFileError(HeaderError):
+    """The file ends before its last tensor does."""
+
+
+class TrailingBytesError(HeaderError):
+    """Bytes after the last tensor belong to none."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `start` and `end` are offsets from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header; `tensors` is in header order, which need not be data order."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+    file_bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file whose tensors tile its data exactly. Raises a `HeaderError` subclass per broken rule."""
+    text, file_bytes = _read_text(path)
+    data_start = 8 + len(text)
+    entries = _parse(path, text)
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in entries.items()}
+    _check_tiling(path, tensors, data_start, file_bytes)
+    return Header(path, tensors, metadata, data_start, file_bytes)
+
+
+def quoted(name: str) -> str:
+    """A name from a file, safe to print on one line and of bounded length."""
+    return repr(name if len(name) <= 120 else name[:117] + "...")
+
+
+def _read_text(path: Path) -> tuple[bytes, int]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path} is not a regular file")
+        with open(path, "rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = _check_length(path, prefix, file_bytes)
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(text) != length:
+        raise TruncatedFileError(f"{path}: the file shrank while its header was read")
+    return text, file_bytes
+
+
+def _check_length(path: Path, prefix: bytes, file_bytes: int) -> int:
+    if len(prefix) < 8:
+        raise FileTooShortError(f"{path}: {file_bytes} bytes, but a safetensors file has at least 8: download or convert it again")
+    length = int.from_bytes(prefix, "little")
+    if length == 0:
+        raise EmptyHeaderError(f"{path}: the header has length 0: not a safetensors file")
+    if length > HEADER_CAP_BYTES:
+        raise HeaderTooLongError(f"{path}: the header claims {length} bytes, above the cap of {HEADER_CAP_BYTES}: not a safetensors file")
+    if length > file_bytes - 8:
+        raise HeaderBeyondFileError(f"{path}: the header claims {length} bytes, but only {file_bytes - 8} follow: download it again")
+    return length
+
+
+class _Duplicate(Exception):
+    """Carries a repeated key out of the JSON parser."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _Duplicate(key)
+        result[key] = value
+    return result
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise HeaderEncodingError(f"{path}: the header is not UTF-8 at byte {8 + error.start}") from error
+    except _Duplicate as error:
+        raise DuplicateKeyError(f"{path}: the header holds the key {quoted(str(error))} twice") from error
+    except (ValueError, RecursionError) as error:
+        raise HeaderJsonError(f"{path}: the header is not JSON: {error}") from error
+    if not isinstance(entries, dict) or text[:1] != b"{":
+        raise HeaderJsonError(f"{path}: the header is not a JSON object")
+    for name in entries:
+        _check_text(path, name)
+    return entries
+
+
+def _check_text(path: Path, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise HeaderEncodingError(f"{path}: the header holds the text {quoted(text)}, which is not UTF-8") from error
+
+
+def _metadata(path: Path, entry: Any) -> dict[str, str]:
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise MetadataError(f"{path}: __metadata__ is not an object of strings")
+    for key, value in entry.items():
+        _check_text(path, key)
+        _check_text(path, value)
+    return entry
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    where = f"{path}: tensor {quoted(name)}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise TensorEntryError(f"{where}: the entry is not an object of dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise UnknownDtypeError(f"{where}: unknown dtype {quoted(str(dtype))}; known are {', '.join(DTYPE_BYTES)}")
+    if not isinstance(shape, list) or not all(_is_integer(size) and size >= 0 for size in shape):
+        raise ShapeError(f"{where}: the shape {quoted(str(shape))} is not a list of integers >= 0")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_integer(offset) for offset in offsets):
+        raise OffsetsError(f"{where}: data_offsets {quoted(str(offsets))} is not two integers")
+    start, end = offsets
+    if not 0 <= start <= end:
+        raise OffsetsError(f"{where}: data_offsets {quoted(str(offsets))} is not 0 <= start <= end")
+    nbytes = _checked_bytes(where, dtype, shape, end)
+    if nbytes != end - start:
+        raise SizeMismatchError(f"{where}: {dtype} {quoted(str(shape))} takes {nbytes} bytes, but data_offsets span {end - start}")
+    return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _checked_bytes(where: str, dtype: str, shape: list[int], end: int) -> int:
+    """Bytes of a tensor; the product of the sizes other than 0 must fit as well, since strides are made of it."""
+    nbytes = DTYPE_BYTES[dtype]
+    for size in shape:
+        nbytes *= max(size, 1)
+        if nbytes > SIZE_CAP:
+            raise SizeOverflowError(f"{where}: {dtype} {quoted(str(shape))} exceeds 2^63-1 bytes")
+    if end > SIZE_CAP:
+        raise SizeOverflowError(f"{where}: the offset {quoted(str(end))} exceeds 2^63-1")
+    return 0 if 0 in shape else nbytes
+
+
+def _check_tiling(path: Path, tensors: dict[str, TensorInfo], data_start: int, file_bytes: int) -> None:
+    position = data_start
+    for info in sorted(tensors.values(), key=lambda item: (item.start, item.end)):
+        if info.start < position:
+            raise OverlapError(f"{path}: tensor {quoted(info.name)} overlaps the one before it by {position - info.start} bytes")
+        if info.start > position:
+            raise HoleError(f"{path}: {info.start - position} bytes before tensor {quoted(info.name)} belong to no tensor")
+        position = info.end
+    if position > file_bytes:
+        raise TruncatedFileError(f"{path}: expected {position} bytes, found {file_bytes}: download or convert the file again")
+    if position < file_bytes:
+        raise TrailingBytesError(f"{path}: expected {position} bytes, found {file_bytes}: the rest belongs to no tensor")

@@ -1,0 +1,124 @@
+"""Opens an unquantized model in any layout that is read, under official names, and refuses what does not fit together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from lowvram.checkpoint.diffusers_layout import looks_diffusers, read_diffusers
+from lowvram.checkpoint.header import TensorInfo
+from lowvram.checkpoint.official import looks_official, read_official
+from lowvram.checkpoint.parts import Parts, Rename
+from lowvram.checkpoint.raw import RawTensors, fingerprint_texts, named
+from lowvram.checkpoint.validate import check_config, check_experts, check_not_quantized, expected_shapes, problems, raise_problems
+from lowvram.config import COMPONENTS, ModelConfig
+from lowvram.errors import CheckpointError
+
+TIED = "encoder.embed_tokens.weight"  # transformers may store the embedding a second time under this name
+
+
+@dataclass(frozen=True)
+class ComponentSource:
+    """The tensors of one component under official names; `stored` gives the name in the file."""
+
+    component: str
+    tensors: Mapping[str, TensorInfo]
+    stored: Mapping[str, str]
+    raw: RawTensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in the dtype of its file, mapped and not yet loaded. Raises `CheckpointError`."""
+        if name not in self.stored:
+            raise CheckpointError(f"{self.raw.where} holds no tensor {name[:120]!r}")
+        stored = self.stored[name]
+        return self.raw.readers[stored].read(stored)
+
+    def fingerprint(self) -> str:
+        """A hash that changes when a file of the component does: names, dtypes, shapes, file sizes and times, not the data."""
+        texts = fingerprint_texts(dict(self.tensors), self.raw.files)
+        return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole unquantized model whose tensors are complete and of the right shapes."""
+
+    path: Path
+    layout: str
+    config: ModelConfig
+    components: dict[str, ComponentSource]
+    tokenizer: bytes
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Tensors that were read stay valid."""
+        for component in self.components.values():
+            for reader in set(component.raw.readers.values()):
+                reader.close()
+
+
+def open_source(path: Path, allow_pickle: bool = False) -> Source:
+    """The model in the folder `path`. Reads headers and settings, no weights.
+
+    Raises `CheckpointError`: `MissingTensorsError` names all that is missing, unexpected or of wrong shape in every component,
+    `UnsafeFileError` a pickle without `allow_pickle` or a name that leaves the folder.
+    """
+    parts = _read_parts(path, allow_pickle)
+    check_config(path, parts.config)
+    check_experts(parts.raw)
+    components, texts = {}, []
+    for component in COMPONENTS:
+        source, unknown = _rename(component, parts.raw[component], parts.renames[component])
+        expected = expected_shapes(parts.config, component)
+        check_not_quantized(component, source.raw, unknown + [name for name in source.tensors if name not in expected])
+        texts += problems(component, source.raw.where, source.tensors, expected, unknown)
+        components[component] = source
+    raise_problems(texts)
+    return Source(path, parts.layout, parts.config, components, parts.tokenizer)
+
+
+def _read_parts(path: Path, allow_pickle: bool) -> Parts:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder: give the folder that holds the whole model")
+    if (path / "lowvram.json").exists():
+        raise CheckpointError(f"{path} is a store that lowvram wrote: give the unquantized model it was made of")
+    official, diffusers = looks_official(path), looks_diffusers(path)
+    if official and diffusers:
+        raise CheckpointError(f"{path} mixes the official layout and that of diffusers: keep one of them")
+    if official:
+        return read_official(path, allow_pickle)
+    if diffusers:
+        return read_diffusers(path)
+    both = "neither high_noise_model/ and low_noise_model/ (official) nor transformer/ and transformer_2/ (diffusers)"
+    raise CheckpointError(f"{path} holds {both}: give the folder that holds the whole model")
+
+
+def _rename(component: str, raw: RawTensors, rename: Rename) -> tuple[ComponentSource, list[str]]:
+    stored: dict[str, str] = {}
+    unknown, twice = [], []
+    for name in sorted(raw.infos, key=lambda item: item == TIED):
+        official = rename(name)
+        if official is None:
+            unknown.append(name)
+        elif official not in stored:
+            stored[official] = name
+        elif name != TIED or raw.infos[name].shape != raw.infos[stored[official]].shape:
+            twice.append(name)
+    if twice:
+        raise CheckpointError(f"{raw.where}: {len(twice)} tensors of {component} occur under two names: {named(twice)}")
+    tensors = {official: _renamed_info(raw.infos[name], official) for official, name in stored.items()}
+    return ComponentSource(component, tensors, stored, raw), unknown
+
+
+def _renamed_info(info: TensorInfo, name: str) -> TensorInfo:
+    return TensorInfo(name, info.dtype, info.shape, info.start, info.end)

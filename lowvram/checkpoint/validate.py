@@ -1,0 +1,94 @@
+"""Compares what a source holds with what the model needs, and names everything that differs at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from lowvram.checkpoint.header import TensorInfo
+from lowvram.checkpoint.names import Shape, dit_shapes, text_encoder_shapes, vae_shapes
+from lowvram.checkpoint.raw import RawTensors, named
+from lowvram.config import EXPERTS, ModelConfig
+from lowvram.errors import CheckpointError, MissingTensorsError
+
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+SCALE_NAME = re.compile(r"scale|comfy_quant|\._data$|\.qweight$|\.qzeros$|absmax", re.IGNORECASE)
+_OTHER = {"high_noise": re.compile(r"low[\W_]?noise", re.IGNORECASE), "low_noise": re.compile(r"high[\W_]?noise", re.IGNORECASE)}
+
+
+class QuantizedSourceError(CheckpointError):
+    """The source is quantized in a dialect that is not read: ignoring its scales would turn the weights into noise."""
+
+
+class WrongExpertError(CheckpointError):
+    """One expert was given in the place of the other, or twice."""
+
+
+def expected_shapes(config: ModelConfig, component: str) -> dict[str, Shape]:
+    """Every tensor of a component under its official name."""
+    if component == "text_encoder":
+        return text_encoder_shapes(config.text_encoder)
+    return vae_shapes(config.vae) if component == "vae" else dit_shapes(config.dit)
+
+
+def check_not_quantized(component: str, raw: RawTensors, unknown: list[str]) -> None:
+    """Raises `QuantizedSourceError` for a scale that nothing would consume, or for weights in an integer or 8-bit type."""
+    scales = [name for name in unknown if SCALE_NAME.search(name)]
+    if scales:
+        raise QuantizedSourceError(
+            f"{raw.where}: {component} is quantized in a dialect that is not read yet: {len(scales)} scale tensors would stay unused: "
+            f"{named(scales)}; use the unquantized model"
+        )
+    odd = [name for name, info in raw.infos.items() if info.dtype not in WEIGHT_DTYPES and name not in unknown]
+    if odd:
+        dtypes = ", ".join(sorted({raw.infos[name].dtype for name in odd}))
+        raise QuantizedSourceError(
+            f"{raw.where}: {len(odd)} tensors of {component} are stored as {dtypes}: {named(odd)}; use the unquantized model "
+            f"({', '.join(WEIGHT_DTYPES)})"
+        )
+
+
+def problems(component: str, where: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, Shape], unknown: list[str]) -> list[str]:
+    """One text per kind of difference: missing, unexpected, wrong shape."""
+    missing = [name for name in expected if name not in found]
+    extra = unknown + [name for name in found if name not in expected]
+    wrong = [name for name, shape in expected.items() if name in found and found[name].shape != shape]
+    texts = []
+    if missing:
+        texts.append(f"{len(missing)} of {len(expected)} tensors are missing: {named(missing)}")
+    if extra:
+        texts.append(f"{len(extra)} tensors are unexpected: {named(extra)}")
+    if wrong:
+        shown = [f"{name} is {list(found[name].shape)}, expected {list(expected[name])}" for name in wrong]
+        texts.append(f"{len(wrong)} tensors have the wrong shape: {named(shown)}")
+    return [f"{component} ({where}): {text}" for text in texts]
+
+
+def raise_problems(texts: list[str]) -> None:
+    if texts:
+        raise MissingTensorsError("; ".join(texts))
+
+
+def check_experts(raw: Mapping[str, RawTensors]) -> None:
+    """Raises `WrongExpertError` where names or metadata of the files tell that an expert lies in the other's place."""
+    for component in EXPERTS:
+        other, own = _OTHER[component], _OTHER[EXPERTS[1 - EXPERTS.index(component)]]
+        for note in raw[component].notes:
+            if other.search(note) and not own.search(note):
+                raise WrongExpertError(f"{raw[component].where}: {component} is expected here, but a file in it says {note[:120]!r}")
+    high, low = ({(item.st_dev, item.st_ino) for item in (path.stat() for path in raw[name].files)} for name in EXPERTS)
+    if high & low:
+        raise WrongExpertError(f"{raw['high_noise'].where} and {raw['low_noise'].where} are the same files: the model needs both experts")
+
+
+def check_config(path: Path, config: ModelConfig) -> None:
+    """Raises `CheckpointError` where the components do not fit each other."""
+    dit, text, vae = config.dit, config.text_encoder, config.vae
+    if dit.text_dim != text.d_model:
+        raise CheckpointError(f"{path}: the experts read text of width {dit.text_dim}, but the text encoder writes {text.d_model}")
+    if not dit.in_dim == dit.out_dim == vae.z_dim == 16:
+        raise CheckpointError(
+            f"{path}: the experts take {dit.in_dim} and give {dit.out_dim} channels, the VAE has {vae.z_dim}: only text-to-video models "
+            "with 16 latent channels are read yet"
+        )

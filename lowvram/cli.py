@@ -1,0 +1,261 @@
+"""The command line: one function per subcommand; each parses, calls and prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from lowvram.errors import LowvramError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from lowvram.pipeline import Pipeline, Video
+
+app = typer.Typer(
+    help="All of Wan2.2 A14B on one consumer GPU, within the VRAM and RAM you name.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
+Vram = Annotated[str, typer.Option(help="VRAM budget: 8GiB, 8GB, 8192MiB or auto.")]
+Ram = Annotated[str, typer.Option(help="RAM budget: 16GiB, 16GB or auto.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Format = Annotated[str, typer.Option("--format", help="int8 (rotated, the default), int8-plain, fp8, bf16 or fp32.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log decisions such as the backend of each op.")] = False,
+) -> None:
+    """Options that stand before the subcommand."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The video to write.")] = Path("demo.mp4"),
+    prompt: Annotated[str, typer.Option(help="What the video shows.")] = "a red circle moves right on a blue background",
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    format: Format = "int8",
+    overwrite: Annotated[bool, typer.Option("--overwrite/--no-overwrite", help="Replace an existing output.")] = True,
+) -> None:
+    """Quantize the small model that ships with lowvram and generate a video with it, on any machine."""
+    from lowvram.demo.run import run_demo
+    from lowvram.terminal import duration, generation_progress
+    from lowvram.video import check_output
+
+    check_output(out, overwrite)
+    with generation_progress(console) as listener:
+        result = run_demo(prompt, seed, format, listener)
+    result.video.save(out, overwrite=overwrite, scale=result.scale)
+    console.print(f"quantized in {duration(result.quantize_s)}, generated in {duration(result.generate_s)}: “{prompt}”")
+    print(out)
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder: official or diffusers layout.")],
+    model: Annotated[Path, typer.Argument(help="Folder of the quantized model to write.")],
+    format: Format = "int8",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .pth files (weights only).")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint into a store that streams; bounded memory, resumable."""
+    from lowvram_quantize.convert import quantize as convert
+    from lowvram_quantize.report import summary_table
+
+    from lowvram.terminal import quantize_progress
+
+    with quantize_progress(console) as listener:
+        report = convert(source, model, format, resume=resume, allow_pickle=allow_pickle, overwrite=overwrite, progress=listener)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+        return
+    Console().print(summary_table(report))
+    print(model)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
+    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file that holds the prompt.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What it must not show; the official text by default.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames, 4n+1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Flow shift of the schedule.")] = None,
+    guidance_high: Annotated[float | None, typer.Option(help="Guidance of the high-noise expert.")] = None,
+    guidance_low: Annotated[float | None, typer.Option(help="Guidance of the low-noise expert.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; -1 draws one.")] = 0,
+    solver: Annotated[str, typer.Option(help="unipc or euler.")] = "unipc",
+    vram: Vram = "auto",
+    ram: Ram = "auto",
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same request.")] = False,
+    out: Annotated[Path, typer.Option(help="The video to write, .mp4.")] = Path("clip.mp4"),
+    scale: Annotated[int, typer.Option(help="Enlarge each pixel of the saved video this many times.", min=1, max=16)] = 1,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Generate a video within the budgets you name."""
+    from lowvram.pipeline import load
+    from lowvram.terminal import generation_progress, plan_line
+    from lowvram.video import check_output
+
+    check_output(out, overwrite)
+    text = _prompt(prompt, prompt_file)
+    pipeline = load(model, vram, ram, device)
+    settings = {
+        "negative_prompt": negative_prompt,
+        "size": _size(size),
+        "frames": frames,
+        "steps": steps,
+        "shift": shift,
+        "guidance_high": guidance_high,
+        "guidance_low": guidance_low,
+        "seed": _seed(seed),
+        "solver": solver,
+    }
+    request = pipeline.request(text, **settings)
+    plan = pipeline.plan(request)
+    console.print(plan_line(plan))
+    with generation_progress(console) as listener:
+        video = _resumable(pipeline, request, plan, out, resume, listener)
+        video.save(out, overwrite=overwrite, scale=scale)
+    _forget_state(out)
+    if as_json:
+        print(json.dumps({"out": str(out), "request": video.request.__dict__, "peak_bytes": video.peak_bytes, "plan": plan.to_dict()}))
+    else:
+        print(out)
+
+
+def _resumable(pipeline: Pipeline, request: Any, plan: Any, out: Path, resume: bool, listener: Any) -> Video:
+    from lowvram.sampling.state import state_path
+
+    state = state_path(out)
+    if state.exists() and not resume:
+        raise OutputError(f"{state} is left of an interrupted run: continue it with --resume, or remove it")
+    try:
+        return pipeline.generate(request, plan=plan, state_file=state, resume=resume, listener=listener)
+    except KeyboardInterrupt:
+        if state.exists():
+            console.print(f"interrupted; the finished steps are in {state}: run the same command with --resume")
+        raise
+
+
+def _forget_state(out: Path) -> None:
+    from lowvram.sampling.state import state_path
+
+    state_path(out).unlink(missing_ok=True)
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise UsageError("give either --prompt TEXT or --prompt-file FILE")
+    if prompt_file is None:
+        return prompt or ""
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LowvramError(f"cannot read the prompt file {prompt_file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LowvramError(f"the prompt file {prompt_file} is not UTF-8 text: save it as UTF-8") from error
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    from lowvram.config import parse_size
+
+    return None if text is None else parse_size(text)
+
+
+def _seed(seed: int) -> int:
+    import secrets
+
+    return secrets.randbelow(2**31) if seed == -1 else seed
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder of a quantized model, or a variant such as t2v-a14b.")],
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames, 4n+1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    vram: Vram = "8GiB",
+    ram: Ram = "16GiB",
+    format: Format = "int8",
+    as_json: Json = False,
+) -> None:
+    """Peak memory of a run, computed without a GPU."""
+    from lowvram.api import plan as make
+    from lowvram.terminal import plan_table
+
+    made = make(model, size=size, frames=frames, steps=steps, vram=vram, ram=ram, format=format)
+    if as_json:
+        print(json.dumps(made.to_dict()))
+    else:
+        Console().print(plan_table(made))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A .safetensors file, a checkpoint folder or a quantized model.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every tensor against the manifest.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a file or a model is, and whether it is whole."""
+    from lowvram.checkpoint.inspect import inspect_path
+    from lowvram.terminal import inspect_table
+
+    found = inspect_path(path, verify)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        Console().print(inspect_table(found))
+
+
+@app.command()
+def doctor(
+    as_json: Json = False,
+    path: Annotated[Path, typer.Option(help="The folder whose disk is looked at.")] = Path("."),
+) -> None:
+    """GPU, Triton, disk, memory: what is there, what is missing and how to get it."""
+    from lowvram.memory.probe import doctor_report
+    from lowvram.terminal import doctor_table
+
+    report = doctor_report(path)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        Console().print(doctor_table(report))
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        code = app(standalone_mode=False)
+    except LowvramError as error:
+        if "--debug" in sys.argv:
+            raise
+        console.print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        console.print("interrupted")
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

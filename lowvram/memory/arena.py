@@ -1,0 +1,61 @@
+"""The one workspace of the denoising loop, and the ledger that every large allocation goes through."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowvram.errors import InternalLimitError
+from lowvram.memory.workspace import Workspace
+
+
+class Ledger:
+    """Counts what is handed out of one budget and refuses what the plan did not grant.
+
+    Raises `InternalLimitError` where an allocation would exceed `limit_bytes`.
+    """
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        self.name = name
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+        self.peak_bytes = 0
+
+    def charge(self, label: str, nbytes: int) -> None:
+        if self.used_bytes + nbytes > self.limit_bytes:
+            raise InternalLimitError(
+                f"{label} asks {nbytes} bytes of {self.name}, but {self.used_bytes} of the planned {self.limit_bytes} are in use"
+            )
+        self.used_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    def release(self, nbytes: int) -> None:
+        self.used_bytes -= nbytes
+
+    def allocate(self, label: str, nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
+        """[nbytes] uint8, uninitialised, charged to this budget."""
+        self.charge(label, nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+
+class Arena:
+    """Typed views into one planned allocation. Nothing else is allocated while the loop runs."""
+
+    def __init__(self, workspace: Workspace, ledger: Ledger, device: torch.device) -> None:
+        self.workspace = workspace
+        self._ledger = ledger
+        self._bytes = ledger.allocate("the arena", workspace.nbytes, device)
+
+    def view(self, region: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """`shape` of `dtype` at the start of `region`, contiguous, uninitialised. Raises `InternalLimitError` past the region's end."""
+        offset, limit = self.workspace.regions[region]
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > limit:
+            raise InternalLimitError(f"arena region {region} holds {limit} bytes, {list(shape)} of {dtype} needs {nbytes}")
+        return self._bytes[offset : offset + nbytes].view(dtype).view(shape)
+
+    def close(self) -> None:
+        self._ledger.release(self._bytes.numel())
+        self._bytes = self._bytes.new_empty(0)

@@ -1,0 +1,86 @@
+"""What the user's `--vram` and `--ram` mean on this machine, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from lowvram.config import format_bytes, parse_bytes
+from lowvram.errors import BudgetError, UsageError
+
+# What `auto` leaves to other programs.
+AUTO_SHARE = 0.85
+# What importing libraries and small tensors add to the process after the budgets are fixed.
+PROCESS_GROWTH_BYTES = 400 * 10**6
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """A device and what may be used of it and of host RAM; `process_bytes` of the RAM are lowvram's own code and libraries."""
+
+    device: str
+    vram_bytes: int
+    ram_bytes: int
+    process_bytes: int
+
+
+def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:
+    """`auto` takes a share of what is free now; on a CPU half of that share is the workspace's ("VRAM") and half the RAM's.
+
+    Raises `UsageError` for text that is no amount or no device, `BudgetError` where the machine has less than was asked for.
+    """
+    name = _device(device)
+    process = psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES
+    free_ram = _free_ram()
+    free_vram, total_vram = _vram(name, free_ram)
+    if name == "cpu":
+        auto_vram, auto_ram = int(free_ram * AUTO_SHARE / 2), int(free_ram * AUTO_SHARE / 2) + process
+    else:
+        auto_vram, auto_ram = int(free_vram * AUTO_SHARE), int(free_ram * AUTO_SHARE) + process
+    vram_bytes = _amount("VRAM", vram, auto_vram, total_vram)
+    ram_bytes = _amount("RAM", ram, auto_ram, _total_ram())
+    return Budgets(name, vram_bytes, ram_bytes, process)
+
+
+def _amount(label: str, wanted: str | int, automatic: int, total: int) -> int:
+    if wanted == "auto":
+        return automatic
+    nbytes = wanted if isinstance(wanted, int) else parse_bytes(wanted)
+    if nbytes > total:
+        raise BudgetError(f"{label} of {format_bytes(nbytes)} was asked for, this machine has {format_bytes(total)}: ask for less or for auto")
+    return nbytes
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda") and not name.startswith("cuda:"):
+        raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    import torch
+
+    available = torch.cuda.is_available()
+    if name.startswith("cuda") and not available:
+        raise UsageError(f"device {name} was asked for, but torch sees no GPU: run `lowvram doctor`")
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    return name
+
+
+def _vram(device: str, free_ram: int) -> tuple[int, int]:
+    if device == "cpu":
+        return free_ram, _total_ram()
+    import torch
+
+    free, total = torch.cuda.mem_get_info(torch.device(device))
+    return free, total
+
+
+def _free_ram() -> int:
+    from lowvram.memory.probe import free_ram_bytes
+
+    return free_ram_bytes()
+
+
+def _total_ram() -> int:
+    from lowvram.memory.probe import total_ram_bytes
+
+    return total_ram_bytes()

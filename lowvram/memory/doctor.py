@@ -1,0 +1,104 @@
+"""The findings of `lowvram doctor`: what is there, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lowvram.config import format_bytes
+from lowvram.memory.probe import Machine, probe_machine
+
+MIN_VRAM_BYTES = 5 << 30  # of the A14B models, at 480p
+MIN_RAM_BYTES = 6 << 30
+STORE_BYTES = 36 * 10**9  # a quantized A14B model: two experts, text encoder, VAE
+SLOW_DISK_BYTES_S = 1e9
+INT8_CAPABILITY = (8, 0)  # Ampere: the oldest with the tensor cores that the kernels are written for
+
+
+@dataclass(frozen=True)
+class Finding:
+    """status: ok, warn (works, but slower or less) or missing. advice is empty where there is nothing to do."""
+
+    name: str
+    status: str
+    detail: str
+    advice: str = ""
+
+
+def doctor_report(path: Path, machine: Machine | None = None) -> dict[str, Any]:
+    """{"ok": nothing is missing, "findings": […], "machine": {…}}; disk room and speed are those of `path`."""
+    machine = machine or probe_machine(path, measure=True)
+    findings = [_gpu(machine), _triton(machine), _ram(machine), _disk_room(machine, path), _disk_speed(machine), _packages(machine), _encoder()]
+    ok = all(finding.status != "missing" for finding in findings)
+    return {"ok": ok, "findings": [asdict(finding) for finding in findings], "machine": machine.to_dict()}
+
+
+def _gpu(machine: Machine) -> Finding:
+    gpu = machine.gpu
+    if gpu is None:
+        built_without = "without GPU" in machine.gpu_reason
+        advice = "install torch for your GPU (pytorch.org, Get started)" if built_without else "install the GPU's driver and start again"
+        return Finding("GPU", "warn", machine.gpu_reason, f"for anything larger than the demo, {advice}")
+    link = f", link {format_bytes(gpu.link_bytes_s)}/s" if gpu.link_bytes_s else ""
+    detail = f"{gpu.name} ({gpu.architecture}), {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free{link}"
+    if gpu.capability < INT8_CAPABILITY and gpu.architecture.startswith("sm_"):
+        return Finding("GPU", "warn", detail, "the int8 kernels need an RTX 30 series or later: here everything runs on their slow reference")
+    if gpu.free_bytes < MIN_VRAM_BYTES:
+        return Finding("GPU", "warn", detail, f"close what else uses the GPU: the A14B models want {format_bytes(MIN_VRAM_BYTES)}")
+    return Finding("GPU", "ok", detail)
+
+
+def _triton(machine: Machine) -> Finding:
+    if machine.triton_works:
+        return Finding("Triton", "ok", f"version {machine.versions.get('triton')}")
+    if machine.gpu is None:
+        return Finding("Triton", "ok", f"not needed without a GPU ({machine.triton_reason})")
+    package = "triton-windows" if sys.platform == "win32" else "triton"
+    advice = f"install {package} in the version that your torch names, and a C compiler; until then the slow reference runs"
+    return Finding("Triton", "warn", machine.triton_reason, advice)
+
+
+def _ram(machine: Machine) -> Finding:
+    limit = "" if machine.ram_limited_by == "machine" else f" (limit of {machine.ram_limited_by})"
+    detail = f"{format_bytes(machine.ram_free_bytes)} of {format_bytes(machine.ram_total_bytes)} free{limit}"
+    if machine.ram_free_bytes < MIN_RAM_BYTES:
+        return Finding("RAM", "warn", detail, f"close other programs: the A14B models want {format_bytes(MIN_RAM_BYTES)}")
+    return Finding("RAM", "ok", detail)
+
+
+def _disk_room(machine: Machine, path: Path) -> Finding:
+    if machine.disk_free_bytes is None:
+        return Finding("disk room", "warn", f"cannot be told for {path}", "name a folder that exists")
+    detail = f"{format_bytes(machine.disk_free_bytes)} free at {path}"
+    if machine.disk_free_bytes < STORE_BYTES:
+        return Finding("disk room", "warn", detail, f"a quantized A14B model takes {format_bytes(STORE_BYTES)}: free some or use another disk")
+    return Finding("disk room", "ok", detail)
+
+
+def _disk_speed(machine: Machine) -> Finding:
+    speed = machine.disk_read_bytes_s
+    if speed is None:
+        return Finding("disk speed", "ok", "not measured here")
+    if speed < SLOW_DISK_BYTES_S:
+        return Finding("disk speed", "warn", f"{format_bytes(speed)}/s", "weights that do not fit into RAM come from it: an NVMe disk keeps up")
+    return Finding("disk speed", "ok", f"{format_bytes(speed)}/s")
+
+
+def _packages(machine: Machine) -> Finding:
+    absent = [name for name, version in machine.versions.items() if version is None and name not in ("triton", "lowvram")]
+    if absent:
+        return Finding("packages", "missing", f"not installed: {', '.join(absent)}", "run `pip install lowvram` or scripts/bootstrap.py again")
+    listed = ", ".join(f"{name} {version}" for name, version in machine.versions.items() if version)
+    return Finding("packages", "ok", f"Python {machine.python}, {listed}")
+
+
+def _encoder() -> Finding:
+    try:
+        import av
+    except (ImportError, OSError) as error:
+        return Finding("video", "missing", f"PyAV does not load: {error}", "install the package av")
+    if "libx264" not in av.codecs_available:
+        return Finding("video", "missing", "PyAV comes without libx264", "install av from PyPI, whose wheels have it")
+    return Finding("video", "ok", f"PyAV {av.__version__} with libx264")

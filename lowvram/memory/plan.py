@@ -1,0 +1,241 @@
+"""Peak memory of every phase, computed before the run: pure arithmetic, no torch, no GPU.
+
+`choose_plan` finds the fastest plan that fits two budgets; `describe_plan` gives the peaks of any given choice. What a plan chooses
+(chunk, residency, tiers, shared visits) changes no bit of the video; the VAE's tile follows from the video's size alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lowvram.checkpoint.store_layout import component_layout
+from lowvram.config import EXPERTS, LatentShape, ModelConfig, VAEConfig, format_bytes, latent_shape
+from lowvram.errors import BudgetError
+from lowvram.memory.workspace import KEY_TILE, Workspace, aligned, dit_workspace, element_bytes
+
+CHUNK_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)
+# Below this many tokens a block computes faster than PCIe 4.0 brings the next one (kernels 5), so both branches share a visit.
+JOINT_BELOW_TOKENS = 12_000
+CUDA_CONTEXT_BYTES = 600 * 10**6
+PROCESS_BYTES = 900 * 10**6
+STAGING_BUFFERS = 2
+VAE_TILE_PIXELS = 256
+VAE_TILE_OVERLAP_PIXELS = 64
+# Values per output pixel at base width 96: the decoder's caches (spec 4.2) and six full-resolution activations of four frames.
+VAE_CACHE_VALUES = 2364.5
+VAE_ACTIVATION_VALUES = 6 * 4 * 96
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the planner is free to choose."""
+
+    chunk_tokens: int
+    ring_slots: int
+    resident_blocks: int
+    host_blocks: int
+    joint_guidance: bool
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """Peak bytes of one phase of a run."""
+
+    phase: str
+    vram_bytes: int
+    ram_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """One run's memory. `items`: what the denoising phase's VRAM is made of, in bytes."""
+
+    variant: str
+    format: str
+    width: int
+    height: int
+    num_frames: int
+    num_tokens: int
+    choice: Choice
+    num_blocks: int
+    slot_bytes: int
+    text_slot_bytes: int
+    staging_buffers: int
+    vae_tile_pixels: int
+    workspace: Workspace
+    items: dict[str, int]
+    phases: tuple[PhasePeak, ...]
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        return max(phase.vram_bytes for phase in self.phases)
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        return max(phase.ram_bytes for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        del data["workspace"]
+        return data | {"peak_vram_bytes": self.peak_vram_bytes, "peak_ram_bytes": self.peak_ram_bytes}
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the machine takes before lowvram asks for anything. `staged`: device memory is not host memory."""
+
+    staged: bool
+    context_bytes: int
+    process_bytes: int = PROCESS_BYTES
+
+    @classmethod
+    def of(cls, device_type: str, process_bytes: int = PROCESS_BYTES) -> Host:
+        cuda = device_type == "cuda"
+        return cls(cuda, CUDA_CONTEXT_BYTES if cuda else 0, process_bytes)
+
+
+def describe_plan(
+    config: ModelConfig, format: str, size: tuple[int, int], num_frames: int, steps: int, choice: Choice, host: Host
+) -> MemoryPlan:
+    """The plan that follows from `choice`, whatever it takes. size: (width, height) in pixels."""
+    width, height = size
+    latents = latent_shape(config, width, height, num_frames)
+    layout = component_layout(EXPERTS[0], config, format)
+    text_layout = component_layout("text_encoder", config, format)
+    branches = 2 if choice.joint_guidance else 1
+    workspace = dit_workspace(config.dit, format, latents.num_tokens, choice.chunk_tokens, branches)
+    slots = choice.resident_blocks + choice.ring_slots
+    items = {
+        "residual stream": sum(size for name, (_, size) in workspace.regions.items() if name.startswith("residual.")),
+        "keys and values": sum(size for name, (_, size) in workspace.regions.items() if name in _KEYS_AND_VALUES),
+        "chunk workspace": workspace.nbytes - workspace.persistent_bytes,
+        "block slots": slots * layout.block_bytes,
+        "conditioning": _conditioning_bytes(config, format, steps),
+        "latents and velocities": 8 * latents.channels * latents.frames * latents.height * latents.width * 4
+        + _token_io_bytes(config, latents, format),
+        "context of the driver": host.context_bytes,
+    }
+    items["text keys and values"] = workspace.persistent_bytes - items["residual stream"] - items["keys and values"]
+    staging = STAGING_BUFFERS if host.staged else 0
+    ram = host.process_bytes + (choice.host_blocks + staging) * layout.block_bytes
+    text_vram, text_ram = _text_bytes(config, format, text_layout.block_bytes, staging)
+    rest = max(tensor.nbytes for tensor in layout.rest)
+    tile = VAE_TILE_PIXELS if max(width, height) > VAE_TILE_PIXELS else 0
+    vae_vram, vae_ram = _decode_bytes(config, latents, tile)
+    phases = (
+        PhasePeak("text", host.context_bytes + text_vram, host.process_bytes + text_ram),
+        PhasePeak("conditioning", host.context_bytes + items["conditioning"] * 2 + rest * 2, host.process_bytes + rest),
+        PhasePeak("denoise", sum(items.values()), ram),
+        PhasePeak("decode", host.context_bytes + vae_vram, host.process_bytes + vae_ram),
+    )
+    return MemoryPlan(
+        config.variant, format, width, height, num_frames, latents.num_tokens, choice, config.dit.num_layers, layout.block_bytes,
+        text_layout.block_bytes, staging, tile, workspace, items, phases,
+    )  # fmt: skip
+
+
+_KEYS_AND_VALUES = ("keys", "values", "key_scales", "value_scales")
+
+
+def choose_plan(
+    config: ModelConfig,
+    format: str,
+    size: tuple[int, int],
+    num_frames: int,
+    steps: int,
+    host: Host,
+    vram_bytes: int,
+    ram_bytes: int,
+    guided: bool = True,
+) -> MemoryPlan:
+    """The largest chunk that fits beside two slots, then as many resident blocks as VRAM and as many cached blocks as RAM allow.
+
+    guided: whether a second, negative branch runs at all. Raises `BudgetError` naming the smallest budgets that would do.
+    """
+    tokens = latent_shape(config, *size, num_frames).num_tokens
+    padded = -(-tokens // KEY_TILE) * KEY_TILE
+
+    def plan_of(choice: Choice) -> MemoryPlan:
+        return describe_plan(config, format, size, num_frames, steps, choice, host)
+
+    candidates = sorted({min(chunk, padded) for chunk in CHUNK_TOKENS}, reverse=True)
+    smallest = plan_of(Choice(candidates[-1], 1, 0, 0, False))
+    if smallest.peak_vram_bytes > vram_bytes or smallest.peak_ram_bytes > ram_bytes:
+        raise BudgetError(_refusal(smallest, vram_bytes, ram_bytes))
+    joint = guided and tokens < JOINT_BELOW_TOKENS
+    plans = [plan_of(Choice(chunk, 2, 0, 0, shared)) for shared in ((True, False) if joint else (False,)) for chunk in candidates]
+    base = next((plan for plan in plans if plan.peak_vram_bytes <= vram_bytes), smallest)
+    chosen = _add_residents(base, vram_bytes)
+    others = [phase.ram_bytes for phase in base.phases if phase.phase == "denoise"][0]
+    spare = max(0, ram_bytes - others) // base.slot_bytes
+    chosen = replace(chosen, host_blocks=min(spare, base.num_blocks - chosen.resident_blocks) if host.staged or spare else 0)
+    return plan_of(chosen)
+
+
+def _add_residents(base: MemoryPlan, vram_bytes: int) -> Choice:
+    """Spends what is left of the denoising phase's VRAM on resident blocks; a whole expert needs no ring."""
+    denoise = next(phase.vram_bytes for phase in base.phases if phase.phase == "denoise")
+    spare = (vram_bytes - denoise) // base.slot_bytes
+    if spare + base.choice.ring_slots >= base.num_blocks:
+        return replace(base.choice, resident_blocks=base.num_blocks, ring_slots=0)
+    return replace(base.choice, resident_blocks=spare)
+
+
+def _refusal(smallest: MemoryPlan, vram_bytes: int, ram_bytes: int) -> str:
+    name = f"{smallest.width}x{smallest.height} x {smallest.num_frames} frames in {smallest.format}"
+    needs = []
+    for label, peak, budget, attribute in (
+        ("VRAM", smallest.peak_vram_bytes, vram_bytes, "vram_bytes"),
+        ("RAM", smallest.peak_ram_bytes, ram_bytes, "ram_bytes"),
+    ):
+        if peak > budget:
+            phase = max(smallest.phases, key=lambda phase: getattr(phase, attribute)).phase
+            flag = label.lower()
+            mebibytes = -(-peak // 2**20)
+            needs.append(
+                f"{label} of {format_bytes(budget)} is too little (the {phase} phase needs {format_bytes(peak)}): "
+                f"use --{flag} {mebibytes}MiB or more"
+            )
+    return f"{name}: {'; '.join(needs)}, or a smaller size or fewer frames"
+
+
+def _conditioning_bytes(config: ModelConfig, format: str, steps: int) -> int:
+    """Modulation of every step, both prompts' embedded context, and the small tensors that stay on the device, per two experts."""
+    dit = config.dit
+    compute, _ = element_bytes(format)
+    per_expert = steps * 7 * dit.dim * 4 + 2 * dit.text_len * dit.dim * compute
+    patch = dit.dim * dit.in_dim * 4 * compute + dit.dim * dit.out_dim * 16 + 8 * dit.dim * 4
+    return 2 * aligned(per_expert + patch)
+
+
+def _token_io_bytes(config: ModelConfig, latents: LatentShape, format: str) -> int:
+    """Patched input and head output of all tokens."""
+    return latents.num_tokens * 4 * (config.dit.in_dim + config.dit.out_dim) * 4
+
+
+def _text_bytes(config: ModelConfig, format: str, block_bytes: int, staging: int) -> tuple[int, int]:
+    """(VRAM, RAM) of the text encoder: two slots, one linear's weights as floats, and the activations of one prompt."""
+    text = config.text_encoder
+    compute, _ = element_bytes(format)
+    inner = text.num_heads * text.head_dim
+    length = config.dit.text_len
+    weights = 2 * text.d_ff * text.d_model * 4
+    activations = length * (4 * text.d_model + 4 * inner + 3 * text.d_ff) * 4 + 3 * text.num_heads * length * length * 4
+    return 2 * block_bytes + weights + 2 * activations, staging * block_bytes + 2 * length * text.d_model * compute
+
+
+def vae_decode_values_per_pixel(vae: VAEConfig) -> float:
+    """fp32 values that decoding holds per output pixel, the official width's count scaled by this VAE's base width."""
+    return (VAE_CACHE_VALUES + VAE_ACTIVATION_VALUES) * vae.base_dim / 96
+
+
+def _decode_bytes(config: ModelConfig, latents: LatentShape, tile: int) -> tuple[int, int]:
+    """(VRAM, RAM): the VAE's weights and one tile's working set; the whole clip as floats and as bytes on the host."""
+    vae = config.vae
+    weights = component_layout("vae", config, "fp32").total_bytes
+    width, height = latents.width * vae.spatial_stride, latents.height * vae.spatial_stride
+    frames = (latents.frames - 1) * vae.temporal_stride + 1
+    pixels = min(width, tile or width) * min(height, tile or height)
+    working = int(vae_decode_values_per_pixel(vae) * pixels * 4) + 3 * frames * pixels * 4 * 2
+    return weights + working, frames * width * height * (3 * 4 + 4 + 3) + 3 * frames * pixels * 4

@@ -1,0 +1,28 @@
+"""Linears outside the quantized blocks: embeddings, projections, the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Libraries pick their GEMM by shape, and another one rounds differently: these linears always see this many rows.
+FIXED_ROWS = 256
+
+
+def fixed_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, prepare: Callable[[Tensor], Tensor]) -> None:
+    """out = prepare(x) W^T + b in tiles of exactly 256 rows, the last one padded with zeros.
+
+    x: [M, *] any input of `prepare`, which works row by row and returns [m, K] in the weight's dtype; weight: [N, K]; bias: [N]; out: [M, N].
+    """
+    for start in range(0, x.shape[0], FIXED_ROWS):
+        rows = prepare(x[start : start + FIXED_ROWS])
+        padded = F.pad(rows, (0, 0, 0, FIXED_ROWS - rows.shape[0]))
+        out[start : start + FIXED_ROWS] = F.linear(padded, weight, bias)[: rows.shape[0]]
+
+
+def dequantized(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """weight * scale in fp32, rounded once to `dtype`; a weight without scale is cast. weight: [N, K], scale: [N, 1] float32."""
+    return weight.to(dtype) if scale is None else (weight.float() * scale).to(dtype)

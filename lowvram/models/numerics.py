@@ -1,0 +1,245 @@
+"""How a block computes: quantized (int8, int8-plain, fp8) or plain (bf16, fp32), behind one interface.
+
+A block is written once, in `models.wan`; what differs between formats is here: what an activation is, how a linear multiplies it and
+how attention reads it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import lowvram_kernels.dispatch as ops
+import torch
+import torch.nn.functional as F
+from lowvram_kernels.adaln_quantize import adaln
+from lowvram_kernels.attention_int8 import KEY_TILE
+from lowvram_kernels.rms_rope_quantize import rms_rope
+from torch import Tensor
+
+from lowvram.errors import UnsupportedError
+from lowvram.memory.arena import Arena
+from lowvram.memory.workspace import QUANTIZED_FORMATS
+from lowvram.streaming.block import BlockView
+
+
+class Rows(NamedTuple):
+    """The input of a linear: [M, K] values, and [M, 1] float32 scales where they are quantized."""
+
+    values: Tensor
+    scale: Tensor | None
+
+
+class Heads(NamedTuple):
+    """Queries or keys: [H, M, head_dim], and [H, M] float32 scales where they are quantized."""
+
+    values: Tensor
+    scale: Tensor | None
+
+
+class Rope(NamedTuple):
+    """cos and sin of a token's angles, each [M, head_dim / 2] float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Numerics(Protocol):
+    """One format's arithmetic. Outputs lie in the arena regions that the caller names."""
+
+    compute: torch.dtype
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
+        """LN(x) * scale + shift."""
+
+    def rows(self, x: Tensor, region: str) -> Rows:
+        """x as the input of a linear."""
+
+    def gelu(self, x: Tensor, region: str) -> Rows:
+        """GELU_tanh(x) as the input of a linear."""
+
+    def linear(self, rows: Rows, block: BlockView, names: tuple[str, ...], out: Tensor) -> None:
+        """out = rows W^T + b; several names are neighbours in the store and one product."""
+
+    def linear_add(self, rows: Rows, block: BlockView, name: str, x: Tensor, gate: Tensor | None) -> None:
+        """x += gate * (rows W^T + b), x the fp32 residual stream."""
+
+    def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
+        """Keys and values of `num_keys` tokens in the arena regions `prefix`keys, `prefix`values."""
+
+    def heads(self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads) -> None:
+        """out = RoPE(RMSNorm(x)) - smoothing, split into heads."""
+
+    def queries(self, num_queries: int) -> Heads:
+        """Room for one chunk's queries."""
+
+    def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
+        """Stores v, the values of tokens start .. start + M."""
+
+    def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
+        """out = softmax(q k^T / sqrt(head_dim)) v, [M, D]."""
+
+
+class AttentionMemory(NamedTuple):
+    """Keys [H, N, head_dim] and values of all tokens, with their scales where they are quantized."""
+
+    keys: Heads
+    values: Tensor
+    value_scales: Tensor | None
+
+    def key_rows(self, start: int, end: int) -> Heads:
+        scale = self.keys.scale
+        return Heads(self.keys.values[:, start:end], None if scale is None else scale[:, start:end])
+
+
+class _Shapes(NamedTuple):
+    num_heads: int
+    head_dim: int
+    eps: float
+
+
+def mean_key(x: Tensor, weight: Tensor, rope: Rope | None, num_heads: int, eps: float) -> Tensor:
+    """The mean over tokens of RoPE(RMSNorm(x)), [H, head_dim] float32: what the keys are smoothed by."""
+    cos, sin = rope or (None, None)
+    return rms_rope(x, weight, cos, sin, num_heads=num_heads, eps=eps).mean(dim=1)
+
+
+class QuantizedNumerics:
+    """int8 with or without rotation, or e4m3, for linears; int8 for attention; bf16 between ops, fp32 inside them."""
+
+    compute = torch.bfloat16
+
+    def __init__(self, format: str, num_heads: int, head_dim: int, eps: float, arena: Arena) -> None:
+        self._rotated = format == "int8"
+        self._code = torch.float8_e4m3fn if format == "fp8" else torch.int8
+        self._shapes = _Shapes(num_heads, head_dim, eps)
+        self._arena = arena
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
+        rows = self._room(x, region)
+        ops.adaln_quantize(x, scale, shift, rows.values, rows.scale, eps=self._shapes.eps, rotated=self._rotated)
+        return rows
+
+    def rows(self, x: Tensor, region: str) -> Rows:
+        rows = self._room(x, region)
+        ops.quantize_rows(x, rows.values, rows.scale, rotated=self._rotated)
+        return rows
+
+    def gelu(self, x: Tensor, region: str) -> Rows:
+        rows = self._room(x, region, "hidden_scales")
+        ops.gelu_quantize(x, rows.values, rows.scale, rotated=self._rotated)
+        return rows
+
+    def _room(self, x: Tensor, region: str, scales: str = "row_scales") -> Rows:
+        stage = region.split(".")[0]
+        values = self._arena.view(region, (x.shape[0], x.shape[1]), self._code)
+        return Rows(values, self._arena.view(f"{stage}.{scales}", (x.shape[0], 1), torch.float32))
+
+    def linear(self, rows: Rows, block: BlockView, names: tuple[str, ...], out: Tensor) -> None:
+        weight, scale, bias = _quantized_weights(block, names)
+        ops.quantized_linear(rows.values, rows.scale, weight, scale, bias, out)
+
+    def linear_add(self, rows: Rows, block: BlockView, name: str, x: Tensor, gate: Tensor | None) -> None:
+        weight, scale, bias = _quantized_weights(block, (name,))
+        ops.quantized_linear(rows.values, rows.scale, weight, scale, bias, x, gate=gate, accumulate=True)
+
+    def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
+        heads, width, _ = self._shapes
+        tiles = -(-num_keys // KEY_TILE)
+        names = ("keys", "key_scales", "values", "value_scales")
+        keys, key_scales, values, value_scales = (f"{prefix}{name}" for name in names)
+        return AttentionMemory(
+            Heads(
+                self._arena.view(keys, (heads, num_keys, width), torch.int8),
+                self._arena.view(key_scales, (heads, num_keys), torch.float32),
+            ),
+            self._arena.view(values, (heads, width, tiles * KEY_TILE), torch.int8),
+            self._arena.view(value_scales, (heads, width, tiles), torch.float32),
+        )
+
+    def heads(self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads) -> None:
+        cos, sin = rope or (None, None)
+        ops.rms_rope_quantize(x, weight, cos, sin, smoothing, out.values, out.scale, eps=self._shapes.eps)
+
+    def queries(self, num_queries: int) -> Heads:
+        heads, width, _ = self._shapes
+        return Heads(
+            self._arena.view("attend.queries", (heads, num_queries, width), torch.int8),
+            self._arena.view("attend.query_scales", (heads, num_queries), torch.float32),
+        )
+
+    def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
+        if memory.value_scales is None or start % KEY_TILE:
+            raise UnsupportedError(f"int8 values begin on a multiple of {KEY_TILE} keys, got {start}")
+        first, last = start // KEY_TILE, -(-(start + v.shape[0]) // KEY_TILE)
+        columns = slice(first * KEY_TILE, last * KEY_TILE)
+        ops.quantize_values(v, memory.values[:, :, columns], memory.value_scales[:, :, first:last])
+
+    def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
+        keys = memory.keys
+        ops.attention_int8(queries.values, queries.scale, keys.values, keys.scale, memory.values, memory.value_scales, out)
+
+
+class PlainNumerics:
+    """The unquantized yardstick: linears and attention in one float dtype, norms and the residual stream in fp32."""
+
+    def __init__(self, compute: torch.dtype, num_heads: int, head_dim: int, eps: float, arena: Arena) -> None:
+        self.compute = compute
+        self._shapes = _Shapes(num_heads, head_dim, eps)
+        self._arena = arena
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
+        return self._store(adaln(x, scale, shift, self._shapes.eps), region)
+
+    def rows(self, x: Tensor, region: str) -> Rows:
+        return self._store(x, region)
+
+    def gelu(self, x: Tensor, region: str) -> Rows:
+        return self._store(F.gelu(x, approximate="tanh"), region)
+
+    def _store(self, x: Tensor, region: str) -> Rows:
+        return Rows(self._arena.view(region, (x.shape[0], x.shape[1]), self.compute).copy_(x), None)
+
+    def linear(self, rows: Rows, block: BlockView, names: tuple[str, ...], out: Tensor) -> None:
+        weight, bias = (block.fused([f"{name}.{part}" for name in names]) for part in ("weight", "bias"))
+        out.copy_(F.linear(rows.values, weight, bias.to(self.compute)))
+
+    def linear_add(self, rows: Rows, block: BlockView, name: str, x: Tensor, gate: Tensor | None) -> None:
+        y = F.linear(rows.values, block[f"{name}.weight"], block[f"{name}.bias"].to(self.compute)).float()
+        x += y if gate is None else y * gate
+
+    def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
+        shape = (self._shapes.num_heads, num_keys, self._shapes.head_dim)
+        keys, values = (self._arena.view(f"{prefix}{name}", shape, self.compute) for name in ("keys", "values"))
+        return AttentionMemory(Heads(keys, None), values, None)
+
+    def heads(self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads) -> None:
+        cos, sin = rope or (None, None)
+        out.values.copy_(rms_rope(x, weight, cos, sin, num_heads=self._shapes.num_heads, eps=self._shapes.eps))
+
+    def queries(self, num_queries: int) -> Heads:
+        shape = (self._shapes.num_heads, num_queries, self._shapes.head_dim)
+        return Heads(self._arena.view("attend.queries", shape, self.compute), None)
+
+    def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
+        heads = v.view(v.shape[0], self._shapes.num_heads, -1).transpose(0, 1)
+        memory.values[:, start : start + v.shape[0]].copy_(heads)
+
+    def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
+        mixed = F.scaled_dot_product_attention(queries.values[None], memory.keys.values[None], memory.values[None])[0]
+        out.copy_(mixed.transpose(0, 1).flatten(1))
+
+
+def _quantized_weights(block: BlockView, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    parts = ("weight", "weight_scale", "bias")
+    weight, scale, bias = (block.fused([f"{name}.{part}" for name in names]) for part in parts)
+    return weight, scale, bias
+
+
+def make_numerics(format: str, num_heads: int, head_dim: int, eps: float, arena: Arena) -> Numerics:
+    """The arithmetic of one of `config.FORMATS`."""
+    if format in QUANTIZED_FORMATS:
+        return QuantizedNumerics(format, num_heads, head_dim, eps, arena)
+    compute = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(format)
+    if compute is None:
+        raise UnsupportedError(f"no arithmetic for format {format!r}")
+    return PlainNumerics(compute, num_heads, head_dim, eps, arena)

@@ -1,0 +1,268 @@
+"""From a prompt to frames, as phases that each hand their memory back before the next begins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowvram.checkpoint.store import Store, open_store
+from lowvram.checkpoint.tensors import TORCH_DTYPES
+from lowvram.config import DEFAULT_NEGATIVE_PROMPT, EXPERTS, LatentShape, Request, latent_shape
+from lowvram.errors import CheckpointError, UsageError
+from lowvram.memory.arena import Arena, Ledger
+from lowvram.memory.plan import Host, MemoryPlan, choose_plan
+from lowvram.models.text_encoder import TextEncoder
+from lowvram.models.vae import WanVAE
+from lowvram.models.wan import WanTransformer, compute_dtype, condition, load_ends
+from lowvram.progress import Listener, PhaseClock, silent
+from lowvram.prompt import Tokenizer
+from lowvram.sampling.denoise import Expert, block_schedule, branches_of, denoise
+from lowvram.sampling.schedule import Schedule, make_schedule
+from lowvram.sampling.solvers import make_solver
+from lowvram.sampling.state import RunState, load_state, save_state
+from lowvram.streaming.ring import Slots
+from lowvram.streaming.source import BlockFile
+from lowvram.streaming.streamer import StreamedComponent, Streamer
+from lowvram.streaming.transport import make_transport
+from lowvram.streaming.visits import BlockId, assign_slots
+from lowvram.video import clip_metadata, to_uint8, write_video
+
+MAX_PROMPT_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True)
+class Video:
+    """frames: [F, H, W, 3] uint8; `peak_bytes` are what the ledgers counted, by budget."""
+
+    frames: Tensor
+    request: Request
+    model: str
+    peak_bytes: dict[str, int]
+
+    def save(self, path: str | Path, *, overwrite: bool = False, scale: int = 1) -> None:
+        """H.264 in mp4, whose metadata holds the whole request. Raises `OutputError` where the file exists and `overwrite` is not set."""
+        metadata = clip_metadata(self.request, self.model)
+        write_video(Path(path), iter(self.frames), self.request.fps, metadata, overwrite=overwrite, scale=scale)
+
+
+def draw_noise(shape: LatentShape, seed: int) -> Tensor:
+    """[C, T, h, w] float32 from the CPU's generator, so that a seed means the same on every machine."""
+    return torch.randn(shape.shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Pipeline:
+    """A store, a device and two budgets. `generate` runs one request under a `MemoryPlan`.
+
+    On a CPU the VRAM budget bounds the loop's workspace, which then lies in host memory beside the RAM budget.
+    """
+
+    def __init__(self, store: Store, device: torch.device, vram_bytes: int, ram_bytes: int, process_bytes: int) -> None:
+        self.store = store
+        self.device = device
+        self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
+        self.host = Host.of(device.type, process_bytes)
+        self.model = hashlib.sha256((store.path / "lowvram.json").read_bytes()).hexdigest()
+        self._components = ("text_encoder", *EXPERTS)
+
+    def plan(self, request: Request) -> MemoryPlan:
+        """Raises `BudgetError` naming the smallest budgets that would do, `UsageError` for an impossible size."""
+        return choose_plan(
+            self.store.config,
+            self.store.format,
+            (request.width, request.height),
+            request.num_frames,
+            request.steps,
+            self.host,
+            self.vram_bytes,
+            self.ram_bytes,
+            guided=any(branches_of(expert, request) == 2 for expert in EXPERTS),
+        )
+
+    def request(self, prompt: str, **changes: Any) -> Request:
+        """A request with this model's defaults; `changes` are fields of `Request`, `size=(width, height)` and `frames` among them.
+
+        Raises `UsageError` for unknown fields and impossible values.
+        """
+        values = asdict(self.store.config.sampling) | {name: value for name, value in changes.items() if value is not None}
+        if "size" in values:
+            values["width"], values["height"] = values.pop("size")
+        if "frames" in values:
+            values["num_frames"] = values.pop("frames")
+        if not values.get("negative_prompt"):
+            values["negative_prompt"] = DEFAULT_NEGATIVE_PROMPT
+        unknown = sorted(set(values) - {field.name for field in fields(Request)})
+        if unknown:
+            raise UsageError(f"unknown setting {', '.join(unknown)}: use {', '.join(field.name for field in fields(Request))}")
+        if not prompt.strip():
+            raise UsageError("the prompt is empty: say what the video shows")
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise UsageError(f"the prompt has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are read")
+        return Request(prompt=prompt, **values)
+
+    def __call__(self, prompt: str, **settings: Any) -> Video:
+        """`pipe(prompt="…", seed=0, size=(832, 480), frames=81)`: one video with this model's defaults."""
+        return self.generate(self.request(prompt, **settings))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        request: Request,
+        *,
+        plan: MemoryPlan | None = None,
+        noise: Tensor | None = None,
+        state_file: Path | None = None,
+        resume: bool = False,
+        listener: Listener = silent,
+    ) -> Video:
+        """state_file: where latents and solver are kept after each step; `resume` continues from it and ends in the same bits.
+
+        noise: [C, T, h, w] float32 instead of the seed's. Raises `LowvramError`s only, and `KeyboardInterrupt`.
+        """
+        plan = plan or self.plan(request)
+        ledgers = {"vram": Ledger("VRAM", plan.peak_vram_bytes), "ram": Ledger("RAM", plan.peak_ram_bytes)}
+        ledgers["vram"].charge("the driver's context", self.host.context_bytes)
+        ledgers["ram"].charge("the process", self.host.process_bytes)
+        latents = self._latents(request, plan, ledgers, noise, state_file, resume, listener)
+        frames = self._decode(latents, plan, ledgers, listener)
+        return Video(frames, request, self.model, {name: ledger.peak_bytes for name, ledger in ledgers.items()})
+
+    def _latents(
+        self,
+        request: Request,
+        plan: MemoryPlan,
+        ledgers: dict[str, Ledger],
+        noise: Tensor | None,
+        state_file: Path | None,
+        resume: bool,
+        listener: Listener,
+    ) -> Tensor:
+        """Text, conditioning and the denoising loop: the clean latents."""
+        shape = latent_shape(self.store.config, request.width, request.height, request.num_frames)
+        schedule = make_schedule(request.solver, request.steps, request.shift)
+        solver = make_solver(request.solver, schedule)
+        latents = (draw_noise(shape, request.seed) if noise is None else noise).to(self.device, torch.float32)
+        if tuple(latents.shape) != shape.shape:
+            raise UsageError(f"noise of shape {list(latents.shape)} does not fit latents of {list(shape.shape)}")
+        if resume and state_file is not None:
+            state = load_state(state_file, request, self.model)
+            solver.load_state_dict({name: value.to(self.device) if value.ndim else value for name, value in state.solver.items()})
+            latents = state.latents.to(self.device)
+        if solver.index == schedule.steps:
+            return latents
+        features = self._encode_prompts(request, ledgers, plan, listener)
+        experts = self._condition(request, schedule, features, listener)
+        clock = PhaseClock(listener, "denoise", schedule.steps, solver.index)
+
+        def on_step(finished: int, current: Tensor) -> None:
+            if state_file is not None:
+                save_state(state_file, RunState(request, self.model, finished, current, solver.state_dict()))
+            clock.report(finished)
+
+        visits = block_schedule(schedule, request, plan.num_blocks, plan.choice.joint_guidance, solver.index)
+        choice = plan.choice
+        with self._streamer(
+            visits, ledgers, plan.slot_bytes, choice.resident_blocks, choice.ring_slots, choice.host_blocks, plan.staging_buffers
+        ) as streamer:
+            arena = Arena(plan.workspace, ledgers["vram"], self.device)
+            model = WanTransformer(self.store.config.dit, self.store.format, shape, choice, arena, self.device)
+            latents = denoise(model, experts, streamer, schedule, solver, request, latents, on_step)
+            arena.close()
+        return latents
+
+    @contextmanager
+    def _streamer(
+        self,
+        schedule: Sequence[BlockId],
+        ledgers: dict[str, Ledger],
+        slot_bytes: int,
+        resident: int,
+        ring: int,
+        host: int,
+        staging: int,
+    ) -> Iterator[Streamer]:
+        """Slots and buffers for one schedule, handed back at the end however it ends."""
+        pinned, cpu = self.device.type == "cuda", torch.device("cpu")
+        with ExitStack() as stack:
+
+            def slots(label: str, count: int, ledger: str, device: torch.device) -> Slots:
+                made = Slots(label, count, slot_bytes, ledgers[ledger], device, pinned and device.type == "cpu")
+                stack.callback(made.close)
+                return made
+
+            files = {name: self._streamed(name) for name in sorted({component for component, _ in schedule})}
+            for component in files.values():
+                stack.callback(component.file.close)
+            visits = assign_slots(schedule, resident, ring, host)
+            device_slots = slots("block slot", resident + ring, "vram", self.device)
+            buffers = slots("cached block", host, "ram", cpu), slots("staging buffer", staging, "ram", cpu)
+            yield stack.enter_context(Streamer(files, visits, device_slots, *buffers, make_transport(self.device)))
+
+    def _streamed(self, component: str) -> StreamedComponent:
+        file = self.store.files[component]
+        ranges = [(block.start, block.nbytes) for block in file.blocks]
+        tensors = {name: (TORCH_DTYPES[dtype], shape, offset) for name, (dtype, shape, offset) in file.block_tensors.items()}
+        return StreamedComponent(BlockFile(file.path, ranges), tensors)
+
+    def _encode_prompts(self, request: Request, ledgers: dict[str, Ledger], plan: MemoryPlan, listener: Listener) -> list[Tensor]:
+        """Features of the prompt and the negative prompt, [L, d_model] each, on the host."""
+        clock = PhaseClock(listener, "text", 1)
+        config, file = self.store.config, self.store.files["text_encoder"]
+        tokenizer = Tokenizer(self.store.tokenizer)
+        prompts = [tokenizer.encode(text, config.dit.text_len) for text in (request.prompt, request.negative_prompt)]
+        encoder = TextEncoder(config.text_encoder, compute_dtype(self.store.format), self.device)
+        schedule = [("text_encoder", index) for index in range(config.text_encoder.num_layers)]
+        with self._streamer(schedule, ledgers, plan.text_slot_bytes, 0, 2, 0, plan.staging_buffers) as streamer:
+            features = encoder.encode(prompts, file.read("token_embedding.weight"), file.read("norm.weight"), streamer)
+        clock.report(1)
+        return [rows.cpu() for rows in features]
+
+    def _condition(self, request: Request, schedule: Schedule, features: list[Tensor], listener: Listener) -> dict[str, Expert]:
+        clock = PhaseClock(listener, "conditioning", len(EXPERTS))
+        config, format = self.store.config.dit, self.store.format
+        experts = {}
+        for number, name in enumerate(EXPERTS):
+            read = self.store.files[name].read
+            branches = features[: branches_of(name, request)]
+            conditioning = condition(read, config, format, schedule.timesteps, branches, self.device)
+            experts[name] = Expert(conditioning, load_ends(read, format, self.device))
+            clock.report(number + 1)
+        return experts
+
+    def _decode(self, latents: Tensor, plan: MemoryPlan, ledgers: dict[str, Ledger], listener: Listener) -> Tensor:
+        """[F, H, W, 3] uint8 on the host."""
+        file = self.store.files["vae"]
+        vae = WanVAE(self.store.config.vae, file.rest, file.read, self.device)
+        clock: list[PhaseClock] = []
+
+        def progress(done: int, total: int) -> None:
+            if not clock:
+                clock.append(PhaseClock(listener, "decode", total))
+            clock[0].report(done)
+
+        return to_uint8(vae.decode(latents, plan.vae_tile_pixels, progress))
+
+
+def load(
+    model: str | Path,
+    vram: str | int = "auto",
+    ram: str | int = "auto",
+    device: str = "auto",
+) -> Pipeline:
+    """Opens a quantized model. vram, ram: bytes, or text like `8GiB`, or `auto` for what is free now.
+
+    Raises `CheckpointError` where MODEL is not a store, `UsageError` for a budget or device that cannot be read.
+    """
+    from lowvram.memory.budget import resolve_budgets
+
+    path = Path(model)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: make it with `lowvram quantize SOURCE {path}`")
+    budgets = resolve_budgets(vram, ram, device)
+    return Pipeline(open_store(path), torch.device(budgets.device), budgets.vram_bytes, budgets.ram_bytes, budgets.process_bytes)

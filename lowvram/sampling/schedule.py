@@ -1,0 +1,70 @@
+"""The official grid of sigmas and timesteps (spec section 5.1), and which expert works at which timestep."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lowvram.errors import UsageError
+
+NUM_TRAIN_TIMESTEPS = 1000
+FIRST_SIGMA = 0.9990000128746033  # 0.999 as fp32: the official scheduler keeps it in a tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """sigmas: [N + 1] fp32, strictly falling, the last one 0.  timesteps: [N] int64, what the model is told."""
+
+    sigmas: Tensor
+    timesteps: Tensor
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+
+def shifted(sigma: float, shift: float) -> float:
+    """shift * sigma / (1 + (shift - 1) * sigma)"""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def unipc_grid(steps: int, shift: float) -> Schedule:
+    """sigma_i = shifted(FIRST_SIGMA * (1 - i / N)), in fp64, stored in fp32; t_i = trunc(1000 * sigma_i) from the unrounded sigma.
+
+    Raises `UsageError` where fp32 cannot tell the sigmas apart: too many steps, or a shift that no schedule survives.
+    """
+    if steps < 1:
+        raise UsageError(f"steps {steps} is less than 1")
+    spacing = -FIRST_SIGMA / steps  # added as numpy.linspace adds it, for the same last bit
+    exact = [shifted(i * spacing + FIRST_SIGMA, shift) for i in range(steps)]
+    stored = [1.0, *(_as_fp32(sigma) for sigma in exact), 0.0]
+    if any(after >= before for before, after in pairwise(stored)):
+        raise UsageError(f"shift {shift} with {steps} steps gives sigmas equal in fp32: use fewer steps or a shift nearer to 1")
+    timesteps = [int(NUM_TRAIN_TIMESTEPS * sigma) for sigma in exact]
+    return Schedule(torch.tensor(stored[1:], dtype=torch.float32), torch.tensor(timesteps, dtype=torch.int64))
+
+
+def euler_grid(steps: int, shift: float) -> Schedule:
+    """The grid of UniPC: both solvers then integrate between the same points and can be compared step by step."""
+    return unipc_grid(steps, shift)
+
+
+def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
+    """The grid that goes with a solver of `solvers.make_solver`. Raises `UsageError`."""
+    grids = {"unipc": unipc_grid, "euler": euler_grid}
+    if solver not in grids:
+        raise UsageError(f"unknown solver {solver!r}: use one of {', '.join(grids)}")
+    return grids[solver](steps, shift)
+
+
+def expert_of(timestep: int, boundary: float) -> str:
+    """`high_noise` while the integer timestep >= boundary * 1000, then `low_noise`."""
+    return "high_noise" if int(timestep) >= boundary * NUM_TRAIN_TIMESTEPS else "low_noise"
+
+
+def _as_fp32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])

@@ -1,0 +1,75 @@
+"""What an interrupted run continues from: one file, replaced atomically after every step."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lowvram.config import Request
+from lowvram.errors import ResumeError
+
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The latents after `step` finished steps. solver: its `state_dict`; model: fingerprint of the store."""
+
+    request: Request
+    model: str
+    step: int
+    latents: Tensor
+    solver: dict[str, Tensor]
+
+
+def state_path(output: Path) -> Path:
+    """`clip.mp4` -> `clip.mp4.resume`, beside the output."""
+    return output.with_name(output.name + ".resume")
+
+
+def save_state(path: Path, state: RunState) -> None:
+    """Writes beside `path`, flushes to the disk, renames: after a kill there is the old state or the new one."""
+    tensors = {"latents": state.latents.contiguous()} | {f"solver.{name}": value.contiguous() for name, value in state.solver.items()}
+    metadata = {
+        "lowvram_state": FORMAT_VERSION,
+        "request": json.dumps(asdict(state.request)),
+        "model": state.model,
+        "step": str(state.step),
+    }
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(save({name: value.cpu() for name, value in tensors.items()}, metadata))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_state(path: Path, request: Request, model: str) -> RunState:
+    """Raises `ResumeError` where there is nothing to resume, or where it was begun with another request or model (both named)."""
+    if not path.is_file():
+        raise ResumeError(f"nothing to resume: {path} does not exist; run without --resume")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        saved = Request(**json.loads(metadata["request"]))
+        step, saved_model, version = int(metadata["step"]), metadata["model"], metadata["lowvram_state"]
+        latents = tensors.pop("latents")
+    except Exception as error:  # safetensors raises its own bare exceptions
+        raise ResumeError(f"{path} is not the state of an interrupted run ({error}): remove it and run without --resume") from error
+    if version != FORMAT_VERSION:
+        raise ResumeError(f"{path} is of state version {version}, this is version {FORMAT_VERSION}: run without --resume")
+    _require_equal(path, {"model": saved_model} | asdict(saved), {"model": model} | asdict(request))
+    return RunState(saved, saved_model, step, latents, {name.removeprefix("solver."): value for name, value in tensors.items()})
+
+
+def _require_equal(path: Path, saved: dict[str, object], wanted: dict[str, object]) -> None:
+    differing = [f"{name} was {saved[name]!r}, now {wanted[name]!r}" for name in wanted if saved.get(name) != wanted[name]]
+    if differing:
+        raise ResumeError(f"{path} belongs to another run: {'; '.join(differing)}; ask for the same, or run without --resume")

@@ -1,0 +1,44 @@
+"""A block of weights as it lies in its slot: typed views, and one view over neighbours that are multiplied together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lowvram.errors import CheckpointError
+
+# short name -> (dtype, shape, offset from the block's start in bytes)
+BlockTensors = Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]
+
+
+class BlockView:
+    """Views into one slot, valid until the streamer moves on."""
+
+    def __init__(self, data: Tensor, tensors: BlockTensors) -> None:
+        self._data = data
+        self._tensors = tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor `name` (without its `blocks.i.` prefix), no copy."""
+        return self._span(name, (name,))
+
+    def fused(self, names: Sequence[str]) -> Tensor:
+        """Neighbouring tensors of equal trailing shape as one, stacked along their first dimension, no copy."""
+        return self._span(names[0], names)
+
+    def _span(self, first: str, names: Sequence[str]) -> Tensor:
+        dtype, shape, offset = self._tensors[first]
+        rows, end = 0, offset
+        for name in names:
+            other_dtype, other_shape, other_offset = self._tensors[name]
+            if (other_dtype, other_shape[1:], other_offset) != (dtype, shape[1:], end):
+                raise CheckpointError(f"{', '.join(names)} do not lie side by side in the store: quantize the model again")
+            rows += other_shape[0]
+            end += math.prod(other_shape) * dtype.itemsize
+        return self._data[offset:end].view(dtype).view(rows, *shape[1:])

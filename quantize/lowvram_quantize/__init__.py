@@ -1,0 +1,1 @@
+"""The offline quantizer: any checkpoint that `lowvram.checkpoint` reads becomes a store, in bounded memory and resumable."""

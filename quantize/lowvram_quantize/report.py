@@ -1,0 +1,115 @@
+"""What quantization lost, tensor by tensor, as JSON beside the manifest and as one table for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from lowvram.config import format_bytes
+from lowvram.errors import CheckpointError
+from lowvram_quantize.rows import ErrorSums
+
+REPORT_NAME = "quantization_report.json"
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """Error of one tensor against its source; for a rotated one in the rotated space, where every error has the same length.
+
+    `sqnr_db` is None where nothing was lost (or all is zero).
+    """
+
+    component: str
+    name: str
+    dtype: str
+    sqnr_db: float | None
+    cosine: float
+    max_abs_error: float
+
+    @classmethod
+    def of(cls, component: str, name: str, dtype: str, sums: ErrorSums) -> TensorError:
+        sqnr = round(sums.sqnr_db, 3) if math.isfinite(sums.sqnr_db) else None
+        return cls(component, name, dtype, sqnr, round(sums.cosine, 8), float(f"{sums.largest:.6g}"))
+
+    @property
+    def kind(self) -> str:
+        """`blocks.7.self_attn.q.weight` -> `self_attn.q`; all outside the blocks is `rest`."""
+        parts = self.name.removesuffix(".weight").split(".")
+        return ".".join(parts[2:]) if parts[0] == "blocks" else "rest"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a run: its recipe, its bytes, and the error of every tensor whose values changed."""
+
+    recipe: dict[str, Any]
+    source_bytes: int
+    stored_bytes: int
+    tensors: tuple[TensorError, ...]
+
+    def to_json(self) -> str:
+        """The same for the same source and recipe, wherever and however often the run was interrupted."""
+        data = {
+            "recipe": self.recipe,
+            "source_bytes": self.source_bytes,
+            "stored_bytes": self.stored_bytes,
+            "groups": summarize(self.tensors),
+            "tensors": [asdict(error) for error in self.tensors],
+        }
+        return json.dumps(data, indent=1) + "\n"
+
+
+def read_report(model: Path) -> Report:
+    """The report that lies in a store. Raises `CheckpointError` where there is none."""
+    path = model / REPORT_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        errors = tuple(TensorError(**entry) for entry in data["tensors"])
+        return Report(data["recipe"], data["source_bytes"], data["stored_bytes"], errors)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no quantization report: {error}") from error
+
+
+def summarize(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
+    """Per component and kind of tensor: how many, mean and least SQNR in dB, least cosine, largest absolute error."""
+    groups: dict[tuple[str, str], list[TensorError]] = defaultdict(list)
+    for error in errors:
+        groups[error.component, error.kind].append(error)
+    return [_group(component, kind, members) for (component, kind), members in groups.items()]
+
+
+def _group(component: str, kind: str, members: list[TensorError]) -> dict[str, Any]:
+    decibels = [error.sqnr_db for error in members if error.sqnr_db is not None]
+    return {
+        "component": component,
+        "kind": kind,
+        "tensors": len(members),
+        "mean_sqnr_db": round(fmean(decibels), 3) if decibels else None,
+        "min_sqnr_db": min(decibels, default=None),
+        "min_cosine": min(error.cosine for error in members),
+        "max_abs_error": max(error.max_abs_error for error in members),
+    }
+
+
+def summary_table(report: Report) -> Table:
+    """One row per component and kind of linear."""
+    sizes = f"{format_bytes(report.source_bytes)} -> {format_bytes(report.stored_bytes)}"
+    table = Table(title=f"{report.recipe['format']}: {sizes}", caption="SQNR in dB, mean and least", box=box.SIMPLE_HEAD)
+    for name in ("component", "kind"):
+        table.add_column(name, no_wrap=True)
+    for name in ("n", "SQNR", "least", "min cosine", "max error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in summarize(report.tensors):
+        means = ["exact" if group[key] is None else f"{group[key]:.2f}" for key in ("mean_sqnr_db", "min_sqnr_db")]
+        values = (str(group["tensors"]), *means, f"{group['min_cosine']:.6f}", f"{group['max_abs_error']:.3g}")
+        table.add_row(group["component"], group["kind"], *values)
+    return table

@@ -1,0 +1,72 @@
+"""The journal of a run: its identity, and the error of every tensor that lost anything.
+
+JSON lines, the identity first. The identity is synced before anything else is written; the rest is a note (what is written,
+the writer's own journals say): a line that a crash took is made again from the source.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from lowvram.checkpoint.disk import output_error, write_all
+from lowvram_quantize.recipe import check_same
+from lowvram_quantize.report import TensorError
+
+
+class RunState:
+    """Errors by (component, tensor). Its file's existence says that the source was searched for NaN and found clean."""
+
+    def __init__(self, path: Path, identity: dict[str, str]) -> None:
+        """Starts the journal, or continues the one at `path`. Raises `ResumeError` where that has another identity."""
+        self.path = path
+        self.errors: dict[tuple[str, str], TensorError] = {}
+        kept = _whole_lines(path)
+        if kept:
+            check_same(json.loads(kept[0])["identity"], identity, str(path.parent))
+        for line in kept[1:]:
+            error = TensorError(**json.loads(line))
+            self.errors[error.component, error.name] = error
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            os.ftruncate(self._fd, os.lseek(self._fd, sum(len(line) for line in kept), os.SEEK_SET))
+            if not kept:
+                self._append({"identity": identity})
+                os.fsync(self._fd)
+        except OSError as error:
+            raise output_error(path, error) from error
+
+    def __enter__(self) -> RunState:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._fd)
+
+    def add(self, error: TensorError) -> None:
+        self.errors[error.component, error.name] = error
+        try:
+            self._append(asdict(error))
+        except OSError as failure:
+            raise output_error(self.path, failure, "make room and go on with --resume") from failure
+
+    def _append(self, entry: object) -> None:
+        write_all(self._fd, json.dumps(entry).encode() + b"\n")
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines up to the first that a crash cut or garbled."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
+        except ValueError:
+            whole = False
+        if not whole:
+            break
+        lines.append(line)
+    return lines

@@ -1,0 +1,233 @@
+"""Trains the demo model from nothing: a small Wan VAE, then one DiT with its text encoder, then the two experts.
+
+    python scripts/train_demo.py --work build/demo            # every stage, resuming where the last run stopped
+    python scripts/train_demo.py --work build/demo --stage vae-image
+
+Everything is drawn by `lowvram.demo.scenes`, so there is no data set. Each stage is seeded, saves its state every
+`SAVE_EVERY` steps and continues from it. `export` writes the official file layout that `lowvram quantize` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import demo_models as networks
+import diffusers.models.autoencoders.autoencoder_kl_wan as wan_vae
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+
+from lowvram.demo import scenes
+
+SAVE_EVERY = 200
+BOUNDARY = 0.875
+BATCH = 16
+NO_CAPTION = 0.1  # share of training clips whose caption is dropped, for classifier-free guidance
+TRAIN_SHIFTS = (1.0, 5.0)  # half the noise levels lie evenly, half as on a grid of this shift
+
+LossOf = Callable[[int, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with warm-up, then a cosine from `peak_lr` that would end at `horizon` steps; `ema` is the weight average's decay."""
+
+    steps: int
+    peak_lr: float
+    ema: float
+    horizon: int = 0
+
+    def lr(self, step: int) -> float:
+        return self.peak_lr * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / (self.horizon or self.steps))) + 1e-6
+
+
+def train(path: Path, modules: nn.ModuleDict, schedule: Schedule, loss_of: LossOf) -> None:
+    """`path` holds weights, optimiser, average and step, and is replaced atomically."""
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=schedule.peak_lr, betas=(0.9, 0.99), weight_decay=0.01)
+    average = {name: value.clone() for name, value in modules.state_dict().items()}
+    start, steps = 0, schedule.steps
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        modules.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, start = state["average"], state["step"]
+    began, shown = time.time(), 0.0
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr(step)
+        loss = loss_of(step, torch.Generator().manual_seed(step * 1000003 + len(path.stem)))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        shown = 0.98 * shown + 0.02 * loss.item() if shown else loss.item()
+        decay = min(schedule.ema, (1 + step) / (10 + step))
+        weights = modules.state_dict()
+        torch._foreach_lerp_(list(average.values()), [weights[name] for name in average], 1 - decay)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            save(path, {"weights": weights, "optimizer": optimizer.state_dict(), "average": average, "step": step + 1})
+            rate = (time.time() - began) / (step + 1 - start)
+            print(f"{path.stem} {step + 1}/{steps} loss {shown:.5f} {rate:.3f} s/step, {(steps - step - 1) * rate / 60:.1f} min left", flush=True)
+
+
+def save(path: Path, state: dict) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def averaged(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True, map_location="cpu")["average"]
+
+
+def vae_loss(vae: AutoencoderKLWan, clip: Tensor, generator: torch.Generator) -> Tensor:
+    """L1 + L2 of the reconstruction; latents get 5 % noise so that the DiT's small errors stay small in pixels."""
+    clip = clip.to(vae.device)
+    latents = vae.encode(clip).latent_dist.mode()
+    scale = latents.detach().std(dim=(0, 2, 3, 4), keepdim=True)
+    noisy = latents + 0.05 * scale * torch.randn(latents.shape, generator=generator).to(vae.device)
+    error = vae.decode(noisy).sample - clip
+    return error.abs().mean() + error.square().mean() + 1e-4 * latents.square().mean()
+
+
+def train_vae_image(work: Path, device: torch.device) -> None:
+    vae = networks.new_vae().to(device)
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        return vae_loss(vae, scenes.render_collage(generator, 32, 1, 32), generator)
+
+    train(work / "vae-image.pt", nn.ModuleDict({"vae": vae}), Schedule(3000, 3e-3, ema=0.99, horizon=5000), loss_of)
+
+
+def train_vae_video(work: Path, device: torch.device) -> None:
+    modules = nn.ModuleDict({"vae": networks.new_vae().to(device)})
+    modules.load_state_dict(averaged(work / "vae-image.pt"))
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        frames, size, batch = ((5, 32, 6), (9, 32, 4), (17, 32, 2), (5, 48, 3), (9, 32, 4), (17, 32, 2))[step % 6]
+        return vae_loss(modules["vae"], scenes.render_collage(generator, batch, frames, size, figures=4), generator)
+
+    train(work / "vae-video.pt", modules, Schedule(2400, 1.5e-3, ema=0.99), loss_of)
+
+
+@torch.no_grad()
+def cache_latents(work: Path, device: torch.device, clips: int = 2400) -> None:
+    """Encodes `clips` random clips, folds their statistics into the VAE, and keeps the normalised latents with their captions."""
+    if (work / "latents.pt").exists():
+        return
+    vae = networks.new_vae().to(device)
+    vae.load_state_dict({name.removeprefix("vae."): value for name, value in averaged(work / "vae-video.pt").items()})
+    rng, began = random.Random(11), time.time()
+    captions, latents = [], []
+    while len(captions) < clips:
+        chosen = [scenes.training_scene(rng) for _ in range(8)]
+        batch = torch.stack([scenes.render(scene, rng) for scene in chosen]).to(device)
+        latents.append(vae.encode(batch).latent_dist.mode().cpu())
+        captions += [scene.caption() for scene in chosen]
+        if len(captions) % SAVE_EVERY == 0:
+            print(f"latents {len(captions)}/{clips} {(time.time() - began) / len(captions):.3f} s/clip", flush=True)
+    values = torch.cat(latents)
+    mean, std = values.mean(dim=(0, 2, 3, 4)), values.std(dim=(0, 2, 3, 4))
+    networks.fold_statistics(vae.cpu(), mean, std)
+    save(work / "vae.pt", vae.state_dict())
+    normal = (values - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+    save(work / "latents.pt", {"latents": normal.half(), "ids": networks.token_ids(captions)})
+
+
+def noise_levels(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """`count` sigmas within low..high, stratified, each on an even grid of one of `TRAIN_SHIFTS`."""
+    u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    k = torch.tensor(TRAIN_SHIFTS).repeat(count // len(TRAIN_SHIFTS) + 1)[:count]
+    first, last = low / (k - (k - 1) * low), high / (k - (k - 1) * high)
+    u = first + (last - first) * u
+    return k * u / (1 + (k - 1) * u)
+
+
+class Clips:
+    """Random batches of the cached latents and their captions' ids."""
+
+    def __init__(self, work: Path, device: torch.device) -> None:
+        cache = torch.load(work / "latents.pt", weights_only=True)
+        self.latents, self.ids = cache["latents"].float(), cache["ids"]
+        self.none, self.device = networks.unconditional_ids(), device
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        index = torch.randint(len(self.latents), (BATCH,), generator=generator)
+        dropped = torch.rand(BATCH, 1, generator=generator) < NO_CAPTION
+        none = self.none[torch.randint(len(self.none), (BATCH,), generator=generator)]
+        return self.latents[index].to(self.device), torch.where(dropped, none, self.ids[index]).to(self.device)
+
+
+def flow_loss(dit: WanTransformer3DModel, latents: Tensor, features: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    """|| v(x_sigma, 1000 sigma) - (noise - x0) ||^2 with x_sigma = (1 - sigma) x0 + sigma noise."""
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    sigma = sigma.to(latents.device)
+    mixed = latents + sigma.view(-1, 1, 1, 1, 1) * (noise - latents)
+    (velocity,) = dit(mixed, 1000 * sigma, encoder_hidden_states=features, return_dict=False)
+    return F.mse_loss(velocity, noise - latents)
+
+
+def train_dit(work: Path, device: torch.device) -> None:
+    """One DiT for every noise level, jointly with the text encoder."""
+    modules = nn.ModuleDict({"dit": networks.new_dit(), "text": networks.new_text_encoder()}).to(device)
+    clips = Clips(work, device)
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        latents, ids = clips.batch(generator)
+        sigma = noise_levels(BATCH, 0.0, 1.0, generator)
+        return flow_loss(modules["dit"], latents, networks.text_features(modules["text"], ids), sigma, generator)
+
+    train(work / "dit.pt", modules, Schedule(9000, 1e-3, ema=0.999), loss_of)
+
+
+def train_expert(work: Path, device: torch.device, name: str, low: float, high: float) -> None:
+    """The shared DiT, continued on its own noise levels with the text encoder frozen."""
+    shared = nn.ModuleDict({"dit": networks.new_dit(), "text": networks.new_text_encoder()})
+    shared.load_state_dict(averaged(work / "dit.pt"))
+    dit, text = shared["dit"].to(device), shared["text"].to(device).requires_grad_(False)
+    clips = Clips(work, device)
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        latents, ids = clips.batch(generator)
+        return flow_loss(dit, latents, networks.text_features(text, ids), noise_levels(BATCH, low, high, generator), generator)
+
+    train(work / f"{name}.pt", nn.ModuleDict({"dit": dit}), Schedule(2600, 4e-4, ema=0.998), loss_of)
+
+
+def train_experts(work: Path, device: torch.device) -> None:
+    train_expert(work, device, "high-noise", BOUNDARY, 1.0)
+    train_expert(work, device, "low-noise", 0.0, BOUNDARY)
+
+
+STAGES: dict[str, Callable[[Path, torch.device], None]] = {
+    "vae-image": train_vae_image,
+    "vae-video": train_vae_video,
+    "latents": cache_latents,
+    "dit": train_dit,
+    "experts": train_experts,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    networks.fast_single_frame(wan_vae.WanCausalConv3d)
+    for name, run in STAGES.items():
+        if args.stage in (name, "all"):
+            run(args.work, args.device)
+
+
+if __name__ == "__main__":
+    main()
