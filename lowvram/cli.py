@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+
+from lowvram.config import parse_size
 
 from lowvram.errors import LowvramError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from lowvram.pipeline import Pipeline, Video
 
+console = Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """Exit codes: 0 done, 1 failed (one line; `--debug` for the traceback), 2 wrong usage, 130 interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LowvramError as error:
+            if ctx.params.get("debug"):
+                raise
+            console.print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            console.print("interrupted")
+            raise typer.Exit(130) from error
+
+
 app = typer.Typer(
+    cls=Commands,
     help="All of Wan2.2 A14B on one consumer GPU, within the VRAM and RAM you name.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
 Vram = Annotated[str, typer.Option(help="VRAM budget: 8GiB, 8GB, 8192MiB or auto.")]
@@ -121,13 +142,13 @@ def generate(
     pipeline = load(model, vram, ram, device)
     settings = {
         "negative_prompt": negative_prompt,
-        "size": _size(size),
+        "size": None if size is None else parse_size(size),
         "frames": frames,
         "steps": steps,
         "shift": shift,
         "guidance_high": guidance_high,
         "guidance_low": guidance_low,
-        "seed": _seed(seed),
+        "seed": secrets.randbelow(2**31) if seed == -1 else seed,
         "solver": solver,
     }
     request = pipeline.request(text, **settings)
@@ -176,18 +197,6 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise LowvramError(f"the prompt file {prompt_file} is not UTF-8 text: save it as UTF-8") from error
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    from lowvram.config import parse_size
-
-    return None if text is None else parse_size(text)
-
-
-def _seed(seed: int) -> int:
-    import secrets
-
-    return secrets.randbelow(2**31) if seed == -1 else seed
-
-
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Folder of a quantized model, or a variant such as t2v-a14b.")],
@@ -218,9 +227,10 @@ def inspect(
 ) -> None:
     """Say what a file or a model is, and whether it is whole."""
     from lowvram.checkpoint.inspect import inspect_path
-    from lowvram.terminal import inspect_table
+    from lowvram.terminal import inspect_table, verify_progress
 
-    found = inspect_path(path, verify)
+    with verify_progress(console) as listener:
+        found = inspect_path(path, verify, listener)
     if as_json:
         print(json.dumps(found))
     else:
@@ -244,18 +254,5 @@ def doctor(
 
 
 def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    try:
-        code = app(standalone_mode=False)
-    except LowvramError as error:
-        if "--debug" in sys.argv:
-            raise
-        console.print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        console.print("interrupted")
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+    """Runs the command line."""
+    app()

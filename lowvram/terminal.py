@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from lowvram import progress
 from lowvram.config import format_bytes
 
 if TYPE_CHECKING:
+    from lowvram_quantize.progress import Progress as QuantizeProgress
+
     from lowvram.memory.plan import MemoryPlan
 
 LABELS = {
@@ -38,9 +41,16 @@ def duration(seconds: float) -> str:
 @contextmanager
 def generation_progress(console: Console) -> Iterator[progress.Listener]:
     """One bar per phase; the time left is the pipeline's own estimate."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=console) as shown:
+    with RichProgress(*columns, console=console) as shown:
 
         def listen(event: progress.Progress) -> None:
             if event.phase not in bars:
@@ -82,3 +92,72 @@ def plan_line(plan: MemoryPlan) -> str:
         f"plan: {format_bytes(plan.peak_vram_bytes)} VRAM and {format_bytes(plan.peak_ram_bytes)} RAM at most, "
         f"{choice.resident_blocks} of {plan.num_blocks} blocks resident, {choice.host_blocks} in RAM, chunks of {choice.chunk_tokens} tokens"
     )
+
+
+@contextmanager
+def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress], None]]:
+    """One bar for the search for NaN and one for the writing, with bytes, speed and time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[tensor]}", style="dim"),
+    )
+    labels = {"scan": "checking the source", "quantize": "quantizing"}
+    bars: dict[str, TaskID] = {}
+    with RichProgress(*columns, console=console) as shown:
+
+        def listen(event: QuantizeProgress) -> None:
+            if event.phase not in bars:
+                bars[event.phase] = shown.add_task(labels[event.phase], total=event.total_bytes, speed="", left="", tensor="")
+            over = event.done_bytes >= event.total_bytes
+            shown.update(
+                bars[event.phase],
+                completed=event.done_bytes,
+                speed=f"{format_bytes(event.bytes_per_s)}/s",
+                left="" if over else f"{duration(event.left_s)} left",
+                tensor="" if over else f"{event.component} {event.tensor}",
+            )
+
+        yield listen
+
+
+@contextmanager
+def verify_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """One bar over the bytes hashed."""
+    with RichProgress(TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), console=console, transient=True) as shown:
+        bar = shown.add_task("verifying", total=None)
+        yield lambda done, total: shown.update(bar, completed=done, total=total)
+
+
+def inspect_table(found: dict[str, Any]) -> Table:
+    """What `inspect_path` found: a row per component, or the one file."""
+    title = {"store": "quantized model", "source": f"{found.get('layout')} checkpoint"}.get(found["kind"], found["kind"])
+    facts = [str(found[key]) for key in ("format", "dialect", "component") if found.get(key)]
+    table = Table(title=f"{found['path']}: {title}{', ' + ', '.join(facts) if facts else ''}")
+    for name in ("component", "tensors", "bytes", "dtypes"):
+        table.add_column(name, justify="left" if name in ("component", "dtypes") else "right")
+    for component, part in found.get("components", {found.get("component") or "file": found}).items():
+        dtypes = ", ".join(f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in part["dtypes"].items())
+        table.add_row(component, f"{part['tensors']:,}", format_bytes(part["bytes"]), dtypes)
+    if "config" in found:
+        dit = found["config"]["dit"]
+        table.caption = f"{found['config']['variant']}: {dit['num_layers']} blocks, dim {dit['dim']}, ffn {dit['ffn_dim']}, {dit['num_heads']} heads"
+    if found.get("verified"):
+        table.caption = f"{table.caption}; every tensor agrees with its hash"
+    return table
+
+
+def doctor_table(report: dict[str, Any]) -> Table:
+    """A line per finding, with what to do about it."""
+    table = Table(title="lowvram doctor")
+    for name in ("what", "status", "detail", "advice"):
+        table.add_column(name, overflow="fold")
+    styles = {"ok": "green", "warn": "yellow", "missing": "red"}
+    for finding in report["findings"]:
+        status = finding["status"]
+        table.add_row(finding["name"], f"[{styles[status]}]{status}[/]", finding["detail"], finding["advice"])
+    return table

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import html
+import json
 import string
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import diffusers.models.autoencoders.autoencoder_kl_wan as wan_vae
-import ftfy
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from lowvram.config import DEFAULT_NEGATIVE_PROMPT
+from lowvram.checkpoint.names import official_from_diffusers_dit, official_from_diffusers_vae, official_from_transformers_text
+from lowvram.config import DEFAULT_NEGATIVE_PROMPT, VAEConfig
 from lowvram.demo import scenes
+from lowvram.prompt import clean_prompt
 
 TEXT_LEN = 32
 PAD, END, START, UNKNOWN = range(4)
 
 VAE_CONFIG = {
-    "base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 3, 3], "num_res_blocks": 1, "attn_scales": [], "temperal_downsample": [False, True, True],
+    "base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 3, 3], "num_res_blocks": 1, "attn_scales": [],
+    "temperal_downsample": [False, True, True],
 }  # fmt: skip
 DIT_CONFIG = {
     "patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "text_dim": 256,
@@ -32,17 +38,66 @@ TEXT_CONFIG = {
     "relative_attention_max_distance": 128, "dropout_rate": 0.0, "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6,
 }  # fmt: skip
 
+OFFICIAL_CONFIG = {
+    "model_type": "t2v", "text_len": TEXT_LEN, "text_dim": 256, "in_dim": 16, "dim": 256, "ffn_dim": 512, "freq_dim": 256, "out_dim": 16,
+    "num_heads": 4, "num_layers": 4, "eps": 1e-6,
+}  # fmt: skip
 
-def fast_single_frame(module: type[nn.Conv3d]) -> None:
-    """A causal 3-D convolution of one frame sees two zero frames before it: only its last time slice counts."""
-    whole_clip = module.forward
 
-    def forward(self: nn.Conv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        if cache_x is None and x.shape[2] == 1 and self.kernel_size[0] == 3 and self._padding[4] == 2:
-            return F.conv2d(F.pad(x[:, :, 0], self._padding[:4]), self.weight[:, :, -1], self.bias).unsqueeze(2)
-        return whole_clip(self, x, cache_x)
+def resample_clip(layer: wan_vae.WanResample, x: Tensor) -> Tensor:
+    """Wan's resampling of a whole clip at once; the first frame stands alone in time. x: [B, C, T, H, W]."""
+    first, rest = x[:, :, :1], x[:, :, 1:]
+    if layer.mode == "upsample3d" and rest.shape[2]:
+        pairs = layer.time_conv(rest).unflatten(1, (2, -1))  # [B, 2, C, T - 1, H, W]
+        x = torch.cat([first, pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], 2)
+    x = layer.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+    if layer.mode == "downsample3d" and x.shape[2] > 1:
+        x = torch.cat([x[:, :, :1], layer.time_conv(x)], 2)
+    return x
 
-    module.forward = forward
+
+def causal_convolution(layer: wan_vae.WanCausalConv3d, x: Tensor) -> Tensor:
+    """A single frame sees two zero frames before it: only the kernel's last time slice counts, and a 2-D convolution is faster."""
+    if x.shape[2] == 1 and layer.kernel_size[0] == 3 and layer._padding[4] == 2:
+        return F.conv2d(F.pad(x[:, :, 0], layer._padding[:4]), layer.weight[:, :, -1], layer.bias).unsqueeze(2)
+    return F.conv3d(F.pad(x, layer._padding), layer.weight, layer.bias, layer.stride)
+
+
+def rms_norm(layer: wan_vae.WanRMS_norm, x: Tensor) -> Tensor:
+    return x * (x.float().square().sum(1, keepdim=True).clamp_min(1e-12).rsqrt() * layer.scale * layer.gamma)
+
+
+def use_whole_clips() -> None:
+    """Lets the VAE's encoder and decoder take whole clips instead of chunks with caches: equal results, several times faster to train."""
+    chunked = wan_vae.WanResample.forward, wan_vae.WanCausalConv3d.forward
+
+    def resample(self: wan_vae.WanResample, x: Tensor, feat_cache: list | None = None, feat_idx: list[int] | None = None) -> Tensor:
+        return resample_clip(self, x) if feat_cache is None else chunked[0](self, x, feat_cache, feat_idx)
+
+    def convolution(self: wan_vae.WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        return causal_convolution(self, x) if cache_x is None and self.stride[0] == 1 else chunked[1](self, x, cache_x)
+
+    wan_vae.WanResample.forward, wan_vae.WanCausalConv3d.forward, wan_vae.WanRMS_norm.forward = resample, convolution, rms_norm
+
+
+def use_float_attention() -> None:
+    """Keeps attention in float32 under autocast: on a CPU its backward pass in bfloat16 costs more than all the rest."""
+    attention = F.scaled_dot_product_attention
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            return attention(query.float(), key.float(), value.float(), *args, **kwargs)
+
+    F.scaled_dot_product_attention = forward
+
+
+def encode(vae: AutoencoderKLWan, clip: Tensor) -> Tensor:
+    """clip: [B, 3, 4n + 1, H, W] in -1..1. Returns the latents' means, not normalised."""
+    return vae.quant_conv(vae.encoder(clip)).chunk(2, dim=1)[0]
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    return vae.decoder(vae.post_quant_conv(latents))
 
 
 def new_vae() -> AutoencoderKLWan:
@@ -109,17 +164,12 @@ def new_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def clean(text: str) -> str:
-    """The official cleaning of a prompt before it is tokenised."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
-
-
 def token_ids(texts: list[str]) -> Tensor:
     """[len(texts), TEXT_LEN] int64, padded with 0 on the right."""
     tokenizer = new_tokenizer()
     tokenizer.enable_truncation(TEXT_LEN)
     tokenizer.enable_padding(pad_id=PAD, length=TEXT_LEN)
-    return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch([clean(text) for text in texts])])
+    return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch([clean_prompt(text) for text in texts])])
 
 
 def unconditional_ids() -> Tensor:
@@ -133,3 +183,31 @@ def text_features(encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
     longest = int(mask.sum(1).max())
     features = encoder(ids[:, :longest], attention_mask=mask[:, :longest].long()).last_hidden_state
     return F.pad(features * mask[:, :longest].unsqueeze(-1), (0, 0, 0, TEXT_LEN - longest))
+
+
+def official_tensors(modules: nn.Module, official_name: Callable[[str], str | None]) -> dict[str, Tensor]:
+    """The module's tensors by official name, in bfloat16."""
+    tensors = {}
+    for name, value in modules.state_dict().items():
+        official = official_name(name)
+        if official is None:
+            raise ValueError(f"{name} has no official name")
+        tensors[official] = value.detach().cpu().bfloat16().contiguous()
+    return tensors
+
+
+def write_official(root: Path, experts: dict[str, nn.Module], text: nn.Module, vae: nn.Module, defaults: dict[str, int | float]) -> None:
+    """The layout of Wan-AI/Wan2.2-T2V-A14B, with `lowvram_defaults.json` beside it."""
+    vae_config = VAEConfig(VAE_CONFIG["base_dim"], 16, tuple(VAE_CONFIG["dim_mult"]), VAE_CONFIG["num_res_blocks"])
+    for name, dit in experts.items():
+        folder = root / f"{name}_model"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(OFFICIAL_CONFIG, indent=2) + "\n")
+        save_file(official_tensors(dit, official_from_diffusers_dit), folder / "diffusion_pytorch_model.safetensors")
+    save_file(official_tensors(text, official_from_transformers_text), root / "models_t5_umt5-xxl-enc-bf16.safetensors")
+    vae_names = partial(official_from_diffusers_vae, config=vae_config)
+    save_file(official_tensors(vae, vae_names), root / "Wan2.1_VAE.safetensors")
+    tokenizer = root / "google" / "umt5-xxl" / "tokenizer.json"
+    tokenizer.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.write_text(new_tokenizer().to_str(pretty=True) + "\n")
+    (root / "lowvram_defaults.json").write_text(json.dumps(defaults, indent=2) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,13 @@ def tiny_weights(config: ModelConfig, component: str, seed: int = 0, dtype: torc
 
     The default dtypes are those of the official files: experts and VAE in fp32, text encoder in bf16.
     """
-    generator = torch.Generator().manual_seed(seed * 1000 + COMPONENTS.index(component))
     dtype = dtype or (torch.bfloat16 if component == "text_encoder" else torch.float32)
+    return {name: tensor.clone() for name, tensor in _weights(config, component, seed, dtype).items()}
+
+
+@lru_cache(maxsize=64)
+def _weights(config: ModelConfig, component: str, seed: int, dtype: torch.dtype) -> Weights:
+    generator = torch.Generator().manual_seed(seed * 1000 + COMPONENTS.index(component))
     return {
         name: _random(name, shape, generator).to(dtype).contiguous()
         for name, shape in component_shapes(config, component).items()

@@ -38,13 +38,14 @@ def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Te
     v: [H, head_dim, ceil(N / 64) * 64] int8, v_scale: [H, head_dim, ceil(N / 64)] float32; out: [M, H * head_dim] float32 or bfloat16.
     Both products are exact integers; probabilities are rounded to 0..255 against the row maximum of their own tile, and
     the sum they are divided by is the sum of those rounded values. The running maximum, sum and output are fp32.
-    A query's result depends on no other query.
+    A query's result depends on no other query: on a CPU that takes `exp`, because torch's `exp2` rounds the last elements of an
+    array unlike the others.
     """
     num_heads, num_queries, head_dim = q.shape
     num_keys = k.shape[1]
     if v.shape[-1] != math.ceil(num_keys / KEY_TILE) * KEY_TILE:
         raise UnsupportedError(f"{num_keys} keys need {math.ceil(num_keys / KEY_TILE) * KEY_TILE} value columns, got {v.shape[-1]}")
-    to_log2 = (q_scale * (math.log2(math.e) / math.sqrt(head_dim))).unsqueeze(-1)  # [H, M, 1]
+    query_scale = (q_scale / math.sqrt(head_dim)).unsqueeze(-1)  # [H, M, 1]
     queries = q.float()
     maximum = q_scale.new_full((num_heads, num_queries, 1), -math.inf)
     total = torch.zeros_like(maximum)
@@ -52,13 +53,13 @@ def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Te
     for tile in range(v.shape[-1] // KEY_TILE):
         keys = slice(tile * KEY_TILE, min((tile + 1) * KEY_TILE, num_keys))
         # Sums of at most 256 products of int8 stay below 2^24, so the fp32 product is the exact integer.
-        logits = (queries @ k[:, keys].float().transpose(1, 2)) * to_log2 * k_scale[:, keys].unsqueeze(1)
+        logits = (queries @ k[:, keys].float().transpose(1, 2)) * query_scale * k_scale[:, keys].unsqueeze(1)
         tile_maximum = logits.amax(dim=-1, keepdim=True)
-        p = ((logits - tile_maximum).exp2() * P_MAX).round_()
+        p = ((logits - tile_maximum).exp() * P_MAX).round_()
         values = v[:, :, tile * KEY_TILE : tile * KEY_TILE + p.shape[-1]].float()
         product = (p @ values.transpose(1, 2)) * v_scale[:, :, tile].unsqueeze(1)
         new_maximum = torch.maximum(maximum, tile_maximum)
-        decay, weight = (maximum - new_maximum).exp2(), (tile_maximum - new_maximum).exp2()
+        decay, weight = (maximum - new_maximum).exp(), (tile_maximum - new_maximum).exp()
         total = total * decay + p.sum(dim=-1, keepdim=True) * weight
         result = result * decay + product * weight
         maximum = new_maximum

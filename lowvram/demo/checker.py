@@ -12,7 +12,7 @@ from lowvram.demo.scenes import COLORS, GROUNDS, Scene
 
 UNKNOWN = "unknown"
 COLOR_TOLERANCE = 0.3  # RGB distance, of sides 1, within which a colour has its name
-SECOND_FIGURE = 0.35  # a second figure's core has at least this share of the first one's
+SECOND_FIGURE = 0.12  # a second figure's core has at least this share of the first one's
 MIN_CORE = 6  # pixels of core that a figure shows in a frame where it is measured
 GROWTH = 1.9  # last area over first that counts as growing
 TRAVEL = 8.0  # pixels (of a 64-pixel frame) that count as moving
@@ -50,7 +50,9 @@ def describe(frames: Any) -> Scene:
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"frames are {pixels.dtype} {pixels.shape}: [F, H, W, 3] uint8 is expected")
     clip = pixels.astype(np.float64) / 255
-    edge = np.concatenate([clip[:, :2].reshape(-1, 3), clip[:, -2:].reshape(-1, 3), clip[:, :, :2].reshape(-1, 3), clip[:, :, -2:].reshape(-1, 3)])
+    edge = np.concatenate(
+        [clip[:, :2].reshape(-1, 3), clip[:, -2:].reshape(-1, 3), clip[:, :, :2].reshape(-1, 3), clip[:, :, -2:].reshape(-1, 3)]
+    )
     ground = np.median(edge, axis=0)
     name = _name(ground, GROUNDS)
     figures, motions = [], set()

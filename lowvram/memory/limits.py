@@ -48,7 +48,7 @@ def _groups(root: Path, controller: str, version: int) -> list[tuple[Path, int]]
     base = root / "sys/fs/cgroup" / controller
     groups = []
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controller in controllers.split(",") and (version == 1 or not controllers):
             own = base / path.strip("/")
             groups += [folder for folder in (own, *own.parents) if folder == base or base in folder.parents]

@@ -1,173 +1,118 @@
-"""What the machine has, measured or asked, and what is missing. Torch and Triton load only inside the functions that ask them."""
+"""What a run may count on here, and the findings of `lowvram doctor`: what is there, what is missing, and how to get it."""
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-import time
+import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lowvram.memory.limits import cpu_count, host_memory
+from lowvram.config import format_bytes
+from lowvram.memory.limits import host_memory
+from lowvram.memory.machine import Machine, probe_machine
 
-DISK_PROBE_BYTES = 64 << 20
-LINK_PROBE_BYTES = 256 << 20
-PACKAGES = ("lowvram", "torch", "triton", "diffusers", "safetensors", "tokenizers", "optimum-quanto", "av")
+__all__ = ["Finding", "Machine", "doctor_report", "free_ram_bytes", "probe_machine", "total_ram_bytes"]
+
+MIN_VRAM_BYTES = 5 << 30  # of the A14B models, at 480p
+MIN_RAM_BYTES = 6 << 30
+STORE_BYTES = 36 * 10**9  # a quantized A14B model: two experts, text encoder, VAE
+SLOW_DISK_BYTES_S = 1e9
+INT8_CAPABILITY = (8, 0)  # Ampere: the oldest with the tensor cores that the kernels are written for
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One CUDA (or ROCm) device. link_bytes_s: host to device from pinned memory, None where it was not measured."""
+class Finding:
+    """status: ok, warn (works, but slower or less) or missing. advice is empty where there is nothing to do."""
 
     name: str
-    total_bytes: int
-    free_bytes: int
-    capability: tuple[int, int]
-    architecture: str
-    link_bytes_s: float | None = None
+    status: str
+    detail: str
+    advice: str = ""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What one run may count on. triton_reason is empty where Triton works, else it says why not."""
-
-    system: str
-    python: str
-    cpu_count: int
-    ram_total_bytes: int
-    ram_free_bytes: int
-    ram_limited_by: str
-    gpu: Gpu | None
-    gpu_reason: str
-    disk_free_bytes: int | None
-    disk_read_bytes_s: float | None
-    triton_works: bool
-    triton_reason: str
-    versions: dict[str, str | None]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+def free_ram_bytes() -> int:
+    """Host memory that this process can still have, within the limits of its control groups."""
+    return host_memory().free_bytes
 
 
-def probe_machine(folder: Path | None = None, *, measure: bool = False) -> Machine:
-    """Asks the machine; with `measure` also reads a small file in `folder` and copies to the GPU, about a second in all."""
-    memory = host_memory()
-    gpu, gpu_reason = find_gpu(measure)
-    triton_reason = why_triton_fails(gpu is not None)
-    return Machine(
-        system=f"{platform.system()} {platform.machine()}",
-        python=platform.python_version(),
-        cpu_count=cpu_count(),
-        ram_total_bytes=memory.total_bytes,
-        ram_free_bytes=memory.free_bytes,
-        ram_limited_by=memory.limited_by,
-        gpu=gpu,
-        gpu_reason=gpu_reason,
-        disk_free_bytes=disk_free(folder) if folder else None,
-        disk_read_bytes_s=disk_read_speed(folder) if folder and measure else None,
-        triton_works=not triton_reason,
-        triton_reason=triton_reason,
-        versions={name: _version(name) for name in PACKAGES},
-    )
+def total_ram_bytes() -> int:
+    """Host memory of the machine, or what this process' control groups allow of it."""
+    return host_memory().total_bytes
 
 
-def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
-    """The current device, or None and the reason."""
+def doctor_report(path: Path, machine: Machine | None = None) -> dict[str, Any]:
+    """{"ok": nothing is missing, "findings": […], "machine": {…}}; disk room and speed are those of `path`."""
+    machine = machine or probe_machine(path, measure=True)
+    findings = [_gpu(machine), _triton(machine), _ram(machine), _disk_room(machine, path), _disk_speed(machine)]
+    findings += [_packages(machine), _encoder()]
+    ok = all(finding.status != "missing" for finding in findings)
+    return {"ok": ok, "findings": [asdict(finding) for finding in findings], "machine": machine.to_dict()}
+
+
+def _gpu(machine: Machine) -> Finding:
+    gpu = machine.gpu
+    if gpu is None:
+        built_without = "without GPU" in machine.gpu_reason
+        advice = "install torch for your GPU (pytorch.org, Get started)" if built_without else "install the GPU's driver and start again"
+        return Finding("GPU", "warn", machine.gpu_reason, f"for anything larger than the demo, {advice}")
+    link = f", link {format_bytes(gpu.link_bytes_s)}/s" if gpu.link_bytes_s else ""
+    detail = f"{gpu.name} ({gpu.architecture}), {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free{link}"
+    if gpu.capability < INT8_CAPABILITY and gpu.architecture.startswith("sm_"):
+        return Finding("GPU", "warn", detail, "the int8 kernels need an RTX 30 or later: here their slow reference runs")
+    if gpu.free_bytes < MIN_VRAM_BYTES:
+        return Finding("GPU", "warn", detail, f"close what else uses the GPU: the A14B models want {format_bytes(MIN_VRAM_BYTES)}")
+    return Finding("GPU", "ok", detail)
+
+
+def _triton(machine: Machine) -> Finding:
+    if machine.triton_works:
+        return Finding("Triton", "ok", f"version {machine.versions.get('triton')}")
+    if machine.gpu is None:
+        return Finding("Triton", "ok", f"not needed without a GPU ({machine.triton_reason})")
+    package = "triton-windows" if sys.platform == "win32" else "triton"
+    advice = f"install {package} in the version that your torch names, and a C compiler; until then the slow reference runs"
+    return Finding("Triton", "warn", machine.triton_reason, advice)
+
+
+def _ram(machine: Machine) -> Finding:
+    limit = "" if machine.ram_limited_by == "machine" else f" (limit of {machine.ram_limited_by})"
+    detail = f"{format_bytes(machine.ram_free_bytes)} of {format_bytes(machine.ram_total_bytes)} free{limit}"
+    if machine.ram_free_bytes < MIN_RAM_BYTES:
+        return Finding("RAM", "warn", detail, f"close other programs: the A14B models want {format_bytes(MIN_RAM_BYTES)}")
+    return Finding("RAM", "ok", detail)
+
+
+def _disk_room(machine: Machine, path: Path) -> Finding:
+    if machine.disk_free_bytes is None:
+        return Finding("disk room", "warn", f"cannot be told for {path}", "name a folder that exists")
+    detail = f"{format_bytes(machine.disk_free_bytes)} free at {path}"
+    if machine.disk_free_bytes < STORE_BYTES:
+        return Finding("disk room", "warn", detail, f"a quantized A14B model takes {format_bytes(STORE_BYTES)}: make room")
+    return Finding("disk room", "ok", detail)
+
+
+def _disk_speed(machine: Machine) -> Finding:
+    speed = machine.disk_read_bytes_s
+    if speed is None:
+        return Finding("disk speed", "ok", "not measured here")
+    if speed < SLOW_DISK_BYTES_S:
+        return Finding("disk speed", "warn", f"{format_bytes(speed)}/s", "weights beyond RAM come from it: an NVMe disk keeps up")
+    return Finding("disk speed", "ok", f"{format_bytes(speed)}/s")
+
+
+def _packages(machine: Machine) -> Finding:
+    absent = [name for name, version in machine.versions.items() if version is None and name not in ("triton", "lowvram")]
+    if absent:
+        return Finding("packages", "missing", f"not installed: {', '.join(absent)}", "install lowvram again, or run scripts/bootstrap.py")
+    listed = ", ".join(f"{name} {version}" for name, version in machine.versions.items() if version)
+    return Finding("packages", "ok", f"Python {machine.python}, {listed}")
+
+
+def _encoder() -> Finding:
     try:
-        import torch
+        import av
     except (ImportError, OSError) as error:
-        return None, f"torch does not load: {_one_line(error)}"
-    if not torch.cuda.is_available():
-        built_for = torch.version.cuda or torch.version.hip
-        reason = "torch sees no GPU: is its driver installed?" if built_for else f"torch {torch.__version__} is built without GPU support"
-        return None, reason
-    try:
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        free, total = torch.cuda.mem_get_info()
-        link = _link_speed() if measure else None
-    except RuntimeError as error:  # a broken driver, or no memory left on the device
-        return None, f"the GPU does not answer: {_one_line(error)}"
-    capability = (int(properties.major), int(properties.minor))
-    architecture = str(getattr(properties, "gcnArchName", "")).split(":")[0] if torch.version.hip else f"sm_{capability[0]}{capability[1]}"
-    return Gpu(str(properties.name), int(total), int(free), capability, architecture, link), ""
-
-
-def why_triton_fails(has_gpu: bool) -> str:
-    """Empty where Triton imports and its driver answers, which takes a working GPU and, at its first use, a C compiler."""
-    try:
-        import triton
-    except (ImportError, OSError) as error:
-        return f"Triton does not load: {_one_line(error)}"
-    if not has_gpu:
-        return "there is no GPU for it"
-    try:
-        triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever its driver and compiler raise is the answer
-        return f"Triton's driver fails: {_one_line(error)}"
-    return ""
-
-
-def disk_free(folder: Path) -> int | None:
-    """Free bytes of the file system that holds `folder`, or will once it is made; None where that cannot be told."""
-    existing = next((place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir()), None)
-    try:
-        return shutil.disk_usage(existing).free if existing else None
-    except OSError:
-        return None
-
-
-def disk_read_speed(folder: Path) -> float | None:
-    """Sequential bytes per second of one read past the page cache; None where it cannot be bypassed or `folder` not written."""
-    if not hasattr(os, "posix_fadvise"):
-        return None
-    place = folder / f".lowvram-probe-{os.getpid()}"
-    try:
-        return _timed_read(place)
-    except OSError:
-        return None
-    finally:
-        place.unlink(missing_ok=True)
-
-
-def _timed_read(place: Path) -> float:
-    piece = os.urandom(1 << 20)
-    with place.open("xb", buffering=0) as file:
-        for _ in range(DISK_PROBE_BYTES >> 20):
-            file.write(piece)
-        os.fsync(file.fileno())
-    buffer = bytearray(8 << 20)
-    with place.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        start, count = time.perf_counter(), 0
-        while got := file.readinto(buffer):
-            count += got
-        return count / max(time.perf_counter() - start, 1e-9)
-
-
-def _link_speed() -> float:
-    import torch
-
-    source = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(source, device="cuda")
-    best = float("inf")
-    for _ in range(3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return LINK_PROBE_BYTES / best
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+        return Finding("video", "missing", f"PyAV does not load: {error}", "install the package av")
+    if "libx264" not in av.codecs_available:
+        return Finding("video", "missing", "PyAV comes without libx264", "install av from PyPI, whose wheels have it")
+    return Finding("video", "ok", f"PyAV {av.__version__} with libx264")

@@ -102,9 +102,9 @@ def make_solver(name: str, schedule: Schedule) -> Solver:
     return solvers[name](schedule)
 
 
-def predictor_order(index: int, steps: int) -> int:
-    """min(2, N - i, finished steps + 1): the first and the last step are of first order."""
-    return min(ORDER, steps - index, index + 1)
+def predictor_order(index: int) -> int:
+    """As many clean samples as there are, at most 2; the official min with N - i changes only the last step, which ends in m_i anyway."""
+    return min(ORDER, index + 1)
 
 
 def predictor_weights(sigmas: Sequence[float], i: int) -> list[float]:
@@ -114,7 +114,7 @@ def predictor_weights(sigmas: Sequence[float], i: int) -> list[float]:
         return [0.0, 1.0]
     h = _log_snr(after) - _log_snr(here)
     k = -(1 - after) * math.expm1(-h)
-    if predictor_order(i, len(sigmas) - 1) == 1:
+    if predictor_order(i) == 1:
         return [after / here, k]
     r = (_log_snr(sigmas[i - 1]) - _log_snr(here)) / h
     return [after / here, k * (1 - 0.5 / r), k * 0.5 / r]
@@ -126,7 +126,7 @@ def corrector_weights(sigmas: Sequence[float], i: int) -> list[float]:
     h = _log_snr(here) - _log_snr(before)
     big_h, b = -h, math.expm1(-h)
     k = -(1 - here) * b
-    if predictor_order(i - 1, len(sigmas) - 1) == 1:
+    if predictor_order(i - 1) == 1:
         return [here / before, 0.5 * k, 0.5 * k]
     r = (_log_snr(sigmas[i - 2]) - _log_snr(before)) / h
     g1 = (b / big_h - 1) / b

@@ -61,7 +61,11 @@ class Build:
             return ComponentManifest(file, writer.header_sha256, run.write(writer))
 
     def _check_source_unchanged(self) -> None:
-        if run_identity(self.recipe, self.source) != self.identity:
+        try:
+            same = run_identity(self.recipe, self.source) == self.identity
+        except OSError:  # a file of it is gone
+            same = False
+        if not same:
             raise CheckpointError(f"{self.source.path} changed while it was read: start again without --resume")
 
     def _report(self, state: RunState) -> Report:

@@ -16,9 +16,9 @@ from lowvram.checkpoint.disk import output_error
 from lowvram.checkpoint.lock import OutputLock
 from lowvram.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from lowvram.checkpoint.source import Source, open_source
-from lowvram.checkpoint.store_layout import ComponentLayout, component_layout
+from lowvram.checkpoint.store_layout import component_layout
 from lowvram.config import COMPONENTS, format_bytes
-from lowvram.errors import CheckpointError, DiskFullError, NonFiniteError, OutputError
+from lowvram.errors import CheckpointError, DiskFullError, LowvramError, NonFiniteError, OutputError
 from lowvram_quantize.build import STATE_NAME, STORE_FILES, Build, commit
 from lowvram_quantize.progress import SCAN, Meter, ProgressCallback
 from lowvram_quantize.recipe import Recipe, check_same, manifest_identity, run_identity
@@ -90,7 +90,9 @@ def _output_folder(model: Path) -> Iterator[None]:
         model.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise output_error(Path(error.filename or model), error, "make room and go on with --resume") from error
+        if error.filename is None:  # not about a file: no memory to map the source, for one
+            raise LowvramError(f"cannot quantize to {model}: {error.strerror or error}: go on with --resume when that is mended") from error
+        raise output_error(Path(error.filename), error, "make room and go on with --resume") from error
     except KeyboardInterrupt:
         if (model / STAGING_NAME).exists():
             _log.warning("interrupted: go on with --resume, what is finished is kept in %s", model / STAGING_NAME)

@@ -17,5 +17,5 @@ FP8 = RowFormat(qfloat8_e4m3fn, rotated=False, round_=_saturate_)
 
 
 def quantize_fp8(weight: Tensor, engine: RowEngine) -> tuple[Tensor, Tensor, ErrorSums]:
-    """`W ≈ q * scale`: q [N, K] float8_e4m3fn, scale [N, 1] fp32. Rounded by torch, since compiled Triton misrounds to e4m3 on some GPUs."""
+    """`W ≈ q * scale`: q [N, K] float8_e4m3fn, scale [N, 1] fp32. Rounded by torch: compiled Triton misrounds to e4m3 on some GPUs."""
     return quantize_rows(engine, weight, FP8)

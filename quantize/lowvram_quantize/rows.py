@@ -155,8 +155,8 @@ def count_nonfinite(engine: RowEngine, tensor: Tensor) -> int:
 
 
 def _count_nonfinite(chunk: Tensor) -> int:
-    if chunk.dtype.itemsize == 1:
-        chunk = chunk.float()  # the 8-bit floats have no comparisons
+    if chunk.dtype.itemsize in (1, 8):
+        chunk = chunk.float()  # 8-bit floats have no comparisons; an fp64 must be finite as the fp32 that is made of it
     if all(math.isfinite(extreme.item()) for extreme in torch.aminmax(chunk)):
         return 0
     return int((~torch.isfinite(chunk)).sum())

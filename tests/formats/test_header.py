@@ -31,7 +31,10 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 
 def pair(first: list[int], second: list[int]) -> dict[str, Any]:
-    return {name: {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]} for name, (start, end) in zip("ab", (first, second), strict=True)}
+    return {
+        name: {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+        for name, (start, end) in zip("ab", (first, second), strict=True)
+    }
 
 
 MALFORMED: dict[str, tuple[Any, type[HeaderError]]] = {

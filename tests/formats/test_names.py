@@ -52,9 +52,7 @@ def test_dit_names_and_shapes_are_those_of_diffusers(config: DiTConfig, count: i
     assert {names.diffusers_dit_from_official(name): shape for name, shape in ours.items()} == reference_dit(config)
 
 
-@pytest.mark.parametrize(
-    ("config", "count"), [(T2V_A14B.text_encoder, 242), (tiny_config().text_encoder, 22)], ids=["UMT5-XXL", "tiny"]
-)
+@pytest.mark.parametrize(("config", "count"), [(T2V_A14B.text_encoder, 242), (tiny_config().text_encoder, 22)], ids=["UMT5-XXL", "tiny"])
 def test_text_encoder_names_and_shapes_are_those_of_transformers(config: TextEncoderConfig, count: int) -> None:
     ours = names.text_encoder_shapes(config)
     assert len(ours) == count
@@ -63,7 +61,7 @@ def test_text_encoder_names_and_shapes_are_those_of_transformers(config: TextEnc
 
 @pytest.mark.parametrize(
     ("config", "count"),
-    [(T2V_A14B.vae, 194), (DEMO_VAE, 146), (tiny_config().vae, 142), (OTHER_VAE, None)],
+    [(T2V_A14B.vae, 194), (DEMO_VAE, None), (tiny_config().vae, None), (OTHER_VAE, None)],
     ids=["Wan2.1", "demo", "tiny", "3-levels"],
 )
 def test_vae_names_and_shapes_are_those_of_diffusers(config: VAEConfig, count: int | None) -> None:

@@ -35,6 +35,7 @@ def tokenizer() -> Tokenizer:
         ("“Hello”　ｗｏｒｌｄ！ &amp;amp; ﬁne", '"Hello" world! & fine'),
         ("  a\t red\r\n\nball  ", "a red ball"),
         ("&amp;lt;b&amp;gt;", "<b>"),
+        ("<i> &amp;lt;b&amp;gt;", "<i> <b>"),
         ("&nbsp;end&nbsp;", "end"),
         ("schÃ¶n", "schön"),
         ("A Cat, UPPER!", "A Cat, UPPER!"),
@@ -52,7 +53,7 @@ def test_cleaning_the_negative_prompt_changes_only_the_commas() -> None:
 
 
 def test_white_space_is_what_the_official_pattern_calls_so() -> None:
-    spaces = [chr(code) for code in range(0x110000) if re.match(r"\s", chr(code))]
+    spaces = [chr(code) for code in range(0x10000) if re.match(r"\s", chr(code))]
     assert all(not space.strip() for space in spaces)
     assert not [chr(code) for code in range(0xD800) if not chr(code).strip() and chr(code) not in spaces]
 

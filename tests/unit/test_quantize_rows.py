@@ -170,7 +170,8 @@ def test_p04_neither_chunks_nor_threads_change_a_bit(threads: int, chunk_element
 def test_p04_a_gpu_gives_the_bytes_of_a_cpu() -> None:
     weight = random_weight(512, 5120)
     with RowEngine(1) as cpu, RowEngine(1, "cuda") as gpu:
-        for one, other in ((quantize_int8(weight, cpu), quantize_int8(weight, gpu)), (quantize_fp8(weight, cpu), quantize_fp8(weight, gpu))):
+        for quantize in (quantize_int8, quantize_fp8):
+            one, other = quantize(weight, cpu), quantize(weight, gpu)
             assert torch.equal(one[0].view(torch.uint8), other[0].view(torch.uint8))
             assert torch.equal(one[1], other[1])
 

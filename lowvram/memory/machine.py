@@ -1,0 +1,173 @@
+"""What the machine has, measured or asked. Torch and Triton load only inside the functions that ask them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lowvram.memory.limits import cpu_count, host_memory
+
+DISK_PROBE_BYTES = 64 << 20
+LINK_PROBE_BYTES = 256 << 20
+PACKAGES = ("lowvram", "torch", "triton", "diffusers", "safetensors", "tokenizers", "optimum-quanto", "av")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA (or ROCm) device. link_bytes_s: host to device from pinned memory, None where it was not measured."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: tuple[int, int]
+    architecture: str
+    link_bytes_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one run may count on. triton_reason is empty where Triton works, else it says why not."""
+
+    system: str
+    python: str
+    cpu_count: int
+    ram_total_bytes: int
+    ram_free_bytes: int
+    ram_limited_by: str
+    gpu: Gpu | None
+    gpu_reason: str
+    disk_free_bytes: int | None
+    disk_read_bytes_s: float | None
+    triton_works: bool
+    triton_reason: str
+    versions: dict[str, str | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def probe_machine(folder: Path | None = None, *, measure: bool = False) -> Machine:
+    """Asks the machine; with `measure` also reads a small file in `folder` and copies to the GPU, about a second in all."""
+    memory = host_memory()
+    gpu, gpu_reason = find_gpu(measure)
+    triton_reason = why_triton_fails(gpu is not None)
+    return Machine(
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        cpu_count=cpu_count(),
+        ram_total_bytes=memory.total_bytes,
+        ram_free_bytes=memory.free_bytes,
+        ram_limited_by=memory.limited_by,
+        gpu=gpu,
+        gpu_reason=gpu_reason,
+        disk_free_bytes=disk_free(folder) if folder else None,
+        disk_read_bytes_s=disk_read_speed(folder) if folder and measure else None,
+        triton_works=not triton_reason,
+        triton_reason=triton_reason,
+        versions={name: _version(name) for name in PACKAGES},
+    )
+
+
+def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
+    """The current device, or None and the reason."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return None, f"torch does not load: {_one_line(error)}"
+    if not torch.cuda.is_available():
+        built_for = torch.version.cuda or torch.version.hip
+        reason = "torch sees no GPU: is its driver installed?" if built_for else f"torch {torch.__version__} is built without GPU support"
+        return None, reason
+    try:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        free, total = torch.cuda.mem_get_info()
+        link = _link_speed() if measure else None
+    except RuntimeError as error:  # a broken driver, or no memory left on the device
+        return None, f"the GPU does not answer: {_one_line(error)}"
+    capability = (int(properties.major), int(properties.minor))
+    architecture = str(getattr(properties, "gcnArchName", "")).split(":")[0] if torch.version.hip else f"sm_{capability[0]}{capability[1]}"
+    return Gpu(str(properties.name), int(total), int(free), capability, architecture, link), ""
+
+
+def why_triton_fails(has_gpu: bool) -> str:
+    """Empty where Triton imports and its driver answers, which takes a working GPU and, at its first use, a C compiler."""
+    try:
+        import triton
+    except (ImportError, OSError) as error:
+        return f"Triton does not load: {_one_line(error)}"
+    if not has_gpu:
+        return "there is no GPU for it"
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever its driver and compiler raise is the answer
+        return f"Triton's driver fails: {_one_line(error)}"
+    return ""
+
+
+def disk_free(folder: Path) -> int | None:
+    """Free bytes of the file system that holds `folder`, or will once it is made; None where that cannot be told."""
+    existing = next((place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir()), None)
+    try:
+        return shutil.disk_usage(existing).free if existing else None
+    except OSError:
+        return None
+
+
+def disk_read_speed(folder: Path) -> float | None:
+    """Sequential bytes per second of one read past the page cache; None where it cannot be bypassed or `folder` not written."""
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    place = folder / f".lowvram-probe-{os.getpid()}"
+    try:
+        return _timed_read(place)
+    except OSError:
+        return None
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def _timed_read(place: Path) -> float:
+    piece = os.urandom(1 << 20)
+    with place.open("xb", buffering=0) as file:
+        for _ in range(DISK_PROBE_BYTES >> 20):
+            file.write(piece)
+        os.fsync(file.fileno())
+    buffer = bytearray(8 << 20)
+    with place.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start, count = time.perf_counter(), 0
+        while got := file.readinto(buffer):
+            count += got
+        return count / max(time.perf_counter() - start, 1e-9)
+
+
+def _link_speed() -> float:
+    import torch
+
+    source = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    best = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return LINK_PROBE_BYTES / best
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -1,0 +1,134 @@
+"""The same seed gives the same frames whatever the memory plan, and after any interruption (promises 17 and 20)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowvram.checkpoint.store import Store
+from lowvram.errors import NumericsError, ResumeError
+from lowvram.memory.plan import Choice
+from lowvram.pipeline import Pipeline
+from lowvram.progress import Progress
+from lowvram.sampling.state import load_state
+from tests.runs import digest, expert_velocities, pipeline_of, plan_of, request_of
+
+StoreOf = Callable[[str], Store]
+CLIP = {"width": 112, "height": 80, "num_frames": 13}  # 140 tokens: ragged in chunks, in key tiles and in vectors
+PLANS = {
+    "smallest: one slot, everything from disk": Choice(64, 1, 0, 0, False),
+    "two slots": Choice(64, 2, 0, 0, False),
+    "one resident, one ring slot, larger chunk": Choice(128, 1, 1, 0, False),
+    "blocks cached in RAM": Choice(128, 1, 0, 2, False),
+    "branches share visits": Choice(64, 2, 0, 1, True),
+    "everything resident": Choice(192, 0, 2, 0, True),
+}
+
+
+@pytest.mark.parametrize("format", ["int8", "int8-plain", "fp8"])
+def test_p17_no_plan_changes_a_bit(tiny_store: StoreOf, format: str) -> None:
+    pipeline = pipeline_of(tiny_store(format))
+    request = request_of(pipeline, steps=3, shift=8.0, **CLIP)
+    digests = {name: digest(pipeline.generate(request, plan=plan_of(pipeline, request, choice)).frames) for name, choice in PLANS.items()}
+    assert len(set(digests.values())) == 1, digests
+    other = pipeline.generate(request_of(pipeline, steps=3, shift=8.0, seed=1, **CLIP))
+    assert digest(other.frames) not in digests.values(), "another seed must give another video"
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp32"])
+def test_unquantized_plans_agree_within_rounding(tiny_store: StoreOf, format: str) -> None:
+    pipeline = pipeline_of(tiny_store(format))
+    request = request_of(pipeline, steps=2, **CLIP)
+    frames = [pipeline.generate(request, plan=plan_of(pipeline, request, choice)).frames.float() for choice in PLANS.values()]
+    assert max(float((clip - frames[0]).abs().mean()) for clip in frames) < 0.5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_and_chunks_change_no_bit_of_a_velocity(tiny_store: StoreOf, threads: int) -> None:
+    store, before = tiny_store("int8"), torch.get_num_threads()
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(16, 4, 10, 14, generator=generator)
+    features = [torch.randn(9, store.config.dit.text_dim, generator=generator)]
+    torch.set_num_threads(1)
+    expected = expert_velocities(store, "low_noise", (112, 80), 13, latents, 500, features, Choice(192, 0, 2, 0, False))
+    try:
+        torch.set_num_threads(threads)
+        for chunk in (64, 128, 192):
+            actual = expert_velocities(store, "low_noise", (112, 80), 13, latents, 500, features, Choice(chunk, 1, 0, 0, False))
+            assert digest(actual[0]) == digest(expected[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_p17_counted_peak_stays_under_the_plan(tiny_store: StoreOf) -> None:
+    pipeline = pipeline_of(tiny_store("int8"))
+    request = request_of(pipeline, steps=2, **CLIP)
+    for choice in PLANS.values():
+        plan = plan_of(pipeline, request, choice)
+        peak = pipeline.generate(request, plan=plan).peak_bytes
+        assert 0 < peak["vram"] <= plan.peak_vram_bytes
+        assert pipeline.host.process_bytes <= peak["ram"] <= plan.peak_ram_bytes
+        # The ledger's peak is the arena and the slots: exactly what the plan lists for them.
+        slots = (choice.resident_blocks + choice.ring_slots) * plan.slot_bytes
+        assert peak["vram"] == max(plan.workspace.nbytes + slots, 2 * plan.text_slot_bytes)
+
+
+class Interrupted(Exception):
+    """Stands for a kill between two steps."""
+
+
+def interrupt_after(step: int) -> Callable[[Progress], None]:
+    def listen(event: Progress) -> None:
+        if event.phase == "denoise" and event.done == step:
+            raise Interrupted
+
+    return listen
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_p20_resumed_at_any_step_ends_in_the_same_bits(tiny_store: StoreOf, tmp_path: Path, solver: str) -> None:
+    pipeline = pipeline_of(tiny_store("int8"))
+    request = request_of(pipeline, steps=4, shift=8.0, solver=solver)
+    expected = digest(pipeline.generate(request).frames)
+    for step in range(1, 5):
+        state = tmp_path / f"{solver}{step}.resume"
+        with pytest.raises(Interrupted):
+            pipeline.generate(request, state_file=state, listener=interrupt_after(step))
+        assert load_state(state, request, pipeline.model).step == step
+        assert digest(pipeline.generate(request, state_file=state, resume=True).frames) == expected
+
+
+def test_resume_refuses_another_request_and_names_both_values(tiny_store: StoreOf, tmp_path: Path) -> None:
+    pipeline = pipeline_of(tiny_store("int8"))
+    state = tmp_path / "clip.resume"
+    with pytest.raises(Interrupted):
+        pipeline.generate(request_of(pipeline), state_file=state, listener=interrupt_after(1))
+    with pytest.raises(ResumeError, match=r"seed was 0, now 7"):
+        pipeline.generate(request_of(pipeline, seed=7), state_file=state, resume=True)
+    with pytest.raises(ResumeError, match="nothing to resume"):
+        pipeline.generate(request_of(pipeline), state_file=tmp_path / "none.resume", resume=True)
+    state.write_bytes(b"garbage")
+    with pytest.raises(ResumeError, match="not the state of an interrupted run"):
+        pipeline.generate(request_of(pipeline), state_file=state, resume=True)
+
+
+def test_p20_nan_names_step_expert_and_block(tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowvram.models import wan
+
+    pipeline = pipeline_of(tiny_store("int8"))
+    run_block = wan.WanTransformer._run_block
+    visits = iter(range(1000))
+
+    def poisoned(self: wan.WanTransformer, block: object, x: torch.Tensor, *rest: object) -> None:
+        run_block(self, block, x, *rest)  # type: ignore[arg-type]
+        if next(visits) == 6:  # step 2 of a 2-block model with two branches: second block of the positive branch
+            x.fill_(float("nan"))
+
+    monkeypatch.setattr(wan.WanTransformer, "_run_block", poisoned)
+    request = request_of(pipeline)
+    plan = plan_of(pipeline, request, Choice(64, 2, 0, 0, True))
+    with pytest.raises(NumericsError, match=r"step 2 of 3 .*expert high_noise, block 1"):
+        Pipeline.generate(pipeline, request, plan=plan)

@@ -1,0 +1,92 @@
+"""The demo checker: right on drawn clips, wrong on other captions, and not fooled by what a caption does not say."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lowvram.demo import scenes
+from lowvram.demo.checker import UNKNOWN, describe, matches
+from lowvram.demo.scenes import Scene
+
+
+def drawn(scene: Scene, seed: int = 0) -> np.ndarray:
+    clip = scenes.render(scene, random.Random(seed))
+    return ((clip + 1) * 127.5).byte().permute(1, 2, 3, 0).numpy()
+
+
+def blurred(frames: np.ndarray, noise: float = 6) -> np.ndarray:
+    """What a small VAE does to a clip: soft edges and some noise."""
+    soft = sum(np.roll(frames.astype(np.float64), (y, x), (1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)) / 9
+    return (soft + np.random.default_rng(0).normal(0, noise, soft.shape)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("motion", scenes.MOTIONS)
+@pytest.mark.parametrize("shape", scenes.SHAPES)
+def test_describes_every_shape_and_motion(shape: str, motion: str) -> None:
+    scene = Scene((("red", shape),), "gray", motion)
+    assert describe(drawn(scene)) == scene
+    assert matches(blurred(drawn(scene, 1)), scene)
+
+
+@pytest.mark.parametrize("ground", scenes.GROUNDS)
+def test_describes_every_color_on_every_ground(ground: str) -> None:
+    for seed, color in enumerate(scenes.COLORS):
+        if color != ground:
+            scene = Scene(((color, "square"),), ground, "left")
+            assert describe(drawn(scene, seed)) == scene
+
+
+def test_two_figures_match_in_either_order() -> None:
+    red, blue = ("red", "circle"), ("blue", "triangle")
+    frames = drawn(Scene((red, blue), "white", "up"))
+    assert matches(frames, Scene((blue, red), "white", "up"))
+    assert not matches(frames, Scene((("blue", "circle"), ("red", "triangle")), "white", "up")).shapes
+    assert not matches(frames, Scene((red,), "white", "up")).colors
+
+
+def test_other_captions_fail_by_the_attribute_that_differs() -> None:
+    frames = drawn(Scene((("yellow", "circle"),), "black", "right"))
+    verdicts = {
+        "ground": matches(frames, Scene((("yellow", "circle"),), "gray", "right")),
+        "colors": matches(frames, Scene((("white", "circle"),), "black", "right")),
+        "shapes": matches(frames, Scene((("yellow", "square"),), "black", "right")),
+        "motion": matches(frames, Scene((("yellow", "circle"),), "black", "left")),
+    }
+    for attribute, verdict in verdicts.items():
+        assert not verdict
+        assert not getattr(verdict, attribute)
+
+
+def test_shuffled_captions_fail() -> None:
+    rng = random.Random(1)
+    chosen = [scenes.random_scene(rng, two_figures=0.3) for _ in range(12)]
+    clips = [drawn(scene, seed) for seed, scene in enumerate(chosen)]
+    assert all(matches(clip, scene) for clip, scene in zip(clips, chosen, strict=True))
+    assert not any(matches(clip, scene) for clip, scene in zip(clips, chosen[1:] + chosen[:1], strict=True))
+
+
+def test_stillness_emptiness_and_noise_are_unknown() -> None:
+    scene = Scene((("red", "circle"),), "blue", "left")
+    still = np.repeat(drawn(scene)[:1], scenes.NUM_FRAMES, axis=0)
+    assert describe(still) == Scene((("red", "circle"),), "blue", UNKNOWN)
+    empty = np.zeros((5, 64, 64, 3), np.uint8)
+    assert describe(empty) == Scene((), "black", UNKNOWN)
+    noise = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert describe(noise).figures == ()
+
+
+def test_refuses_frames_of_another_type() -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        describe(np.zeros((5, 64, 64, 3), np.float32))
+
+
+def test_held_out_captions_are_a_tenth_and_never_trained_on() -> None:
+    rng = random.Random(0)
+    share = sum(scenes.is_held_out(scenes.random_scene(rng)) for _ in range(3000)) / 3000
+    assert 0.05 < share < 0.15
+    assert not any(scenes.is_held_out(scenes.training_scene(rng)) for _ in range(300))
+    assert all(scenes.is_held_out(scenes.held_out_scene(rng)) for _ in range(20))

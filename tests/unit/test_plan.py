@@ -1,0 +1,105 @@
+"""The planner's arithmetic: the design's table, budgets that hold, refusals that say what would do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lowvram.checkpoint.store_layout import component_layout
+from lowvram.config import T2V_A14B, Request, latent_shape, parse_bytes, parse_size
+from lowvram.errors import BudgetError, LowvramError, UsageError
+from lowvram.memory.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
+
+CUDA = Host.of("cuda")
+HD, GIB = (1280, 720), 2**30
+
+
+def plan_for(vram_gib: float, ram_gib: float, size: tuple[int, int] = HD) -> MemoryPlan:
+    return choose_plan(T2V_A14B, "int8", size, 81, 40, CUDA, int(vram_gib * GIB), int(ram_gib * GIB))
+
+
+def test_the_table_of_the_design_at_720p() -> None:
+    """x 1.55 GB, K and V 0.77 GB of codes (and 40 MB of scales), chunk about 0.5 GB at most, two slots 0.71 GB: about 3.6 GB."""
+    plan = describe_plan(T2V_A14B, "int8", HD, 81, 40, Choice(8192, 2, 0, 0, False), CUDA)
+    assert plan.num_tokens == 75_600
+    assert plan.items["residual stream"] == 75_600 * 5120 * 4
+    codes = 75_600 * 5120 + 75_648 * 5120  # keys; values, padded to whole tiles
+    scales = (75_600 * 40 + 5120 * 1182) * 4
+    assert plan.items["keys and values"] == codes + scales
+    assert 0.3e9 < plan.items["chunk workspace"] < 0.5e9
+    assert plan.items["block slots"] == pytest.approx(0.704e9, rel=0.01)
+    assert sum(plan.items.values()) - CUDA.context_bytes == pytest.approx(3.6e9, rel=0.05)
+
+
+def test_a_block_is_as_large_as_the_spec_says() -> None:
+    layout = component_layout("high_noise", T2V_A14B, "int8")
+    assert len(layout.blocks) == 40
+    assert layout.block_bytes == pytest.approx(352e6, rel=0.002)
+    assert sum(len(layout.blocks[0]) for _ in range(40)) == 40 * (10 + 10 + 10 + 7 + 10)  # weights, scales, biases, small, markers
+    assert component_layout("high_noise", T2V_A14B, "bf16").total_bytes == pytest.approx(28.577e9, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [HD, (832, 480)])
+@pytest.mark.parametrize("vram_gib", [5, 6, 8, 12, 16, 24, 80])
+@pytest.mark.parametrize("ram_gib", [4, 8, 16, 32, 64])
+def test_no_plan_exceeds_its_budgets(size: tuple[int, int], vram_gib: int, ram_gib: int) -> None:
+    plan = plan_for(vram_gib, ram_gib, size)
+    assert plan.peak_vram_bytes <= vram_gib * GIB
+    assert plan.peak_ram_bytes <= ram_gib * GIB
+    assert 0 <= plan.choice.resident_blocks + plan.choice.host_blocks <= plan.num_blocks
+
+
+def test_more_memory_is_spent_on_residency() -> None:
+    residents = [plan_for(vram, 16).choice.resident_blocks for vram in (5, 6, 8, 12, 24)]
+    assert residents == sorted(residents)
+    assert residents[0] < residents[-1] == 40
+    cached = [plan_for(6, ram).choice.host_blocks for ram in (4, 8, 16)]
+    assert cached == sorted(cached)
+    assert cached[0] < cached[-1]
+
+
+def test_a_refusal_names_the_smallest_budget_and_that_budget_works() -> None:
+    with pytest.raises(BudgetError, match="VRAM") as refused:
+        plan_for(2, 16)
+    smallest = re.search(r"--vram (\d+)MiB", str(refused.value))
+    assert smallest is not None
+    mebibytes = int(smallest[1])
+    assert plan_for(mebibytes / 1024, 16).peak_vram_bytes <= mebibytes * 2**20
+    with pytest.raises(BudgetError):
+        plan_for((mebibytes - 2) / 1024, 16)
+    with pytest.raises(BudgetError, match=r"RAM of .* --ram \d+MiB"):
+        plan_for(8, 1)
+
+
+def test_the_vae_tile_depends_on_the_size_alone() -> None:
+    assert len({plan_for(vram, ram).vae_tile_pixels for vram in (5, 24) for ram in (4, 64)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"width": 830}, "width 830 is not a positive multiple of 16: use 832"),
+        ({"height": 0}, "height 0 is not a positive multiple of 16: use 16"),
+        ({"num_frames": 80}, "frames 80 is not 4n+1: use 81"),
+        ({"steps": 0}, "steps 0 is less than 1"),
+        ({"solver": "ddim"}, "unknown solver 'ddim': use one of unipc, euler"),
+        ({"seed": -5}, "seed -5 is outside"),
+        ({"shift": float("nan")}, "shift nan is not a positive number"),
+        ({"guidance_low": float("inf")}, "guidance_low inf is not a finite number"),
+    ],
+)
+def test_impossible_requests_say_what_would_be_possible(changes: dict[str, object], text: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(text)):
+        Request("a circle", **changes)  # type: ignore[arg-type]
+
+
+def test_sizes_and_amounts() -> None:
+    assert parse_size("832x480") == parse_size(" 832 * 480") == (832, 480)
+    assert [parse_bytes(text) for text in ("8GiB", "8GB", "8192MiB", "1.5 gb", "100")] == [8 * GIB, 8 * 10**9, 8 * GIB, 15 * 10**8, 100]
+    for text in ("8Gi", "-1GB", "", "eight"):
+        with pytest.raises(UsageError):
+            parse_bytes(text)
+    with pytest.raises(LowvramError, match="832x480"):
+        parse_size("832")
+    assert latent_shape(T2V_A14B, 832, 480, 81).shape == (16, 21, 60, 104)
