@@ -1,7 +1,7 @@
 """All of Wan2.2 A14B on one consumer GPU, within the VRAM and RAM you name.
 
-    pipe = lowvram.load("MODEL", vram="8GiB", ram="16GiB")
-    pipe(prompt="a red circle moves left", seed=0).save("clip.mp4")
+pipe = lowvram.load("MODEL", vram="8GiB", ram="16GiB")
+pipe(prompt="a red circle moves left", seed=0).save("clip.mp4")
 """
 
 from __future__ import annotations

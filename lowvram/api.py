@@ -33,8 +33,9 @@ def plan(
     config, format = describe(model, format)
     defaults = config.sampling
     wanted = parse_size(size) if size else (defaults.width, defaults.height)
-    budgets = [amount if isinstance(amount, int) else parse_bytes(amount) for amount in (vram, ram)]
-    return choose_plan(config, format, wanted, frames or defaults.num_frames, steps or defaults.steps, Host.of(device), *budgets)
+    vram_bytes, ram_bytes = (amount if isinstance(amount, int) else parse_bytes(amount) for amount in (vram, ram))
+    lengths = frames or defaults.num_frames, steps or defaults.steps
+    return choose_plan(config, format, wanted, *lengths, Host.of(device), vram_bytes, ram_bytes)
 
 
 def describe(model: str | Path, format: str) -> tuple[ModelConfig, str]:

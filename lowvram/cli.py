@@ -13,7 +13,6 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from lowvram.config import parse_size
-
 from lowvram.errors import LowvramError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def quantize(
     with quantize_progress(console) as listener:
         report = convert(source, model, format, resume=resume, allow_pickle=allow_pickle, overwrite=overwrite, progress=listener)
     if as_json:
-        print(json.dumps(report.to_dict()))
+        print(report.to_json(), end="")
         return
     Console().print(summary_table(report))
     print(model)

@@ -78,7 +78,8 @@ def plan_table(plan: MemoryPlan) -> Table:
             table.add_row(names.get(name, name), format_bytes(nbytes))
     table.add_row("sum", format_bytes(sum(plan.items.values())), style="bold", end_section=True)
     for phase in plan.phases:
-        table.add_row(f"peak of the {phase.phase} phase", f"{format_bytes(phase.vram_bytes)} VRAM, {format_bytes(phase.ram_bytes)} RAM")
+        peak = f"{format_bytes(phase.vram_bytes)} VRAM, {format_bytes(phase.ram_bytes)} RAM"
+        table.add_row(f"peak of the {phase.phase} phase", peak)
     table.add_row("peak of the run", f"{format_bytes(plan.peak_vram_bytes)} VRAM, {format_bytes(plan.peak_ram_bytes)} RAM", style="bold")
     streamed = plan.num_blocks - choice.resident_blocks
     where = f"{choice.resident_blocks} in VRAM, {choice.host_blocks} in RAM, {streamed - choice.host_blocks} from disk"
@@ -90,7 +91,8 @@ def plan_line(plan: MemoryPlan) -> str:
     choice = plan.choice
     return (
         f"plan: {format_bytes(plan.peak_vram_bytes)} VRAM and {format_bytes(plan.peak_ram_bytes)} RAM at most, "
-        f"{choice.resident_blocks} of {plan.num_blocks} blocks resident, {choice.host_blocks} in RAM, chunks of {choice.chunk_tokens} tokens"
+        f"{choice.resident_blocks} of {plan.num_blocks} blocks resident, {choice.host_blocks} in RAM, "
+        f"chunks of {choice.chunk_tokens} tokens"
     )
 
 
@@ -128,7 +130,8 @@ def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress],
 @contextmanager
 def verify_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
     """One bar over the bytes hashed."""
-    with RichProgress(TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), console=console, transient=True) as shown:
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with RichProgress(*columns, console=console, transient=True) as shown:
         bar = shown.add_task("verifying", total=None)
         yield lambda done, total: shown.update(bar, completed=done, total=total)
 
@@ -145,7 +148,8 @@ def inspect_table(found: dict[str, Any]) -> Table:
         table.add_row(component, f"{part['tensors']:,}", format_bytes(part["bytes"]), dtypes)
     if "config" in found:
         dit = found["config"]["dit"]
-        table.caption = f"{found['config']['variant']}: {dit['num_layers']} blocks, dim {dit['dim']}, ffn {dit['ffn_dim']}, {dit['num_heads']} heads"
+        sizes = f"{dit['num_layers']} blocks, dim {dit['dim']}, ffn {dit['ffn_dim']}, {dit['num_heads']} heads"
+        table.caption = f"{found['config']['variant']}: {sizes}"
     if found.get("verified"):
         table.caption = f"{table.caption}; every tensor agrees with its hash"
     return table

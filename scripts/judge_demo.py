@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs=2, default=(4.0, 3.0), help="high-noise and low-noise")
     parser.add_argument("--sheet", type=Path)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     networks.use_whole_clips()
     model, pairs = Model(args.work, args.device), held_out_pairs(args.pairs, args.two_figures)
     clips: list[np.ndarray] = []

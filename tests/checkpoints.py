@@ -106,7 +106,7 @@ def write_diffusers(path: Path, config: ModelConfig, seed: int = 0, shards: int 
 
 
 def write_store(path: Path, config: ModelConfig, format: str = "int8-plain", seed: int = 0) -> Path:
-    """A complete store of `tiny_weights`, without the quantizer: rows scaled by their absmax, never rotated (so `int8` is not a true one)."""
+    """A complete store of `tiny_weights` without the quantizer: rows scaled by their absmax, never rotated (`int8` is not a true one)."""
     path.mkdir(parents=True, exist_ok=True)
     components = {}
     for component in COMPONENTS:

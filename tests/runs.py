@@ -9,6 +9,7 @@ import torch
 from lowvram_quantize.convert import quantize
 
 from lowvram.checkpoint.store import Store, open_store
+from lowvram.checkpoint.tensors import TORCH_DTYPES
 from lowvram.config import ModelConfig, Request, latent_shape
 from lowvram.memory.arena import Arena, Ledger
 from lowvram.memory.plan import Choice, Host, MemoryPlan, describe_plan
@@ -19,7 +20,6 @@ from lowvram.streaming.source import BlockFile
 from lowvram.streaming.streamer import StreamedComponent, Streamer
 from lowvram.streaming.transport import make_transport
 from lowvram.streaming.visits import assign_slots
-from lowvram.checkpoint.tensors import TORCH_DTYPES
 from tests.checkpoints import write_official
 
 CPU = torch.device("cpu")
@@ -56,7 +56,14 @@ def digest(tensor: torch.Tensor) -> str:
 
 @torch.no_grad()
 def expert_velocities(
-    store: Store, expert: str, size: tuple[int, int], frames: int, latents: torch.Tensor, timestep: int, features: list[torch.Tensor], choice: Choice
+    store: Store,
+    expert: str,
+    size: tuple[int, int],
+    frames: int,
+    latents: torch.Tensor,
+    timestep: int,
+    features: list[torch.Tensor],
+    choice: Choice,
 ) -> list[torch.Tensor]:
     """One forward of one expert for each branch's text features."""
     config = store.config

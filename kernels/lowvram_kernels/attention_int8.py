@@ -22,7 +22,8 @@ def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> None:
     """
     num_heads, head_dim, padded = out.shape
     if padded % KEY_TILE or not padded - KEY_TILE < v.shape[0] <= padded:
-        raise UnsupportedError(f"values of {v.shape[0]} keys need {math.ceil(v.shape[0] / KEY_TILE)} tiles of {KEY_TILE}, got {padded} columns")
+        tiles = math.ceil(v.shape[0] / KEY_TILE)
+        raise UnsupportedError(f"values of {v.shape[0]} keys need {tiles} tiles of {KEY_TILE}, got {padded} columns")
     heads = v.float().t().reshape(num_heads, head_dim, -1)
     heads = torch.nn.functional.pad(heads, (0, padded - v.shape[0]))
     tiles = heads.unflatten(-1, (-1, KEY_TILE))  # [H, head_dim, T, 64]

@@ -67,7 +67,7 @@ def _choose(name: str, wanted: str) -> Callable[..., None]:
     if wanted and wanted not in BACKENDS:
         raise UnsupportedError(f"LOWVRAM_BACKEND={wanted}: use one of {', '.join(sorted(BACKENDS))}")
     op = OPS[name]
-    refusals = []
+    refusals: list[str] = []
     for backend in (wanted,) if wanted else BACKENDS:
         reason = op.refusal(backend)
         if reason is None:

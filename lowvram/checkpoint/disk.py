@@ -10,6 +10,7 @@ from pathlib import Path
 from lowvram.config import format_bytes
 from lowvram.errors import DiskFullError, OutputError
 
+BINARY = getattr(os, "O_BINARY", 0)  # without it Windows would write \r\n for every byte 10
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -50,7 +51,7 @@ def replace_file(path: Path, content: bytes) -> None:
     """`path` holds either its old content or all of `content`, whatever happens. Raises `OutputError`."""
     partial = path.with_name(path.name + ".partial")
     try:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
         try:
             write_all(fd, content)
             os.fsync(fd)

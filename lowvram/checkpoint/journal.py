@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowvram.checkpoint.disk import write_all
+from lowvram.checkpoint.disk import BINARY, write_all
 from lowvram.errors import ResumeError
 
 
@@ -23,7 +23,7 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, identity: dict[str, str]) -> Journal:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
         journal = cls(path, fd, {})
         journal._write([{"identity": identity}])
         return journal
@@ -40,7 +40,7 @@ class Journal:
         if not lines:
             return None
         _check_identity(path, lines[0].get("identity"), identity)
-        fd = os.open(path, os.O_RDWR)
+        fd = os.open(path, os.O_RDWR | BINARY)
         return cls(path, fd, {line["name"]: line["sha256"] for line in lines[1:]}, length)
 
     def append(self, hashes: dict[str, str]) -> None:

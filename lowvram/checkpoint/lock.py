@@ -41,11 +41,15 @@ class OutputLock:
         self.release()
 
     def release(self) -> None:
-        if self._fd is not None:
-            # Removed while it is still held: who waits for it sees that its file is no longer the one at the path.
+        if self._fd is None:
+            return
+        if fcntl is not None:
+            # Removed while it is still held: who opened it before sees that its file is no longer the one at the path.
             self.path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = None
+        os.close(self._fd)
+        self._fd = None
+        if fcntl is None:  # Windows does not remove an open file
+            self.path.unlink(missing_ok=True)
 
     def _acquire(self) -> int:
         while True:

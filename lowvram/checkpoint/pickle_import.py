@@ -15,7 +15,7 @@ MINIMUM_TORCH = (2, 10)  # earlier restricted unpicklers could be got round (CVE
 
 
 class PickleFile:
-    """A flat dict of tensors in a `.pth` file, memory-mapped: pages are read as tensors are used."""
+    """A flat dict of tensors in a `.pth` file. Each `read` maps the file anew, so its pages go when that one tensor dies."""
 
     def __init__(self, path: Path, allow_pickle: bool) -> None:
         """Raises `UnsafeFileError` without `allow_pickle`, on a torch before 2.10, and for content other than tensors."""
@@ -26,17 +26,16 @@ class PickleFile:
             )
         _check_torch()
         self.path = path
-        self._tensors = _tensors(path, _load(path))
-        self.tensors = {name: _describe(path, name, tensor) for name, tensor in self._tensors.items()}
+        self.tensors = {name: _describe(path, name, tensor) for name, tensor in _tensors(path, _load(path)).items()}
 
     def read(self, name: str) -> torch.Tensor:
-        if name not in self._tensors:
-            raise CheckpointError(f"{self.path} holds no tensor {quoted(name)}")
-        return self._tensors[name].contiguous()
+        tensor = _tensors(self.path, _load(self.path)).get(name)
+        if tensor is None or _describe(self.path, name, tensor) != self.tensors.get(name):
+            raise CheckpointError(f"{self.path} holds no tensor {quoted(name)}, or was changed since it was opened")
+        return tensor.contiguous()
 
     def close(self) -> None:
-        """Tensors that were read stay valid."""
-        self._tensors = {}
+        """Nothing stays open between reads."""
 
 
 def _check_torch() -> None:

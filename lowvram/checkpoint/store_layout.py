@@ -120,9 +120,7 @@ def _copy(name: str, shape: tuple[int, ...], dtype: str) -> StoredTensor:
     return StoredTensor(name, dtype, shape, "copy", name)
 
 
-def _blocked(
-    component: str, format: str, shapes: dict[str, tuple[int, ...]], linears: tuple[str, ...], num_layers: int
-) -> ComponentLayout:
+def _blocked(component: str, format: str, shapes: dict[str, tuple[int, ...]], linears: tuple[str, ...], num_layers: int) -> ComponentLayout:
     rest_dtype = "F32" if format == "fp32" else "BF16"
     rest = [name for name in shapes if not name.startswith("blocks.")]
     stored_rest = [_copy(name, shapes[name], rest_dtype if name.startswith(BF16_REST) else "F32") for name in rest]
@@ -130,7 +128,7 @@ def _blocked(
     blocks = tuple(_block(f"blocks.{index}.", format, shapes, linears) for index in range(num_layers))
     for tensor in blocks[0]:
         if tensor.nbytes % ALIGNMENT_BYTES:
-            raise UsageError(f"{component} {tensor.name} {list(tensor.shape)}: widths must be multiples of 64 for the block-contiguous store")
+            raise UsageError(f"{component} {tensor.name} {list(tensor.shape)}: a store needs widths that are multiples of 64")
     return ComponentLayout(component, format, tuple(stored_rest), blocks)
 
 
@@ -150,5 +148,5 @@ def _block(prefix: str, format: str, shapes: dict[str, tuple[int, ...]], linears
         *(StoredTensor(name, dtype, shapes[name], "weight", name) for name in weights),
         *(StoredTensor(f"{name}_scale", "F32", (shapes[name][0], 1), "scale", name) for name in weights),
         *copies,
-        *(StoredTensor(f"{prefix}{linear}.comfy_quant", "U8", (ALIGNMENT_BYTES,), "marker", f"{prefix}{linear}.weight") for linear in linears),
+        *(StoredTensor(f"{prefix}{name}.comfy_quant", "U8", (ALIGNMENT_BYTES,), "marker", f"{prefix}{name}.weight") for name in linears),
     )

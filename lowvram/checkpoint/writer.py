@@ -13,7 +13,7 @@ from types import TracebackType
 
 import torch
 
-from lowvram.checkpoint.disk import check_room, output_error, sync_folder, write_all
+from lowvram.checkpoint.disk import BINARY, check_room, output_error, sync_folder, write_all
 from lowvram.checkpoint.journal import Journal
 from lowvram.checkpoint.store_layout import ALIGNMENT_BYTES, StoredTensor
 from lowvram.checkpoint.tensors import TORCH_DTYPES
@@ -177,7 +177,7 @@ class StoreWriter:
                 old.unlink()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         check_room(self.path, len(self._header) + sum(tensor.nbytes for tensor in self.tensors))
-        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
         write_all(self._fd, self._header)
         os.fsync(self._fd)
         self._journal = Journal.create(self._journal_path, self._identity)
@@ -194,7 +194,7 @@ class StoreWriter:
         if not self._partial.exists():
             return self._continue_finished(self._journal)
         self.hashes = dict(self._journal.hashes)
-        self._fd = os.open(self._partial, os.O_RDWR)
+        self._fd = os.open(self._partial, os.O_RDWR | BINARY)
         end = len(self._header) + self.written_bytes
         size = os.fstat(self._fd).st_size
         if size < end or not self._has_header(self._fd):
@@ -207,7 +207,7 @@ class StoreWriter:
 
     def _continue_finished(self, journal: Journal) -> bool:
         """The file has its name already: it is the journal's where header, length and number of tensors agree."""
-        fd = os.open(self.path, os.O_RDONLY)
+        fd = os.open(self.path, os.O_RDONLY | BINARY)
         try:
             total = len(self._header) + sum(tensor.nbytes for tensor in self.tensors)
             done = len(journal.hashes) == len(self.tensors) and os.fstat(fd).st_size == total and self._has_header(fd)

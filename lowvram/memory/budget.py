@@ -48,7 +48,8 @@ def _amount(label: str, wanted: str | int, automatic: int, total: int) -> int:
         return automatic
     nbytes = wanted if isinstance(wanted, int) else parse_bytes(wanted)
     if nbytes > total:
-        raise BudgetError(f"{label} of {format_bytes(nbytes)} was asked for, this machine has {format_bytes(total)}: ask for less or for auto")
+        wanted, has = format_bytes(nbytes), format_bytes(total)
+        raise BudgetError(f"{label} of {wanted} was asked for, this machine has {has}: ask for less or for auto")
     return nbytes
 
 

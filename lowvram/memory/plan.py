@@ -167,7 +167,7 @@ def choose_plan(
     plans = [plan_of(Choice(chunk, 2, 0, 0, shared)) for shared in ((True, False) if joint else (False,)) for chunk in candidates]
     base = next((plan for plan in plans if plan.peak_vram_bytes <= vram_bytes), smallest)
     chosen = _add_residents(base, vram_bytes)
-    others = [phase.ram_bytes for phase in base.phases if phase.phase == "denoise"][0]
+    others = next(phase.ram_bytes for phase in base.phases if phase.phase == "denoise")
     spare = max(0, ram_bytes - others) // base.slot_bytes
     chosen = replace(chosen, host_blocks=min(spare, base.num_blocks - chosen.resident_blocks) if host.staged or spare else 0)
     return plan_of(chosen)

@@ -15,7 +15,8 @@ FIXED_ROWS = 256
 def fixed_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, prepare: Callable[[Tensor], Tensor]) -> None:
     """out = prepare(x) W^T + b in tiles of exactly 256 rows, the last one padded with zeros.
 
-    x: [M, *] any input of `prepare`, which works row by row and returns [m, K] in the weight's dtype; weight: [N, K]; bias: [N]; out: [M, N].
+    x: [M, *], any input of `prepare`, which works row by row and returns [m, K] in the weight's dtype;
+    weight: [N, K]; bias: [N]; out: [M, N].
     """
     for start in range(0, x.shape[0], FIXED_ROWS):
         rows = prepare(x[start : start + FIXED_ROWS])

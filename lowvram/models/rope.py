@@ -18,7 +18,7 @@ class RopeTable:
         self._tables = []
         for length, width in zip(grid, (head_dim - 2 * side, side, side), strict=True):
             exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
-            angles = torch.arange(length, dtype=torch.float64)[:, None] * (10000.0 ** -exponents)[None]
+            angles = torch.arange(length, dtype=torch.float64)[:, None] * (10000.0**-exponents)[None]
             self._tables.append((angles.cos().float().to(device), angles.sin().float().to(device)))
 
     def at(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,6 @@ class RopeTable:
         _, rows, columns = self._grid
         positions = (tokens // (rows * columns), tokens // columns % rows, tokens % columns)
         cos, sin = (
-            torch.cat([table[part][position] for table, position in zip(self._tables, positions, strict=True)], dim=1)
-            for part in (0, 1)
+            torch.cat([table[part][position] for table, position in zip(self._tables, positions, strict=True)], dim=1) for part in (0, 1)
         )
         return cos, sin

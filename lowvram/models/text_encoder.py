@@ -49,18 +49,17 @@ class TextEncoder:
         """
         for ids in prompts:
             if max(ids) >= embedding.shape[0]:
-                raise CheckpointError(f"the tokenizer gives id {max(ids)}, but the text encoder knows {embedding.shape[0]}: they do not belong together")
+                known = embedding.shape[0]
+                raise CheckpointError(f"the tokenizer gives id {max(ids)}, the text encoder knows {known}: they do not belong together")
         streams = [embedding[torch.tensor(ids)].to(self._device, self._compute) for ids in prompts]
-        buckets = [
-            relative_buckets(len(ids), self._config.num_buckets, self._config.max_distance).to(self._device) for ids in prompts
-        ]
+        buckets = [relative_buckets(len(ids), self._config.num_buckets, self._config.max_distance).to(self._device) for ids in prompts]
         for index in range(self._config.num_layers):
             with streamer.block("text_encoder", index) as block:
                 streams = [self._run_block(block, x, bucket) for x, bucket in zip(streams, buckets, strict=True)]
         return [rms_norm(x, final_norm.to(self._device), self._config.eps) for x in streams]
 
     def _linear(self, block: BlockView, name: str, x: Tensor) -> Tensor:
-        scale = block[f"{name}.weight_scale"] if f"{name}.weight_scale" in block else None
+        scale = block.get(f"{name}.weight_scale")
         return F.linear(x, dequantized(block[f"{name}.weight"], scale, self._compute))
 
     def _run_block(self, block: BlockView, x: Tensor, buckets: Tensor) -> Tensor:
@@ -71,9 +70,7 @@ class TextEncoder:
 
     def _attention(self, block: BlockView, u: Tensor, buckets: Tensor) -> Tensor:
         """softmax(q k^T + bias) v: no scaling by the width, a bias table per layer, softmax in fp32."""
-        q, k, v = (
-            self._linear(block, f"attn.{name}", u).unflatten(1, (self._config.num_heads, -1)).transpose(0, 1) for name in "qkv"
-        )
+        q, k, v = (self._linear(block, f"attn.{name}", u).unflatten(1, (self._config.num_heads, -1)).transpose(0, 1) for name in "qkv")
         table = block["pos_embedding.embedding.weight"].to(self._compute)
         bias = F.embedding(buckets, table).permute(2, 0, 1)  # [H, L, L]
         weights = F.softmax((q @ k.transpose(1, 2) + bias).float(), dim=-1).to(self._compute)

@@ -61,8 +61,10 @@ def timestep_features(timesteps: Tensor, freq_dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=1).float()
 
 
-def condition(read: Reader, config: DiTConfig, format: str, timesteps: Tensor, features: Sequence[Tensor], device: torch.device) -> Conditioning:
-    """Time and text embeddings of one expert; features: one [L, text_dim] per branch, L <= text_len, padded here with zeros (spec 2.1)."""
+def condition(
+    read: Reader, config: DiTConfig, format: str, timesteps: Tensor, features: Sequence[Tensor], device: torch.device
+) -> Conditioning:
+    """Time and text embeddings of one expert; features: one [L, text_dim] per branch, padded here with zeros (spec 2.1)."""
 
     def linear(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         weight, bias = (read(f"{name}.{part}").to(device, dtype) for part in ("weight", "bias"))
@@ -73,8 +75,8 @@ def condition(read: Reader, config: DiTConfig, format: str, timesteps: Tensor, f
     time = linear(hidden, "time_embedding.2", fp32)
     modulation = linear(F.silu(time), "time_projection.1", fp32).unflatten(1, (6, config.dim))
     padded = [F.pad(rows.to(device, compute), (0, 0, 0, config.text_len - rows.shape[0])) for rows in features]
-    hidden = [F.gelu(linear(rows, "text_embedding.0", compute), approximate="tanh") for rows in padded]
-    contexts = tuple(linear(rows, "text_embedding.2", compute) for rows in hidden)
+    embedded = [F.gelu(linear(rows, "text_embedding.0", compute), approximate="tanh") for rows in padded]
+    contexts = tuple(linear(rows, "text_embedding.2", compute) for rows in embedded)
     return Conditioning(time, modulation, contexts)
 
 

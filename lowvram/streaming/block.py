@@ -21,12 +21,13 @@ class BlockView:
         self._data = data
         self._tensors = tensors
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
     def __getitem__(self, name: str) -> Tensor:
         """The tensor `name` (without its `blocks.i.` prefix), no copy."""
         return self._span(name, (name,))
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor `name`, or None where the format has none."""
+        return self[name] if name in self._tensors else None
 
     def fused(self, names: Sequence[str]) -> Tensor:
         """Neighbouring tensors of equal trailing shape as one, stacked along their first dimension, no copy."""

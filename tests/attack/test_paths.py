@@ -20,7 +20,8 @@ VAE = "Wan2.1_VAE.safetensors"
 INDEX = "high_noise_model/diffusion_pytorch_model.safetensors.index.json"
 EVIL = [
     "../x.safetensors", "a/../../x.safetensors", "/etc/passwd", "//server/share/x.safetensors", "\\\\server\\share\\x", "C:\\x", "C:x",
-    "..\\x", "..", ".", "", "a/b.safetensors", "x\x00.safetensors", "x\n.safetensors", "x:stream", "x\u202e.safetensors", "x ", "x.", "a" * 256,
+    "..\\x", "..", ".", "", "a/b.safetensors", "x\x00.safetensors", "x\n.safetensors", "x:stream",
+    "x\u202e.safetensors", "x ", "x.", "a" * 256,
     "~/x|y", "\ud800",
 ]  # fmt: skip
 

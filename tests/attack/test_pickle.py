@@ -55,6 +55,26 @@ def test_p13_safetensors_wins_over_the_pickle(tmp_path: Path) -> None:
     open_source(tmp_path).close()
 
 
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+def test_p13_pages_of_a_pickle_are_given_back_with_the_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"a": torch.arange(10**5), "b": torch.ones(3, 2).t()}, path)
+    file = PickleFile(path, True)
+    assert not is_mapped(path)
+    tensor = file.read("a")
+    assert is_mapped(path)
+    assert int(tensor[7]) == 7
+    del tensor
+    assert not is_mapped(path)
+    assert file.read("b").is_contiguous()
+    torch.save({"a": torch.arange(10)}, path)
+    with pytest.raises(CheckpointError, match="changed since it was opened"):
+        file.read("a")
+
+
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("allow", [False, True], ids=["refused", "allowed"])
 def test_p13_payload_does_not_run(allow: bool, legacy: bool, tmp_path: Path) -> None:
@@ -83,7 +103,7 @@ def test_p13_bare_pickle_does_not_run(tmp_path: Path) -> None:
 def test_p13_what_is_no_flat_dict_of_tensors_is_refused(content: object, tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match="flat dict|not plain tensors"):
+    with pytest.raises(CheckpointError, match=r"flat dict|not plain tensors"):
         PickleFile(path, True)
 
 

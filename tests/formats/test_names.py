@@ -45,7 +45,10 @@ def reference_vae(config: VAEConfig) -> dict[str, tuple[int, ...]]:
         return shapes_of(AutoencoderKLWan(**settings))
 
 
-@pytest.mark.parametrize(("config", "count"), [(T2V_A14B.dit, 1095), (tiny_config().dit, 69)], ids=["A14B", "tiny"])
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [pytest.param(T2V_A14B.dit, 1095, marks=pytest.mark.slow, id="A14B"), pytest.param(tiny_config().dit, 69, id="tiny")],
+)
 def test_dit_names_and_shapes_are_those_of_diffusers(config: DiTConfig, count: int) -> None:
     ours = names.dit_shapes(config)
     assert len(ours) == count

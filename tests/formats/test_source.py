@@ -169,7 +169,7 @@ def test_p12_unconsumed_scale_is_an_error_of_its_own(scale: str, model: Path) ->
 def test_p12_unconsumed_scale_under_diffusers_names(diffusers: Path) -> None:
     path = diffusers / "vae" / "diffusion_pytorch_model.safetensors"
     edit_tensors(path, lambda tensors: tensors.update({"decoder.conv_in.weight_scale": torch.ones(())}))
-    with pytest.raises(QuantizedSourceError, match="decoder.conv_in.weight_scale"):
+    with pytest.raises(QuantizedSourceError, match=r"decoder\.conv_in\.weight_scale"):
         open_source(diffusers)
 
 
@@ -182,7 +182,7 @@ def test_p12_eight_bit_weights_without_scales_are_refused(model: Path) -> None:
 
 def test_p12_expert_in_the_other_place_is_noticed_by_file_name(model: Path) -> None:
     (model / HIGH).rename((model / HIGH).with_name("wan2.2_t2v_low_noise_14B.safetensors"))
-    with pytest.raises(WrongExpertError, match="high_noise is expected here.*low_noise_14B"):
+    with pytest.raises(WrongExpertError, match=r"high_noise is expected here.*low_noise_14B"):
         open_source(model)
 
 

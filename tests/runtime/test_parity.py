@@ -46,7 +46,8 @@ def reference_text_encoder(store: Store) -> UMT5EncoderModel:
             relative_attention_max_distance=text.max_distance, feed_forward_proj="gated-gelu", layer_norm_epsilon=text.eps,
         )
     )  # fmt: skip
-    weights = {names.transformers_text_from_official(name): value.float() for name, value in tiny_weights(store.config, "text_encoder").items()}
+    official = tiny_weights(store.config, "text_encoder")
+    weights = {names.transformers_text_from_official(name): value.float() for name, value in official.items()}
     model.load_state_dict({**weights, "encoder.embed_tokens.weight": weights["shared.weight"]})
     return model.eval()
 
@@ -145,6 +146,7 @@ def test_components_are_complete() -> None:
     """The real sizes have the published numbers of tensors."""
     from lowvram.config import T2V_A14B
 
-    counts = [len(names.dit_shapes(T2V_A14B.dit)), len(names.text_encoder_shapes(T2V_A14B.text_encoder)), len(names.vae_shapes(T2V_A14B.vae))]
-    assert counts == [1095, 242, 194]
+    assert len(names.dit_shapes(T2V_A14B.dit)) == 1095
+    assert len(names.text_encoder_shapes(T2V_A14B.text_encoder)) == 242
+    assert len(names.vae_shapes(T2V_A14B.vae)) == 194
     assert len(COMPONENTS) == 4

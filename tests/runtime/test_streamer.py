@@ -141,7 +141,9 @@ def test_asking_out_of_order_is_refused(tmp_path: Path) -> None:
     ledger = Ledger("test", 10**6)
     slots, none = Slots("slot", 1, NBYTES, ledger, CPU), Slots("none", 0, NBYTES, ledger, CPU)
     with (
-        Streamer({"high": StreamedComponent(file, TENSORS)}, assign_slots([("high", 0)], 0, 1, 0), slots, none, none, HostTransport()) as streamer,
+        Streamer(
+            {"high": StreamedComponent(file, TENSORS)}, assign_slots([("high", 0)], 0, 1, 0), slots, none, none, HostTransport()
+        ) as streamer,
         pytest.raises(InternalLimitError, match="schedule's visit 0"),
         streamer.block("high", 1),
     ):

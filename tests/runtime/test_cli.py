@@ -1,0 +1,222 @@
+"""The command line as a user meets it: what it prints, writes, refuses, and leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import pytest
+from typer.testing import CliRunner, Result
+
+from lowvram.checkpoint.store import Store
+from lowvram.cli import app
+from lowvram.video import read_metadata
+from tests.checkpoints import tiny_config, write_official
+
+StoreOf = Callable[[str], Store]
+CLIP = ["--size", "64x64", "--frames", "5", "--steps", "2", "--device", "cpu"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, code: int, *texts: str) -> None:
+    """One line that says what, where and what to do."""
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    for text in texts:
+        assert text in lines[0]
+    assert "Traceback" not in result.output
+
+
+@pytest.fixture
+def model(tiny_store: StoreOf) -> Path:
+    return tiny_store("int8").path
+
+
+def test_generate_writes_a_playable_clip_that_says_what_it_is(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "clip.mp4"
+    result = run("generate", model, "--prompt", "a red circle", "--seed", 3, "--out", out, "--json", *CLIP)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["out"] == str(out)
+    assert told["peak_bytes"]["vram"] <= told["plan"]["peak_vram_bytes"]
+    metadata = read_metadata(out)
+    assert metadata["ai_generated"] is True
+    assert metadata["request"]["prompt"] == "a red circle"
+    assert metadata["request"]["seed"] == 3
+    with av.open(str(out)) as container:
+        frames = list(container.decode(video=0))
+    assert [(frame.width, frame.height) for frame in frames] == [(64, 64)] * 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4"]
+
+
+def test_the_same_command_gives_the_same_file(model: Path, tmp_path: Path) -> None:
+    for name in ("one.mp4", "two.mp4"):
+        assert run("generate", model, "--prompt", "a circle", "--out", tmp_path / name, *CLIP).exit_code == 0
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+
+
+def test_progress_names_every_phase(model: Path, tmp_path: Path) -> None:
+    result = run("generate", model, "--prompt", "a circle", "--out", tmp_path / "clip.mp4", *CLIP)
+    for text in ("plan:", "reading the prompt", "denoising", "2/2", "decoding frames"):
+        assert text in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "texts"),
+    [
+        (["--size", "60x64"], 2, ("width 60", "use 64")),
+        (["--size", "64"], 2, ("'64'", "832x480")),
+        (["--frames", "6"], 2, ("frames 6 is not 4n+1", "use 5")),
+        (["--vram", "1MiB"], 1, ("VRAM of 1.05 MB is too little", "--vram")),
+        (["--ram", "1MiB"], 1, ("RAM of 1.05 MB is too little", "--ram")),
+        (["--vram", "lots"], 2, ("'lots'", "8GiB")),
+        (["--vram", "100000GiB"], 1, ("was asked for, this machine has",)),
+        (["--device", "tpu"], 2, ("unknown device 'tpu'",)),
+        (["--solver", "ddim"], 2, ("unknown solver 'ddim'", "unipc, euler")),
+        (["--out", "clip.gif"], 2, ("clip.gif", "use clip.mp4")),
+        (["--out", "no/such/folder/clip.mp4"], 1, ("no/such/folder does not exist",)),
+        (["--resume"], 1, ("nothing to resume", "run without --resume")),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], code: int, texts: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run("generate", model, "--prompt", "a circle", *CLIP, *changes), code, *texts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_come_from_text_or_from_a_file(model: Path, tmp_path: Path) -> None:
+    refused(run("generate", model, *CLIP), 2, "--prompt TEXT or --prompt-file FILE")
+    refused(run("generate", model, "--prompt", " ", *CLIP), 2, "the prompt is empty")
+    refused(run("generate", model, "--prompt-file", tmp_path / "none.txt", *CLIP), 1, "none.txt", "No such file")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    refused(run("generate", model, "--prompt-file", tmp_path / "binary.txt", *CLIP), 1, "binary.txt", "not UTF-8")
+    (tmp_path / "prompt.txt").write_text("a blue square\n", encoding="utf-8")
+    out = tmp_path / "clip.mp4"
+    assert run("generate", model, "--prompt-file", tmp_path / "prompt.txt", "--out", out, *CLIP).exit_code == 0
+    assert "a blue square" in read_metadata(out)["request"]["prompt"]
+
+
+def test_an_existing_output_stays(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "clip.mp4"
+    out.write_bytes(b"precious")
+    refused(run("generate", model, "--prompt", "a circle", "--out", out, *CLIP), 1, "clip.mp4", "--overwrite")
+    assert out.read_bytes() == b"precious"
+    assert run("generate", model, "--prompt", "a circle", "--out", out, "--overwrite", *CLIP).exit_code == 0
+    assert out.stat().st_size > 500
+
+
+def test_models_that_are_none_are_refused(tmp_path: Path) -> None:
+    refused(run("generate", tmp_path / "none", "--prompt", "a", *CLIP), 1, "does not exist", "lowvram quantize")
+    refused(run("generate", tmp_path, "--prompt", "a", *CLIP), 1, "lowvram.json")
+    refused(run("plan", "t2v-a15b"), 2, "neither a folder nor a variant", "t2v-a14b")
+
+
+def test_damaged_sources_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source, model = tmp_path / "source", tmp_path / "model"
+    write_official(source, tiny_config())
+    shard = next((source / "high_noise_model").glob("*-00002-*"))
+    moved = shard.rename(tmp_path / "moved")
+    refused(run("quantize", source, model), 1, shard.name, "lacks 1 of the 2 shards", "download them")
+    moved.rename(shard)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(run("quantize", source, model), 1, shard.name)
+    config = source / "low_noise_model" / "config.json"
+    config.write_text(config.read_text().replace('"dim": 256', '"dim": 512'))
+    assert run("quantize", source, model).exit_code == 1
+    assert not model.exists() or list(model.iterdir()) == []
+
+
+def test_quantize_says_what_it_lost(tmp_path: Path) -> None:
+    source, model = tmp_path / "source", tmp_path / "model"
+    write_official(source, tiny_config())
+    result = run("quantize", source, model, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)
+    refused(run("quantize", source, model), 1, "--overwrite")
+    result = run("inspect", model, "--verify", "--json")
+    assert json.loads(result.stdout)["verified"] is True
+    file = model / "low_noise.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5000] ^= 1
+    file.write_bytes(data)
+    refused(run("inspect", model, "--verify"), 1, "low_noise blocks.1.")
+
+
+def test_plan_and_doctor_speak_json() -> None:
+    plan = json.loads(run("plan", "t2v-a14b", "--size", "1280x720", "--frames", "81", "--json").stdout)
+    assert plan["num_tokens"] == 75_600
+    assert plan["peak_vram_bytes"] <= 8 * 2**30
+    table = run("plan", "t2v-a14b", "--vram", "24GiB").stdout
+    for text in ("x, fp32", "1.55 GB", "K and V", "chunk workspace", "block slots", "peak of the decode phase"):
+        assert text in table
+    refused(run("plan", "t2v-a14b", "--vram", "2GiB"), 1, "use --vram", "MiB or more")
+    assert {finding["name"] for finding in json.loads(run("doctor", "--json").stdout)["findings"]} >= {"GPU", "Triton", "RAM"}
+
+
+def command(model: Path, out: Path, *more: str) -> list[str]:
+    prompt = ["--prompt", "a red circle", "--size", "64x64", "--frames", "17", "--steps", "40", "--device", "cpu"]
+    return [sys.executable, "-m", "lowvram", "generate", str(model), *prompt, "--out", str(out), *more]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_p20_an_interrupted_run_leaves_no_video_and_resumes(model: Path, tmp_path: Path, kill: signal.Signals) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
+    subprocess.run(command(model, whole), check=True, env=environment, capture_output=True)
+    process = subprocess.Popen(command(model, cut), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "cut.mp4.resume"
+    wait_for(state.exists, process)
+    process.send_signal(kill)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if kill == signal.SIGINT else -signal.SIGKILL)
+    if kill == signal.SIGINT:
+        assert "--resume" in errors
+        assert "Traceback" not in errors
+    assert not cut.exists()
+    assert state.exists()
+    again = subprocess.run(command(model, cut), env=environment, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "continue it with --resume" in again.stderr
+    subprocess.run(command(model, cut, "--resume"), check=True, env=environment, capture_output=True)
+    assert cut.read_bytes() == whole.read_bytes()
+    assert not state.exists()
+
+
+def test_p20_nan_in_the_latents_makes_no_video(model: Path, tmp_path: Path) -> None:
+    """A scale of infinity in one block: quantize would refuse it, so it is planted in the store."""
+    broken = tmp_path / "model"
+    shutil.copytree(model, broken)
+    from lowvram.checkpoint.header import read_header
+
+    file = broken / "high_noise.safetensors"
+    info = read_header(file).tensors["blocks.1.ffn.0.weight_scale"]
+    with open(file, "r+b") as handle:
+        handle.seek(info.start)
+        handle.write(b"\x00\x00\xc0\x7f" * (info.nbytes // 4))  # NaN
+    out = tmp_path / "clip.mp4"
+    result = run("generate", broken, "--prompt", "a circle", "--out", out, *CLIP)
+    refused(result, 1, "step 1 of 2", "expert high_noise", "block 1", "inspect")
+    assert not out.exists()
