@@ -101,10 +101,13 @@ def test_p14_hub_cache_passes_and_only_its_own_blobs(model: Path, tmp_path: Path
         open_source(snapshot)
 
 
-def test_p14_blobs_beside_a_plain_folder_are_outside(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "blobs").mkdir()
-    (model / VAE).rename(tmp_path / "blobs" / "file")
-    (model / VAE).symlink_to(tmp_path / "blobs" / "file")
+@pytest.mark.parametrize("place", ["blobs", "../blobs"])
+def test_p14_blobs_beside_a_plain_folder_are_outside(place: str, tmp_path: Path) -> None:
+    model = write_official(tmp_path / "parent" / "model", CONFIG)
+    blobs = tmp_path / "parent" / place
+    blobs.mkdir()
+    (model / VAE).rename(blobs / "file")
+    (model / VAE).symlink_to(blobs / "file")
     with pytest.raises(UnsafeFileError, match="leaves its model folder"):
         open_source(model)
 

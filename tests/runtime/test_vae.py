@@ -1,0 +1,77 @@
+"""The VAE's tiles: they cover the clip, fade into one another, and a failed decode costs no sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowvram.checkpoint.store import Store
+from lowvram.models.vae import WanVAE, tile_starts
+from lowvram.progress import Progress
+from tests.runs import CPU, digest, pipeline_of, request_of
+
+StoreOf = Callable[[str], Store]
+
+
+def vae_of(store: Store) -> WanVAE:
+    file = store.files["vae"]
+    return WanVAE(store.config.vae, file.rest, file.read, CPU)
+
+
+@pytest.mark.parametrize("length", [8, 32, 33, 56, 57, 90, 160])
+def test_tiles_cover_everything_and_stay_inside(length: int) -> None:
+    starts = tile_starts(length, 32, 24)
+    covered = {position for start in starts for position in range(start, min(start + 32, length))}
+    assert covered == set(range(length))
+    assert all(start + 32 <= length for start in starts) or length < 32
+    assert len(starts) == len(set(starts))
+
+
+def test_tiles_of_a_local_decoder_join_without_a_seam(tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a pixel depends on its own latent alone, any tiling must give the untiled clip."""
+    vae = vae_of(tiny_store("int8"))
+
+    def nearest(self: WanVAE, latents: torch.Tensor) -> torch.Tensor:
+        frames = 4 * (latents.shape[1] - 1) + 1
+        pixels = latents[:3].repeat_interleave(8, -1).repeat_interleave(8, -2)
+        return pixels.repeat_interleave(4, 1)[:, :frames].tanh()
+
+    monkeypatch.setattr(WanVAE, "_decode_tile", nearest)
+    latents = torch.randn(16, 2, 40, 50, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(vae.decode(latents, 256), vae.decode(latents, 0), atol=1e-6)
+
+
+def test_tiled_frames_are_near_the_untiled_ones(tiny_store: StoreOf) -> None:
+    vae = vae_of(tiny_store("int8"))
+    coarse = torch.randn(16, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    latents = torch.nn.functional.interpolate(coarse, (34, 36), mode="bicubic")  # [C, T, h, w]
+    calls: list[tuple[int, int]] = []
+    tiled = vae.decode(latents, 256, lambda done, total: calls.append((done, total)))
+    assert tiled.shape == (3, 1, 272, 288)
+    assert calls[-1] == (4, 4)
+    assert float((tiled - vae.decode(latents, 0)).abs().mean()) < 0.1
+
+
+def test_a_failed_decode_costs_no_sampling(tiny_store: StoreOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = pipeline_of(tiny_store("int8"))
+    request, state = request_of(pipeline), tmp_path / "clip.mp4.resume"
+    expected = digest(pipeline.generate(request).frames)
+
+    def fail(*_: object) -> torch.Tensor:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WanVAE, "_decode_tile", fail)
+        with pytest.raises(MemoryError):
+            pipeline.generate(request, state_file=state)
+    phases: set[str] = set()
+
+    def listen(event: Progress) -> None:
+        phases.add(event.phase)
+
+    again = pipeline.generate(request, state_file=state, resume=True, listener=listen)
+    assert digest(again.frames) == expected
+    assert phases == {"decode"}
