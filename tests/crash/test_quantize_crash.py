@@ -99,7 +99,7 @@ def test_p01_killed_at_any_moment_and_resumed_it_ends_in_the_same_bytes(source: 
         assert hashes(model) == whole
         assert not (model / STAGING_NAME).exists()
     assert {"high_noise", "low_noise", "text_encoder"} <= stages, f"kills met only {stages}"
-    assert done < KILLS // 4
+    assert done < KILLS // 2, "every kill came too late"
 
 
 def stage(model: Path) -> str:

@@ -136,6 +136,28 @@ def test_same_writer_goes_on_once_there_is_room(tmp_path: Path, monkeypatch: pyt
     assert path.read_bytes() == expected
 
 
+def test_journal_line_cut_by_a_full_disk_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes) -> None:
+    path, real = tmp_path / "x.safetensors", os.write
+
+    def full_for_journal(fd: int, data: memoryview) -> int:
+        if not os.readlink(f"/proc/self/fd/{fd}").endswith(".journal"):
+            return real(fd, data)
+        if len(data) > 20:
+            return real(fd, data[:20])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with StoreWriter(path, TENSORS, {}, {"recipe": "x"}, resume=False, sync_bytes=1) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full_for_journal)
+            with pytest.raises(DiskFullError):
+                writer.write(content(TENSORS[0]))
+        writer.write(content(TENSORS[1]))
+    with StoreWriter(path, TENSORS, {}, {"recipe": "x"}, resume=True) as writer:
+        assert len(writer.remaining) == 6
+    write(path, resume=True)
+    assert path.read_bytes() == expected
+
+
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 32 kB, where this process may mount one."""

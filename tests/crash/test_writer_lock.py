@@ -70,6 +70,22 @@ def test_p07_living_holder_is_believed_where_locks_lie(tmp_path: Path, monkeypat
         OutputLock(tmp_path)
 
 
+def test_p07_lock_file_removed_by_its_holder_in_between_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = lock.fcntl.flock, []
+
+    def flock(fd: int, mode: int) -> None:
+        if not calls:
+            (tmp_path / LOCK_NAME).unlink()
+        calls.append(fd)
+        real(fd, mode)
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with OutputLock(tmp_path):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+        with pytest.raises(OutputError):
+            OutputLock(tmp_path)
+
+
 @pytest.mark.parametrize("content", [
     b"", b"{", b"[]", b"\xff", b'{"pid": "x"}', b'{"pid": -1}', b'{"pid": true}', b'{"pid": 4194305}', b'{"pid": 1e300}',
     json.dumps({"pid": os.getpid(), "started": 1.0, "host": socket.gethostname()}).encode(),

@@ -1,0 +1,128 @@
+"""`attention_int8` with both products on int8 tensor cores, and the transposed int8 layout of its values."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowvram_kernels.common_triton import INT8_MAX, ROUND, SMALLEST_ABSMAX, quantized_codes
+from lowvram_kernels.tuning import architecture, attention_tile
+
+KEY_TILE = tl.constexpr(64)
+LOG2_P_MAX = tl.constexpr(math.log2(255.0))
+
+
+@triton.jit
+def values_kernel(
+    v_ptr, out_ptr, out_scale_ptr, M, stride_v, stride_out_h, stride_out_d, stride_scale_h, stride_scale_d, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """One tile of 64 keys of one head: [64, HEAD_DIM] -> [HEAD_DIM, 64] int8 and HEAD_DIM scales."""
+    tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    keys = tile * KEY_TILE + tl.arange(0, KEY_TILE)
+    channel = tl.arange(0, HEAD_DIM)
+    values = tl.load(v_ptr + keys[:, None] * stride_v + head * HEAD_DIM + channel[None, :], mask=(keys < M)[:, None], other=0.0)
+    values = values.to(tl.float32)
+    absmax = tl.maximum(tl.max(tl.abs(values), axis=0), SMALLEST_ABSMAX)
+    scale = tl.div_rn(absmax, tl.full((HEAD_DIM,), INT8_MAX, tl.float32))
+    codes = tl.trans(quantized_codes(values, scale[None, :], False))
+    tl.store(out_ptr + head * stride_out_h + channel[:, None] * stride_out_d + keys[None, :], codes)
+    tl.store(out_scale_ptr + head * stride_scale_h + channel * stride_scale_d + tile, scale)
+
+
+@triton.jit
+def attend_tile(
+    state, q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, left, MASKED: tl.constexpr
+):  # fmt: skip
+    """One online-softmax step over 64 keys; `left`: how many of them exist, where MASKED.
+
+    p lies in 0..255 and is multiplied as p - 128, which fits int8; 128 times the sum of the values makes up for it.
+    """
+    result, total, maximum = state
+    key = tl.arange(0, KEY_TILE)
+    if MASKED:
+        k = tl.load(k_ptrs, mask=(key < left)[None, :], other=0)
+        key_scale = tl.load(k_scale_ptrs, mask=key < left, other=0.0)
+    else:
+        k = tl.load(k_ptrs)
+        key_scale = tl.load(k_scale_ptrs)
+    logits = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * query_scale[:, None] * key_scale[None, :]
+    if MASKED:
+        logits = tl.where((key < left)[None, :], logits, float("-inf"))
+    tile_maximum = tl.max(logits, axis=1)
+    shifted = tl.exp2(logits - (tile_maximum - LOG2_P_MAX)[:, None]) + ROUND  # round(255 p) in the low bits
+    codes = (shifted.to(tl.int32, bitcast=True) - 128).to(tl.int8)
+    v = tl.load(v_ptrs)
+    offset = tl.sum(v.to(tl.int32), axis=1) * 128
+    product = tl.dot(codes, tl.trans(v), out_dtype=tl.int32) + offset[None, :]
+    new_maximum = tl.maximum(maximum, tile_maximum)
+    decay = tl.exp2(maximum - new_maximum)
+    weight = tl.exp2(tile_maximum - new_maximum)
+    total = total * decay + tl.sum(shifted - ROUND, axis=1) * weight
+    product = product.to(tl.float32) * tl.load(v_scale_ptrs)[None, :]
+    result = result * decay[:, None] + product * weight[:, None]
+    return result, total, new_maximum
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def attention_kernel(
+    q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, out_ptr, M, N, softmax_scale,
+    stride_qh, stride_qs, stride_kh, stride_ks, stride_vh, stride_vd, stride_vsh, stride_vsd, stride_out,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one head over all keys; softmax_scale = log2(e) / sqrt(HEAD_DIM)."""
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tl.arange(0, HEAD_DIM)
+    key = tl.arange(0, KEY_TILE)
+    row = tl.minimum(rows, M - 1)  # rows past the end read the last one; their stores are masked
+    q = tl.load(q_ptr + head * stride_qh + row[:, None] * HEAD_DIM + channel[None, :])
+    query_scale = tl.load(q_scale_ptr + head * stride_qs + row) * softmax_scale
+    k_ptrs = k_ptr + head * stride_kh + key[None, :] * HEAD_DIM + channel[:, None]
+    k_scale_ptrs = k_scale_ptr + head * stride_ks + key
+    v_ptrs = v_ptr + head * stride_vh + channel[:, None].to(tl.int64) * stride_vd + key[None, :]
+    v_scale_ptrs = v_scale_ptr + head * stride_vsh + channel.to(tl.int64) * stride_vsd
+    result = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    for _ in range(0, N // KEY_TILE):
+        result, total, maximum = attend_tile(
+            (result, total, maximum), q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, KEY_TILE, False
+        )
+        k_ptrs += KEY_TILE * HEAD_DIM
+        k_scale_ptrs += KEY_TILE
+        v_ptrs += KEY_TILE
+        v_scale_ptrs += 1
+    left = N % KEY_TILE
+    if left > 0:
+        result, total, maximum = attend_tile(
+            (result, total, maximum), q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, left, True
+        )
+    y = tl.div_rn(result, tl.broadcast_to(total[:, None], (BLOCK_M, HEAD_DIM)))
+    out_ptrs = out_ptr + rows[:, None] * stride_out + head * HEAD_DIM + channel[None, :]
+    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None])
+
+
+def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> None:
+    """out = round(v^T / s), one scale per tile of 64 keys and channel: the contract of the torch reference."""
+    num_heads, head_dim, _ = out.shape
+    values_kernel[(out_scale.shape[2], num_heads)](
+        v, out, out_scale, v.shape[0], v.stride(0), out.stride(0), out.stride(1), out_scale.stride(0), out_scale.stride(1),
+        HEAD_DIM=head_dim, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, out: Tensor) -> None:
+    """out = softmax(q k^T / sqrt(head_dim)) v over tiles of 64 keys: the contract of the torch reference.
+
+    The integers are the reference's; exponentials are the hardware's exp2, so a probability next to a half may round the other way.
+    """
+    num_heads, num_queries, head_dim = q.shape
+    tile = attention_tile(architecture(q.device))
+    attention_kernel[(triton.cdiv(num_queries, tile.block_m), num_heads)](
+        q, q_scale, k, k_scale, v, v_scale, out, num_queries, k.shape[1], math.log2(math.e) / math.sqrt(head_dim),
+        q.stride(0), q_scale.stride(0), k.stride(0), k_scale.stride(0), v.stride(0), v.stride(1), v_scale.stride(0), v_scale.stride(1),
+        out.stride(0), HEAD_DIM=head_dim, BLOCK_M=tile.block_m, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,62 @@
+"""`quantize_rows` and `gelu_quantize`: one row per program, one read of it, one rounding."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowvram_kernels.common_triton import GROUP, store_row
+from lowvram_kernels.tuning import row_warps
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    u = (x + 0.044715 * (x * x * x)) * 1.5957691216057308
+    return tl.div_rn(x, tl.exp(-u) + 1.0)
+
+
+@triton.jit
+def rows_kernel(
+    x_ptr, out_ptr, out_scale_ptr, K, stride_x, stride_out,
+    GROUPS: tl.constexpr, ROTATED: tl.constexpr, E4M3: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    """One row of out and its scale."""
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(x_ptr + row * stride_x + channels, mask=channels < K, other=0.0).to(tl.float32)
+    if GELU:
+        x = gelu_tanh(x)
+    store_row(x, out_ptr, out_scale_ptr, row, stride_out, K, GROUPS, ROTATED, E4M3)
+
+
+def groups_of(channels: int) -> int:
+    """The power of two of 256-channel groups that holds a row."""
+    return int(triton.next_power_of_2(triton.cdiv(channels, 256)))
+
+
+def code_view(out: Tensor, rotated: bool) -> Tensor:
+    """`out` as the kernels write it: words where rotated, else int8, or the bytes of e4m3."""
+    if rotated:
+        return out.view(torch.int32)
+    return out if out.dtype == torch.int8 else out.view(torch.uint8)
+
+
+def _run(x: Tensor, out: Tensor, out_scale: Tensor, rotated: bool, gelu: bool) -> None:
+    codes, groups = code_view(out, rotated), groups_of(x.shape[1])
+    rows_kernel[(x.shape[0],)](
+        x, codes, out_scale, x.shape[1], x.stride(0), codes.stride(0), GROUPS=groups, ROTATED=rotated,
+        E4M3=out.dtype == torch.float8_e4m3fn, GELU=gelu, num_warps=row_warps(groups * 256), enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def quantize_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
+    """out, out_scale = quantize(x): the contract of the torch reference."""
+    _run(x, out, out_scale, rotated, gelu=False)
+
+
+def gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
+    """out, out_scale = quantize(GELU_tanh(x)): the contract of the torch reference."""
+    _run(x, out, out_scale, rotated, gelu=True)

@@ -1,0 +1,110 @@
+"""`quantized_linear` on tensor cores: int8 into int32 over all of K, or e4m3 into fp32, and the epilogue in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowvram_kernels.common_triton import e4m3_as_float16
+from lowvram_kernels.tuning import architecture, linear_tile, multiplies_e4m3
+
+
+@triton.jit
+def grouped_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile coordinates in an order that walks GROUP_M rows of tiles together, so that their weights stay in L2."""
+    program = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    within = program % (GROUP_M * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def row_pointers(base, rows, stride):
+    """base + rows * stride in 64 bits: a video's activations pass 2^31 elements. rows: int32 or int64."""
+    return base + rows.to(tl.int64) * stride
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_kernel(
+    a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, gate_ptr, out_ptr, M, N, K, stride_a, stride_w, stride_out,
+    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, ACCUMULATE: tl.constexpr, INT8: tl.constexpr, DECODE: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_M, BLOCK_N] tile of out; DECODE: operands are bytes of e4m3, multiplied as fp16."""
+    tile_m, tile_n = grouped_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows and columns past the end read the last one: no mask in the loop; the stores are masked.
+    a_ptrs = row_pointers(a_ptr, tl.minimum(rows, M - 1), stride_a)[:, None] + k[None, :]
+    w_ptrs = row_pointers(w_ptr, tl.minimum(columns, N - 1), stride_w)[None, :] + k[:, None]
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INT8 else tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a, w = tl.load(a_ptrs), tl.load(w_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(start + k < K)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(start + k < K)[:, None], other=0.0)
+        if INT8:
+            accumulator = tl.dot(a, w, accumulator, out_dtype=tl.int32)
+        elif DECODE:
+            accumulator = tl.dot(e4m3_as_float16(a), e4m3_as_float16(w), accumulator)
+        else:
+            # sm_90 keeps about 14 bits inside the tensor core: its sums move to fp32 registers after each tile of K.
+            accumulator = tl.dot(a, w, accumulator, max_num_imprecise_acc=BLOCK_K)
+        a_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    y = accumulator.to(tl.float32)
+    if DECODE:
+        y = y * 65536.0  # both operands were decoded as 2^-8 of their value
+    inside = columns < N
+    y = y * tl.load(a_scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
+    y = y * tl.load(w_scale_ptr + columns, mask=inside, other=0.0)[None, :]
+    if HAS_BIAS:
+        y = y + tl.load(bias_ptr + columns, mask=inside, other=0.0)[None, :]
+    if HAS_GATE:
+        y = y * tl.load(gate_ptr + columns, mask=inside, other=0.0)[None, :]
+    out_ptrs = row_pointers(out_ptr, rows, stride_out)[:, None] + columns[None, :]
+    mask = (rows < M)[:, None] & inside[None, :]
+    if ACCUMULATE:
+        y = tl.load(out_ptrs, mask=mask, other=0.0) + y
+    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def quantized_linear(
+    a: Tensor,
+    a_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    gate: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; out = y, or out += gate * y: the contract of the torch reference.
+
+    int8 gives the reference's bits: the integers are exact, and the epilogue multiplies and adds in its order without fusing
+    (`enable_fp_fusion=False`). e4m3 sums in fp32 in the order of K, whatever the rows: one tile shape serves every M.
+    """
+    m, k = a.shape
+    n = weight.shape[0]
+    int8 = a.dtype == torch.int8
+    arch = architecture(a.device)
+    decode = not int8 and not multiplies_e4m3(arch)
+    if decode:
+        a, weight = a.view(torch.uint8), weight.view(torch.uint8)
+    tile = linear_tile(arch, "int8" if int8 else "decode" if decode else "fp8")
+    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+    linear_kernel[grid](
+        a, a_scale, weight, weight_scale, out if bias is None else bias, out if gate is None else gate, out,
+        m, n, k, a.stride(0), weight.stride(0), out.stride(0),
+        HAS_BIAS=bias is not None, HAS_GATE=gate is not None, ACCUMULATE=accumulate, INT8=int8, DECODE=decode,
+        EVEN_K=k % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=8,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+    )  # fmt: skip
