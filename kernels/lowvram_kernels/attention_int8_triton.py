@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowvram_kernels.common_triton import INT8_MAX, ROUND, SMALLEST_ABSMAX, quantized_codes
+from lowvram_kernels.common_triton import INT8_MAX, ROUND, SMALLEST_ABSMAX, quantized_codes, stored
 from lowvram_kernels.tuning import architecture, attention_tile
 
 KEY_TILE = tl.constexpr(64)
@@ -102,7 +102,7 @@ def attention_kernel(
         )
     y = tl.div_rn(result, tl.broadcast_to(total[:, None], (BLOCK_M, HEAD_DIM)))
     out_ptrs = out_ptr + rows[:, None] * stride_out + head * HEAD_DIM + channel[None, :]
-    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None])
+    tl.store(out_ptrs, stored(y, out_ptr.dtype.element_ty), mask=(rows < M)[:, None])
 
 
 def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> None:

@@ -31,6 +31,15 @@ def e4m3_bytes(x):
 
 
 @triton.jit
+def stored(x, DTYPE: tl.constexpr):
+    """fp32 x as DTYPE, rounded half to even by bits for bf16: the interpreter's own cast truncates."""
+    if tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def e4m3_as_float16(code):
     """e4m3 bytes * 2^-8 as fp16, exactly: its exponent field is the same bits under a bias of 15 instead of 7. No NaN."""
     wide = code.to(tl.uint16)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowvram_kernels.common_triton import e4m3_as_float16
+from lowvram_kernels.common_triton import e4m3_as_float16, stored
 from lowvram_kernels.tuning import architecture, linear_tile, multiplies_e4m3
 
 
@@ -73,7 +73,7 @@ def linear_kernel(
     mask = (rows < M)[:, None] & inside[None, :]
     if ACCUMULATE:
         y = tl.load(out_ptrs, mask=mask, other=0.0) + y
-    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, stored(y, out_ptr.dtype.element_ty), mask=mask)
 
 
 def quantized_linear(

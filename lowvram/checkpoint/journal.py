@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowvram.checkpoint.disk import BINARY, write_all
+from lowvram.disk import BINARY, write_all
 from lowvram.errors import ResumeError
 
 

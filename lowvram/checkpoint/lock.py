@@ -11,7 +11,7 @@ from types import TracebackType
 
 import psutil
 
-from lowvram.checkpoint.disk import output_error, write_all
+from lowvram.disk import output_error, write_all
 from lowvram.errors import OutputError
 
 try:

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowvram.checkpoint.disk import replace_file
 from lowvram.checkpoint.files import read_json
 from lowvram.config import COMPONENTS, FORMATS, T2V_A14B, ModelConfig
+from lowvram.disk import replace_file
 from lowvram.errors import CheckpointError, IntegrityError, UsageError
 
 MANIFEST_NAME = "lowvram.json"

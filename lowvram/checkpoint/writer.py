@@ -13,10 +13,10 @@ from types import TracebackType
 
 import torch
 
-from lowvram.checkpoint.disk import BINARY, check_room, output_error, sync_folder, write_all
 from lowvram.checkpoint.journal import Journal
 from lowvram.checkpoint.store_layout import ALIGNMENT_BYTES, StoredTensor
 from lowvram.checkpoint.tensors import TORCH_DTYPES
+from lowvram.disk import BINARY, check_room, output_error, sync_folder, write_all
 from lowvram.errors import CheckpointError, ResumeError
 
 SYNC_BYTES = 256 * 2**20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lowvram.config import Request
+from lowvram.disk import replace_file
 from lowvram.errors import ResumeError
 
 FORMAT_VERSION = "1"
@@ -42,12 +42,7 @@ def save_state(path: Path, state: RunState) -> None:
         "model": state.model,
         "step": str(state.step),
     }
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(save({name: value.cpu() for name, value in tensors.items()}, metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_file(path, save({name: value.cpu() for name, value in tensors.items()}, metadata))
 
 
 def load_state(path: Path, request: Request, model: str) -> RunState:

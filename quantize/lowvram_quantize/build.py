@@ -11,12 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lowvram.checkpoint.disk import replace_file, sync_folder
 from lowvram.checkpoint.manifest import MANIFEST_NAME, TOKENIZER_NAME, ComponentManifest, Manifest, component_file
 from lowvram.checkpoint.source import Source
 from lowvram.checkpoint.store_layout import ComponentLayout, StoredTensor
 from lowvram.checkpoint.writer import StoreWriter
 from lowvram.config import COMPONENTS
+from lowvram.disk import replace_file, sync_folder
 from lowvram.errors import CheckpointError
 from lowvram_quantize.component import ComponentMaker
 from lowvram_quantize.progress import QUANTIZE, Meter, ProgressCallback

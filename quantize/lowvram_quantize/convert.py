@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lowvram.checkpoint.disk import output_error
 from lowvram.checkpoint.lock import OutputLock
 from lowvram.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from lowvram.checkpoint.source import Source, open_source
 from lowvram.checkpoint.store_layout import component_layout
 from lowvram.config import COMPONENTS, format_bytes
+from lowvram.disk import output_error
 from lowvram.errors import CheckpointError, DiskFullError, LowvramError, NonFiniteError, OutputError
 from lowvram_quantize.build import STATE_NAME, STORE_FILES, Build, commit
 from lowvram_quantize.progress import SCAN, Meter, ProgressCallback

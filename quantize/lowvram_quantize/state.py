@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from lowvram.checkpoint.disk import output_error, write_all
+from lowvram.disk import output_error, write_all
 from lowvram_quantize.recipe import check_same
 from lowvram_quantize.report import TensorError
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowvram.checkpoint.disk import replace_file
 from lowvram.checkpoint.store_layout import StoredTensor
 from lowvram.checkpoint.writer import StoreWriter
+from lowvram.disk import replace_file
 from lowvram.errors import DiskFullError, OutputError
 
 TENSORS = [StoredTensor(f"t{index}", "F32", (1024,), "copy", "") for index in range(8)]

@@ -210,8 +210,8 @@ def test_p06_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lowvram.video, "_flush", full)
-    with pytest.raises(DiskFullError, match="free some"):
+    monkeypatch.setattr(lowvram.video, "_sync_file", full)
+    with pytest.raises(DiskFullError, match="make room"):
         write_video(tmp_path / "clip.mp4", clip(), 16, {})
     assert os.listdir(tmp_path) == []
 
@@ -219,7 +219,7 @@ def test_p06_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_p06_the_encoder_notices_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "clip.mp4.part").symlink_to("/dev/full")
-    with pytest.raises(DiskFullError, match="free some"):
+    with pytest.raises(DiskFullError, match="make room"):
         write_video(tmp_path / "clip.mp4", clip(9), 16, {})
     assert os.listdir(tmp_path) == []
 
