@@ -169,7 +169,7 @@ def choose_plan(
     chosen = _add_residents(base, vram_bytes)
     others = next(phase.ram_bytes for phase in base.phases if phase.phase == "denoise")
     spare = max(0, ram_bytes - others) // base.slot_bytes
-    chosen = replace(chosen, host_blocks=min(spare, base.num_blocks - chosen.resident_blocks) if host.staged or spare else 0)
+    chosen = replace(chosen, host_blocks=min(spare, base.num_blocks - chosen.resident_blocks))
     return plan_of(chosen)
 
 
