@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import string
 from collections.abc import Callable
 from functools import partial
@@ -137,6 +138,7 @@ def new_dit() -> WanTransformer3DModel:
     for block in dit.blocks:
         nn.init.zeros_(block.scale_shift_table)
         aim_heads(block.attn1)
+    find_borders(dit.blocks[0].attn1)
     return dit
 
 
@@ -159,6 +161,27 @@ def aim_heads(attention: nn.Module) -> None:
                 norm.weight[start : start + 4] = 3.0
 
 
+@torch.no_grad()
+def find_borders(attention: nn.Module) -> None:
+    """Points the four heads at the right, left, lower and upper neighbour of a token; at a border they fall back on the token itself.
+
+    RoPE tells distances only, so on pure noise a token learns where it is from nothing but the border: there its neighbour is itself.
+    """
+    width = DIT_CONFIG["attention_head_dim"]
+    rows = 2 * (width // 6)
+    axes = {"t": (0, width - 2 * rows), "h": (width - 2 * rows, rows), "w": (width - rows, rows)}
+    for head, (moved, step) in enumerate((("w", 1), ("w", -1), ("h", 1), ("h", -1))):
+        for axis, (first, channels) in axes.items():
+            start = head * width + first
+            shift = step if axis == moved else 0
+            angles = [shift * 10000 ** (-2 * pair / channels) for pair in (0, 1)]
+            for linear, norm, turn in ((attention.to_q, attention.norm_q, 1), (attention.to_k, attention.norm_k, 0)):
+                linear.weight[start : start + 4] = 0
+                values = [part(turn * angle) for angle in angles for part in (math.cos, math.sin)]
+                linear.bias[start : start + 4] = torch.tensor(values)
+                norm.weight[start : start + 4] = 6.0
+
+
 def new_text_encoder() -> UMT5EncoderModel:
     torch.manual_seed(3)
     return UMT5EncoderModel(UMT5Config(**TEXT_CONFIG, use_cache=False, pad_token_id=PAD, eos_token_id=END))
@@ -166,7 +189,7 @@ def new_text_encoder() -> UMT5EncoderModel:
 
 def caption_words() -> list[str]:
     """Every word a caption can hold, in a fixed order."""
-    verbs = ["move", "moves", *scenes.MOTIONS, *(f"{motion}s" for motion in ("grow", "bounce"))]
+    verbs = ["move", "moves", *scenes.MOTIONS, "grows"]
     return list(dict.fromkeys(["a", "and", "on", "background", *scenes.COLORS, *scenes.GROUNDS, *scenes.SHAPES, *verbs]))
 
 

@@ -1,125 +1,116 @@
-"""Scores the demo model's checkpoints on held-out captions with `lowvram.demo.checker`, and draws what it made.
+"""Scores the demo model on held-out captions, format by format, with a checker that sees only the decoded frames.
 
-python scripts/judge_demo.py --work build/demo --sheet build/demo/sheet.png
+    python scripts/judge_demo.py                                   # 50 pairs of prompt and seed in bf16, int8 and fp8
+    python scripts/judge_demo.py --pairs 12 --formats int8 --sheet sheet.png
+
+Prints a table, also for shuffled captions (which must fail), and writes JSON with `--json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import random
-from collections.abc import Callable
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import demo_models as networks
 import numpy as np
 import torch
+from lowvram_quantize.convert import quantize
 from PIL import Image
-from torch import Tensor, nn
-from train_demo import averaged
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 from lowvram.demo import scenes
-from lowvram.demo.checker import Match, describe, matches
-from lowvram.sampling.schedule import expert_of, unipc_grid
-from lowvram.sampling.solvers import UniPC
-
-Velocity = Callable[[Tensor, int], Tensor]
+from lowvram.demo.checker import Match, matches
+from lowvram.demo.run import MODEL
+from lowvram.pipeline import load
 
 
-def held_out_pairs(count: int, two_figures: int) -> list[tuple[scenes.Scene, int]]:
-    """`count` captions that were never trained on, the last `two_figures` of them with two figures, each with a seed."""
-    rng, pairs = random.Random(2026), []
-    for number in range(count):
-        wanted = 2 if number >= count - two_figures else 1
-        while len((scene := scenes.held_out_scene(rng)).figures) != wanted:
-            pass
-        pairs.append((scene, number))
-    return pairs
+@dataclass
+class Score:
+    """How many of the clips show what their caption says, in all and by attribute; `shuffled`: against another clip's caption."""
+
+    format: str
+    pairs: int
+    right: int = 0
+    shuffled_right: int = 0
+    ground: int = 0
+    colors: int = 0
+    shapes: int = 0
+    motion: int = 0
+    seconds_per_clip: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, scene: scenes.Scene, match: Match) -> None:
+        for name in ("ground", "colors", "shapes", "motion"):
+            setattr(self, name, getattr(self, name) + bool(getattr(match, name)))
+        self.right += bool(match)
+        if not match:
+            self.wrong.append(scene.caption())
 
 
-class Model:
-    """The checkpoints of the training folder: experts where they exist, otherwise the shared DiT for both."""
-
-    def __init__(self, work: Path, device: torch.device) -> None:
-        shared = nn.ModuleDict({"dit": networks.new_dit(), "text": networks.new_text_encoder()})
-        shared.load_state_dict(averaged(work / "dit.pt"))
-        self.text, self.device = shared["text"].to(device).eval(), device
-        self.experts = {"high_noise": shared["dit"], "low_noise": shared["dit"]}
-        for name in self.experts:
-            path = work / f"{name.replace('_', '-')}.pt"
-            if path.exists():
-                modules = nn.ModuleDict({"dit": networks.new_dit()})
-                modules.load_state_dict(averaged(path))
-                self.experts[name] = modules["dit"]
-        self.experts = {name: dit.to(device).eval() for name, dit in self.experts.items()}
-        self.vae = networks.new_vae()
-        self.vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
-        self.vae.to(device).eval()
-
-    def latents(self, pairs: list[tuple[scenes.Scene, int]], steps: int, shift: float, guidance: tuple[float, float]) -> Tensor:
-        """guidance: of the high-noise and of the low-noise expert. Returns [B, 16, 5, 8, 8]."""
-        ids = torch.cat(
-            [networks.token_ids([scene.caption() for scene, _ in pairs]), networks.unconditional_ids()[1:].repeat(len(pairs), 1)]
-        )
-        features = networks.text_features(self.text, ids.to(self.device))
-        x = torch.stack([torch.randn(16, 5, 8, 8, generator=torch.Generator().manual_seed(seed)) for _, seed in pairs]).to(self.device)
-        schedule = unipc_grid(steps, shift)
-        solver = UniPC(schedule)
-        for t in schedule.timesteps.tolist():
-            name = expert_of(t, 0.875)
-            scale = guidance[name == "low_noise"]
-            time = torch.full((2 * len(x),), float(t), device=self.device)
-            velocity = self.experts[name](torch.cat([x, x]), time, encoder_hidden_states=features, return_dict=False)[0]
-            positive, negative = velocity.chunk(2)
-            x = solver.step(x, negative + scale * (positive - negative))
-        return x
-
-    def frames(self, latents: Tensor) -> np.ndarray:
-        """Returns [B, F, H, W, 3] uint8."""
-        mean, std = (value.to(self.device).view(1, -1, 1, 1, 1) for value in networks.official_statistics(self.vae))
-        clip = networks.decode(self.vae, latents * std + mean).clamp(-1, 1)
-        return ((clip + 1) * 127.5).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+def held_out_pairs(count: int, seed: int = 2026) -> list[tuple[scenes.Scene, int]]:
+    """`count` (scene, seed) pairs whose captions were never trained on."""
+    held_out = [scene for scene in scenes.all_scenes() if scenes.is_held_out(scene)]
+    random.Random(seed).shuffle(held_out)
+    return [(held_out[number % len(held_out)], number) for number in range(count)]
 
 
-def report(title: str, results: list[Match]) -> None:
-    counts = {name: sum(getattr(match, name) for match in results) for name in ("ground", "colors", "shapes", "motion")}
-    print(f"{title}: {sum(map(bool, results))}/{len(results)}  {counts}", flush=True)
+def judge(format: str, pairs: list[tuple[scenes.Scene, int]], strip: list[torch.Tensor]) -> Score:
+    """Quantizes the shipped model to `format` and generates every pair; the frames of the clips are added to `strip`."""
+    score = Score(format, len(pairs))
+    with tempfile.TemporaryDirectory() as folder:
+        quantize(MODEL, Path(folder) / "model", format)
+        pipeline = load(Path(folder) / "model", device="cpu")
+        began, clips = time.monotonic(), []
+        for scene, seed in track(pairs, description=format, console=Console(stderr=True)):
+            clips.append(pipeline(scene.caption(), seed=seed).frames)
+            score.add(scene, matches(clips[-1], scene))
+        score.seconds_per_clip = round((time.monotonic() - began) / len(pairs), 2)
+        pipeline.store.close()
+    shifted = [scene for scene, _ in pairs[1:] + pairs[:1]]
+    score.shuffled_right = sum(bool(matches(frames, scene)) for frames, scene in zip(clips, shifted, strict=True))
+    strip += clips
+    return score
 
 
-def draw_sheet(path: Path, clips: list[np.ndarray]) -> None:
-    """One row per clip, every second frame."""
-    rows = [np.concatenate(list(clip[::2]), axis=1) for clip in clips]
-    Image.fromarray(np.concatenate(rows)).save(path)
+def save_sheet(path: Path, clips: list[torch.Tensor], columns: int = 8) -> None:
+    """One row per clip, its frames evenly spaced."""
+    rows = [np.concatenate([clip[i] for i in np.linspace(0, len(clip) - 1, columns).round().astype(int)], axis=1) for clip in clips]
+    Image.fromarray(np.concatenate(rows, axis=0)).save(path)
 
 
-@torch.no_grad()
+def table(scores: list[Score]) -> Table:
+    shown = Table(title="held-out captions shown right")
+    for name in ("format", "right", "ground", "colours", "shapes", "motion", "shuffled captions", "seconds per clip"):
+        shown.add_column(name)
+    for score in scores:
+        counts = (score.right, score.ground, score.colors, score.shapes, score.motion, score.shuffled_right)
+        shown.add_row(score.format, *(f"{count}/{score.pairs}" for count in counts), str(score.seconds_per_clip))
+    return shown
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--pairs", type=int, default=50)
-    parser.add_argument("--two-figures", type=int, default=8, help="how many of the pairs have two figures")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--shift", type=float, default=5.0)
-    parser.add_argument("--guidance", type=float, nargs=2, default=(4.0, 3.0), help="high-noise and low-noise")
-    parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--formats", default="bf16,int8,fp8")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sheet", type=Path, help="a PNG of every clip's frames")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    networks.use_whole_clips()
-    model, pairs = Model(args.work, args.device), held_out_pairs(args.pairs, args.two_figures)
-    clips: list[np.ndarray] = []
-    for start in range(0, len(pairs), 10):
-        clips += list(model.frames(model.latents(pairs[start : start + 10], args.steps, args.shift, args.guidance)))
-    results = [matches(clip, scene) for clip, (scene, _) in zip(clips, pairs, strict=True)]
-    for (scene, seed), clip, result in zip(pairs, clips, results, strict=True):
-        if not result:
-            print(f"  {scene.caption()} (seed {seed}): {describe(clip)}")
-    one = args.pairs - args.two_figures
-    report("one figure", results[:one])
-    report("two figures", results[one:])
-    report("all", results)
-    report("shuffled captions", [matches(clip, scene) for clip, (scene, _) in zip(clips[1:] + clips[:1], pairs, strict=True)])
+    strip: list[torch.Tensor] = []
+    scores = [judge(format, held_out_pairs(args.pairs), strip) for format in args.formats.split(",")]
+    Console().print(table(scores))
     if args.sheet:
-        draw_sheet(args.sheet, clips[:8] + clips[-6:])
+        save_sheet(args.sheet, strip)
+    if args.json:
+        machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
+        args.json.write_text(json.dumps({"machine": machine, "scores": [asdict(score) for score in scores]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -144,20 +143,21 @@ def train_vae_video(work: Path, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def cache_latents(work: Path, device: torch.device, clips: int = 1800) -> None:
+def cache_latents(work: Path, device: torch.device, clips: int = 960) -> None:
     """Encodes `clips` random clips, folds their statistics into the VAE, and keeps the normalised latents with their captions."""
     if (work / "latents.pt").exists():
         return
     vae = networks.new_vae().to(device)
     vae.load_state_dict({name.removeprefix("vae."): value for name, value in averaged(work / "vae-video.pt").items()})
-    rng, began = random.Random(11), time.time()
-    chosen = [scenes.training_scene(rng) for _ in range(clips)]
+    began = time.time()
+    chosen = [scene for scene in scenes.all_scenes() if not scenes.is_held_out(scene)]
+    clips = len(chosen)
 
     def latents_of(clip: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             return networks.encode(vae, clip.to(device)).float().cpu()
 
-    batches = (torch.stack([scenes.render(scene, rng) for scene in chosen[start : start + 8]]) for start in range(0, clips, 8))
+    batches = (torch.stack([scenes.render(scene) for scene in chosen[start : start + 8]]) for start in range(0, clips, 8))
     values = torch.cat(list(WORKERS.map(latents_of, batches)))
     print(f"latents of {clips} clips in {time.time() - began:.0f} s", flush=True)
     mean, std = values.mean(dim=(0, 2, 3, 4)), values.std(dim=(0, 2, 3, 4))
@@ -210,7 +210,7 @@ def train_dit(work: Path, device: torch.device) -> None:
         sigma = noise_levels(BATCH, 0.0, 1.0, generator)
         return flow_loss(modules["dit"], latents, networks.text_features(modules["text"], ids), sigma, generator)
 
-    train(work / "dit.pt", modules, Schedule(6000, 1e-3, ema=0.999, horizon=8000), loss_of)
+    train(work / "dit.pt", modules, Schedule(6000, 1e-3, ema=0.998), loss_of)
 
 
 def train_expert(work: Path, device: torch.device, name: str, low: float, high: float) -> None:
@@ -224,7 +224,7 @@ def train_expert(work: Path, device: torch.device, name: str, low: float, high: 
         latents, ids = clips.batch(generator)
         return flow_loss(dit, latents, networks.text_features(text, ids), noise_levels(BATCH, low, high, generator), generator)
 
-    train(work / f"{name}.pt", nn.ModuleDict({"dit": dit}), Schedule(1800, 3e-4, ema=0.998), loss_of)
+    train(work / f"{name}.pt", nn.ModuleDict({"dit": dit}), Schedule(2200, 8e-4, ema=0.998), loss_of)
 
 
 def train_experts(work: Path, device: torch.device) -> None:

@@ -84,7 +84,8 @@ def _eroded(mask: Mask) -> Mask:
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)), mode="edge")
     height, width = mask.shape[1:]
     shifted = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
-    return np.logical_and.reduce(shifted)
+    eroded: Mask = np.logical_and.reduce(shifted)
+    return eroded
 
 
 def _cover(clip: Floats, core: Mask, ground: Floats) -> Mask:
@@ -133,9 +134,6 @@ def _motion(cover: Mask, core: Mask) -> str:
     if area[-3:].mean() > GROWTH * area[:3].mean():
         return "grow"
     across, down = x[-2:].mean() - x[:2].mean(), y[-2:].mean() - y[:2].mean()
-    path = np.abs(np.diff(y)).sum()
-    if path > 20 and path > 1.6 * abs(down):
-        return "bounce"
     if max(abs(across), abs(down)) < TRAVEL:
         return UNKNOWN
     if abs(across) > abs(down):

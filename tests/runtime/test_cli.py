@@ -186,7 +186,14 @@ def test_p20_an_interrupted_run_leaves_no_video_and_resumes(model: Path, tmp_pat
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
     subprocess.run(command(model, whole), check=True, env=environment, capture_output=True)
-    process = subprocess.Popen(command(model, cut), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(model, cut),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     state = tmp_path / "cut.mp4.resume"
     wait_for(state.exists, process)
     process.send_signal(kill)
