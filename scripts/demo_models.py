@@ -20,7 +20,6 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from lowvram.checkpoint.names import official_from_diffusers_dit, official_from_diffusers_vae, official_from_transformers_text
 from lowvram.config import DEFAULT_NEGATIVE_PROMPT, VAEConfig
-from lowvram.demo import scenes
 from lowvram.prompt import clean_prompt
 
 TEXT_LEN = 32
@@ -187,16 +186,17 @@ def new_text_encoder() -> UMT5EncoderModel:
     return UMT5EncoderModel(UMT5Config(**TEXT_CONFIG, use_cache=False, pad_token_id=PAD, eos_token_id=END))
 
 
-def caption_words() -> list[str]:
-    """Every word a caption can hold, in a fixed order."""
-    verbs = ["move", "moves", *scenes.MOTIONS, "grows"]
-    return list(dict.fromkeys(["a", "and", "on", "background", *scenes.COLORS, *scenes.GROUNDS, *scenes.SHAPES, *verbs]))
+# Every word a caption holds, and some for a larger set of scenes, so that the ids of a trained model stay.
+WORDS = [
+    "a", "and", "on", "background", "red", "green", "blue", "yellow", "purple", "white", "black", "gray", "circle", "square", "triangle",
+    "move", "moves", "left", "right", "up", "down", "grow", "grows",
+]  # fmt: skip
 
 
 def new_tokenizer() -> Tokenizer:
     """A Unigram tokenizer of the caption words and single letters, with the special ids of UMT5. Punctuation is unknown to it."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"▁{word}", -2.0) for word in caption_words()]
+    pieces += [(f"▁{word}", -2.0) for word in WORDS]
     pieces += [(piece, -12.0) for piece in ("▁", *string.ascii_lowercase)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=UNKNOWN, byte_fallback=False))
     tokenizer.normalizer = normalizers.Lowercase()

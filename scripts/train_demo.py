@@ -31,7 +31,7 @@ BOUNDARY = 0.875
 SHARDS = 2  # every step averages the gradients of this many half batches, one thread each
 BATCH = 8  # clips of a DiT's half batch
 NO_CAPTION = 0.1  # share of training clips whose caption is dropped, for classifier-free guidance
-TRAIN_SHIFTS = (1.0, 5.0)  # half the noise levels lie evenly, half as on a grid of this shift
+TRAIN_SHIFTS = (2.0, 10.0)  # half the noise levels lie as on a grid of each shift: most are high, where the caption decides
 
 MODEL_FOLDER = Path(scenes.__file__).parent / "model"
 SAMPLING = {
@@ -143,23 +143,22 @@ def train_vae_video(work: Path, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def cache_latents(work: Path, device: torch.device, clips: int = 960) -> None:
-    """Encodes `clips` random clips, folds their statistics into the VAE, and keeps the normalised latents with their captions."""
+def cache_latents(work: Path, device: torch.device) -> None:
+    """Encodes every scene that is not held out, folds their statistics into the VAE, and keeps the normalised latents with their captions."""
     if (work / "latents.pt").exists():
         return
     vae = networks.new_vae().to(device)
     vae.load_state_dict({name.removeprefix("vae."): value for name, value in averaged(work / "vae-video.pt").items()})
     began = time.time()
     chosen = [scene for scene in scenes.all_scenes() if not scenes.is_held_out(scene)]
-    clips = len(chosen)
 
     def latents_of(clip: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             return networks.encode(vae, clip.to(device)).float().cpu()
 
-    batches = (torch.stack([scenes.render(scene) for scene in chosen[start : start + 8]]) for start in range(0, clips, 8))
+    batches = (torch.stack([scenes.render(scene) for scene in chosen[start : start + 8]]) for start in range(0, len(chosen), 8))
     values = torch.cat(list(WORKERS.map(latents_of, batches)))
-    print(f"latents of {clips} clips in {time.time() - began:.0f} s", flush=True)
+    print(f"latents of {len(chosen)} clips in {time.time() - began:.0f} s", flush=True)
     mean, std = values.mean(dim=(0, 2, 3, 4)), values.std(dim=(0, 2, 3, 4))
     networks.fold_statistics(vae.cpu(), mean, std)
     save(work / "vae.pt", vae.state_dict())
@@ -210,7 +209,7 @@ def train_dit(work: Path, device: torch.device) -> None:
         sigma = noise_levels(BATCH, 0.0, 1.0, generator)
         return flow_loss(modules["dit"], latents, networks.text_features(modules["text"], ids), sigma, generator)
 
-    train(work / "dit.pt", modules, Schedule(6000, 1e-3, ema=0.998), loss_of)
+    train(work / "dit.pt", modules, Schedule(10000, 1.2e-3, ema=0.998), loss_of)
 
 
 def train_expert(work: Path, device: torch.device, name: str, low: float, high: float) -> None:

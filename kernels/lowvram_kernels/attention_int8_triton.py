@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowvram_kernels.common_triton import INT8_MAX, ROUND, SMALLEST_ABSMAX, quantized_codes, stored
+from lowvram_kernels.common_triton import INT8_MAX, SMALLEST_ABSMAX, quantized_codes, stored
 from lowvram_kernels.tuning import architecture, attention_tile
 
 KEY_TILE = tl.constexpr(64)
+# Its low byte is p - 128 once p was added; the sum of both rounds p half to even.
+ROUND_LESS_128 = tl.constexpr(12582912.0 - 128.0)
 LOG2_P_MAX = tl.constexpr(math.log2(255.0))
 
 
@@ -33,14 +35,22 @@ def values_kernel(
 
 
 @triton.jit
+def tile_scales(v_scale_ptrs, tile, T, HEAD_DIM: tl.constexpr):
+    """The value scales of one tile, [HEAD_DIM]: four tiles' are read, because the compiler gives every thread its own copy of fewer."""
+    near = (tile // 4) * 4 + tl.arange(0, 4)
+    scales = tl.load(v_scale_ptrs[:, None] + near[None, :], mask=(near < T)[None, :], other=0.0)
+    return tl.sum(tl.where((near == tile)[None, :], scales, 0.0), axis=1)
+
+
+@triton.jit
 def attend_tile(
-    state, q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, left, MASKED: tl.constexpr
+    result, total, maximum, q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, tile, T, left,
+    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One online-softmax step over 64 keys; `left`: how many of them exist, where MASKED.
+    """One online-softmax step over 64 keys; `left`: how many of them exist, where MASKED. query_scale: log2(e) / sqrt(HEAD_DIM) in it.
 
     p lies in 0..255 and is multiplied as p - 128, which fits int8; 128 times the sum of the values makes up for it.
     """
-    result, total, maximum = state
     key = tl.arange(0, KEY_TILE)
     if MASKED:
         k = tl.load(k_ptrs, mask=(key < left)[None, :], other=0)
@@ -48,22 +58,20 @@ def attend_tile(
     else:
         k = tl.load(k_ptrs)
         key_scale = tl.load(k_scale_ptrs)
-    logits = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * query_scale[:, None] * key_scale[None, :]
+    logits = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
     if MASKED:
         logits = tl.where((key < left)[None, :], logits, float("-inf"))
-    tile_maximum = tl.max(logits, axis=1)
-    shifted = tl.exp2(logits - (tile_maximum - LOG2_P_MAX)[:, None]) + ROUND  # round(255 p) in the low bits
-    codes = (shifted.to(tl.int32, bitcast=True) - 128).to(tl.int8)
+    tile_maximum = tl.max(logits, axis=1) * query_scale  # a scale is positive: the largest stays the largest
+    p = tl.exp2(logits * query_scale[:, None] - (tile_maximum - LOG2_P_MAX)[:, None]) + ROUND_LESS_128
     v = tl.load(v_ptrs)
     offset = tl.sum(v.to(tl.int32), axis=1) * 128
-    product = tl.dot(codes, tl.trans(v), out_dtype=tl.int32) + offset[None, :]
+    product = tl.dot(p.to(tl.int32, bitcast=True).to(tl.int8), tl.trans(v), out_dtype=tl.int32) + offset[None, :]
     new_maximum = tl.maximum(maximum, tile_maximum)
     decay = tl.exp2(maximum - new_maximum)
     weight = tl.exp2(tile_maximum - new_maximum)
-    total = total * decay + tl.sum(shifted - ROUND, axis=1) * weight
-    product = product.to(tl.float32) * tl.load(v_scale_ptrs)[None, :]
-    result = result * decay[:, None] + product * weight[:, None]
-    return result, total, new_maximum
+    total = total * decay + tl.sum(p - ROUND_LESS_128, axis=1) * weight
+    values = product.to(tl.float32) * tile_scales(v_scale_ptrs, tile, T, HEAD_DIM)[None, :]
+    return result * decay[:, None] + values * weight[:, None], total, new_maximum
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -87,18 +95,18 @@ def attention_kernel(
     result = tl.zeros((BLOCK_M, HEAD_DIM), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     maximum = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    for _ in range(0, N // KEY_TILE):
+    T = tl.cdiv(N, KEY_TILE)
+    for tile in range(0, N // KEY_TILE):
         result, total, maximum = attend_tile(
-            (result, total, maximum), q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, KEY_TILE, False
+            result, total, maximum, q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, tile, T, KEY_TILE, HEAD_DIM, False
         )
         k_ptrs += KEY_TILE * HEAD_DIM
         k_scale_ptrs += KEY_TILE
         v_ptrs += KEY_TILE
-        v_scale_ptrs += 1
     left = N % KEY_TILE
     if left > 0:
         result, total, maximum = attend_tile(
-            (result, total, maximum), q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, left, True
+            result, total, maximum, q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, T - 1, T, left, HEAD_DIM, True
         )
     y = tl.div_rn(result, tl.broadcast_to(total[:, None], (BLOCK_M, HEAD_DIM)))
     out_ptrs = out_ptr + rows[:, None] * stride_out + head * HEAD_DIM + channel[None, :]

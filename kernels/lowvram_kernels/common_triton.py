@@ -95,10 +95,7 @@ def store_row(x, out_ptr, out_scale_ptr, row, stride_out, K, GROUPS: tl.constexp
     if ROTATED:
         x = rotate_reversed(x, GROUPS)
     absmax = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), SMALLEST_ABSMAX)
-    if E4M3:
-        scale = tl.div_rn(absmax, E4M3_MAX)
-    else:
-        scale = tl.div_rn(absmax, INT8_MAX)
+    scale = tl.div_rn(absmax, E4M3_MAX if E4M3 else INT8_MAX)
     tl.store(out_scale_ptr + row, scale)
     codes = quantized_codes(x, scale, E4M3)
     if ROTATED:

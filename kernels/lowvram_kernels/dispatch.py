@@ -1,20 +1,26 @@
 """Which backend runs an op: one row per op, a reason for every refusal, a log line for every fall-back.
 
-`LOWVRAM_BACKEND=reference|triton` forces one. The Triton column holds `None` until an op's kernel exists; asking for it then
-raises with that reason, and nothing falls back unseen.
+`LOWVRAM_BACKEND=reference|triton` forces one. Unforced, tensors on a GPU take the Triton kernel where its constraints allow, and
+tensors on a CPU always take the torch reference; Triton's interpreter runs only where `triton` is forced and TRITON_INTERPRET=1 is set.
+Triton itself is imported when a kernel is first chosen.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+from torch import Tensor
 
 from lowvram.errors import UnsupportedError
 from lowvram_kernels import adaln_quantize as _adaln
 from lowvram_kernels import attention_int8 as _attention
+from lowvram_kernels import constraints
 from lowvram_kernels import quantize_rows as _rows
 from lowvram_kernels import quantized_linear as _linear
 from lowvram_kernels import rms_rope_quantize as _rms_rope
@@ -25,62 +31,80 @@ BACKENDS = ("triton", "reference")
 
 @dataclass(frozen=True)
 class Op:
-    """One op: its torch reference and, where one is written, its Triton kernel's wrapper."""
+    """One op: its torch reference, the module of its Triton wrapper of the same name, and what that refuses."""
 
     name: str
     reference: Callable[..., None]
-    triton: Callable[..., None] | None = None
+    triton_module: str
+    constraint: constraints.Refusal
 
-    def refusal(self, backend: str) -> str | None:
-        """Why `backend` cannot run this op here; None where it can."""
-        if backend == "triton" and self.triton is None:
-            return "no Triton kernel is written for it yet"
-        return None
+    def refusal(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why the Triton kernel cannot run this call; None where it can."""
+        first = args[0] if args else None
+        reason = constraints.wrong_device(first if isinstance(first, Tensor) else None)
+        return reason or self.constraint(*args, **kwargs)
+
+    @property
+    def triton(self) -> Callable[..., None]:
+        return _wrapper(self.triton_module, self.name)
+
+
+@cache
+def _wrapper(module: str, name: str) -> Callable[..., None]:
+    function: Callable[..., None] = getattr(importlib.import_module(f"lowvram_kernels.{module}"), name)
+    return function
 
 
 OPS = {
     op.name: op
     for op in (
-        Op("adaln_quantize", _adaln.adaln_quantize),
-        Op("quantize_rows", _rows.quantize_rows),
-        Op("gelu_quantize", _rows.gelu_quantize),
-        Op("quantized_linear", _linear.quantized_linear),
-        Op("rms_rope_quantize", _rms_rope.rms_rope_quantize),
-        Op("quantize_values", _attention.quantize_values),
-        Op("attention_int8", _attention.attention_int8),
+        Op("adaln_quantize", _adaln.adaln_quantize, "adaln_quantize_triton", constraints.adaln_quantize),
+        Op("quantize_rows", _rows.quantize_rows, "quantize_rows_triton", constraints.quantize_rows),
+        Op("gelu_quantize", _rows.gelu_quantize, "quantize_rows_triton", constraints.quantize_rows),
+        Op("quantized_linear", _linear.quantized_linear, "quantized_linear_triton", constraints.quantized_linear),
+        Op("rms_rope_quantize", _rms_rope.rms_rope_quantize, "rms_rope_quantize_triton", constraints.rms_rope_quantize),
+        Op("quantize_values", _attention.quantize_values, "attention_int8_triton", constraints.quantize_values),
+        Op("attention_int8", _attention.attention_int8, "attention_int8_triton", constraints.attention_int8),
     )
 }
-_chosen: dict[tuple[str, str], Callable[..., None]] = {}
+_told: set[tuple[str, str]] = set()
 
 
-def choose(name: str) -> Callable[..., None]:
-    """The function that runs op `name`. Raises `UnsupportedError` with each backend's reason, or for an unknown name."""
+def choose(name: str, *args: Any, **kwargs: Any) -> Callable[..., None]:
+    """The function that runs op `name` on these arguments.
+
+    Raises `UnsupportedError` where the forced backend refuses, with its reason, and for an unknown op or backend.
+    """
     wanted = os.environ.get("LOWVRAM_BACKEND", "")
-    if (name, wanted) not in _chosen:
-        _chosen[name, wanted] = _choose(name, wanted)
-    return _chosen[name, wanted]
-
-
-def _choose(name: str, wanted: str) -> Callable[..., None]:
     if name not in OPS:
         raise UnsupportedError(f"unknown op {name!r}: supported are {', '.join(sorted(OPS))}")
     if wanted and wanted not in BACKENDS:
         raise UnsupportedError(f"LOWVRAM_BACKEND={wanted}: use one of {', '.join(sorted(BACKENDS))}")
     op = OPS[name]
-    refusals: list[str] = []
-    for backend in (wanted,) if wanted else BACKENDS:
-        reason = op.refusal(backend)
-        if reason is None:
-            if refusals:
-                log.info("%s runs on %s: %s", name, backend, "; ".join(refusals))
-            return op.reference if backend == "reference" or op.triton is None else op.triton
-        refusals.append(f"{backend}: {reason}")
-    raise UnsupportedError(f"no backend can run {name}: {'; '.join(refusals)}")
+    if wanted == "reference":
+        return op.reference
+    if not wanted and not (args and isinstance(args[0], Tensor) and args[0].is_cuda):
+        _tell(name, "its tensors are on the CPU")
+        return op.reference
+    reason = op.refusal(*args, **kwargs)
+    if reason is None:
+        return op.triton
+    if wanted:
+        raise UnsupportedError(f"no backend can run {name}: {wanted}: {reason}")
+    _tell(name, f"triton: {reason}")
+    return op.reference
+
+
+def _tell(name: str, reason: str) -> None:
+    """One log line per op and reason."""
+    if (name, reason) not in _told:
+        _told.add((name, reason))
+        log.info("%s runs on the torch reference: %s", name, reason)
 
 
 def _dispatched(name: str) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
-        choose(name)(*args, **kwargs)
+        choose(name, *args, **kwargs)(*args, **kwargs)
 
     run.__name__, run.__doc__ = name, OPS[name].reference.__doc__
     return run

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowvram_kernels.common_triton import e4m3_as_float16, stored
-from lowvram_kernels.tuning import architecture, linear_tile, multiplies_e4m3
+from lowvram_kernels.tuning import architecture, linear_kind, linear_tile
 
 
 @triton.jit
@@ -96,15 +96,15 @@ def quantized_linear(
     n = weight.shape[0]
     int8 = a.dtype == torch.int8
     arch = architecture(a.device)
-    decode = not int8 and not multiplies_e4m3(arch)
-    if decode:
+    kind = linear_kind(arch, int8)
+    if kind == "decode":
         a, weight = a.view(torch.uint8), weight.view(torch.uint8)
-    tile = linear_tile(arch, "int8" if int8 else "decode" if decode else "fp8")
+    tile = linear_tile(arch, kind, accumulate)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     linear_kernel[grid](
         a, a_scale, weight, weight_scale, out if bias is None else bias, out if gate is None else gate, out,
         m, n, k, a.stride(0), weight.stride(0), out.stride(0),
-        HAS_BIAS=bias is not None, HAS_GATE=gate is not None, ACCUMULATE=accumulate, INT8=int8, DECODE=decode,
+        HAS_BIAS=bias is not None, HAS_GATE=gate is not None, ACCUMULATE=accumulate, INT8=int8, DECODE=kind == "decode",
         EVEN_K=k % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=8,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip

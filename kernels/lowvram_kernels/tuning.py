@@ -1,6 +1,6 @@
 """Tiles per architecture, fixed: results and speed depend on no autotuner's mood. `scripts/tune.py` measures candidates.
 
-int8 products are exact, so their tiles could follow M; e4m3 products and attention are sums whose order the tile fixes, so one tile
+int8 products are exact, so no tile changes a bit of them; e4m3 products and attention are sums whose order the tile fixes, so one tile
 serves every M and no memory budget changes a bit.
 """
 
@@ -36,25 +36,27 @@ class AttentionTile(NamedTuple):
     stages: int
 
 
-# 128x256 and 256x128 with 8 warps spill on sm_86 and sm_89 (kernels 2.9); 3 stages of 128x128x128 are 96 of their 99 KB.
-_ADA = LinearTile(128, 128, 128, 8, 3)
+# 128x256 and 256x128 with 8 warps spill on sm_86 and sm_89 (kernels 2.9); 4 stages of 128x128x128 take 96 of their 99 KB.
+_SQUARE = LinearTile(128, 128, 128, 8, 4)
 _DECODED = LinearTile(128, 128, 64, 8, 3)
 _LINEAR = {
-    "sm_80": {"int8": LinearTile(128, 128, 128, 8, 4), "decode": _DECODED},
-    "sm_86": {"int8": _ADA, "decode": _DECODED},
-    "sm_89": {"int8": _ADA, "fp8": _ADA},
-    "sm_90": {"int8": LinearTile(128, 256, 128, 8, 3), "fp8": LinearTile(128, 256, 128, 8, 3)},
-    "sm_120": {"int8": _ADA, "fp8": _ADA},
+    "sm_80": {"int8": _SQUARE, "decode": _DECODED},
+    "sm_86": {"int8": _SQUARE, "decode": _DECODED},
+    "sm_89": {"int8": _SQUARE, "fp8": _SQUARE},
+    "sm_90": {"int8": _SQUARE, "fp8": _SQUARE},
+    "sm_120": {"int8": _SQUARE, "fp8": _SQUARE},
     "gfx1100": {"int8": LinearTile(128, 128, 64, 8, 2), "decode": LinearTile(128, 128, 32, 8, 2)},
     INTERPRETER: {"int8": LinearTile(32, 64, 128, 4, 1), "decode": LinearTile(32, 64, 128, 4, 1)},
 }
+# The residual of 128x256 next to its accumulator spills on sm_90, and so do the two accumulators of e4m3: int8 alone is that wide.
+_WIDE_STORE = {"sm_90": LinearTile(128, 256, 128, 8, 3)}
 _ATTENTION = {
     "sm_80": AttentionTile(128, 8, 3),
     "sm_86": AttentionTile(128, 8, 3),
     "sm_89": AttentionTile(128, 8, 3),
     "sm_90": AttentionTile(128, 8, 3),
     "sm_120": AttentionTile(128, 8, 3),
-    "gfx1100": AttentionTile(64, 4, 1),
+    "gfx1100": AttentionTile(64, 16, 1),
     INTERPRETER: AttentionTile(64, 4, 1),
 }
 
@@ -93,8 +95,15 @@ def multiplies_e4m3(arch: str) -> bool:
     return arch in ("sm_89", "sm_90", "sm_120")
 
 
-def linear_tile(arch: str, kind: str) -> LinearTile:
-    """kind: `int8`, `fp8` (native) or `decode`."""
+def linear_kind(arch: str, int8: bool) -> str:
+    """How operands are multiplied: `int8`, `fp8` (e4m3 as it is) or `decode` (e4m3 as fp16)."""
+    return "int8" if int8 else "fp8" if multiplies_e4m3(arch) else "decode"
+
+
+def linear_tile(arch: str, kind: str, accumulate: bool) -> LinearTile:
+    """The tile of one of `linear_kind`, whatever M; `accumulate`: the residual is added in the epilogue."""
+    if kind == "int8" and not accumulate and arch in _WIDE_STORE:
+        return _WIDE_STORE[arch]
     return _LINEAR[arch][kind]
 
 

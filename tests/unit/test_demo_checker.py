@@ -35,9 +35,8 @@ def test_describes_every_shape_and_motion(shape: str, motion: str) -> None:
 @pytest.mark.parametrize("ground", scenes.GROUNDS)
 def test_describes_every_color_on_every_ground(ground: str) -> None:
     for color in scenes.COLORS:
-        if color != ground:
-            scene = Scene(((color, "square"),), ground, "left")
-            assert describe(drawn(scene)) == scene
+        scene = Scene(((color, "square"),), ground, "left")
+        assert describe(drawn(scene)) == scene
 
 
 def test_two_figures_match_in_either_order() -> None:
@@ -52,7 +51,7 @@ def test_other_captions_fail_by_the_attribute_that_differs() -> None:
     frames = drawn(Scene((("yellow", "circle"),), "black", "right"))
     verdicts = {
         "ground": matches(frames, Scene((("yellow", "circle"),), "gray", "right")),
-        "colors": matches(frames, Scene((("white", "circle"),), "black", "right")),
+        "colors": matches(frames, Scene((("green", "circle"),), "black", "right")),
         "shapes": matches(frames, Scene((("yellow", "square"),), "black", "right")),
         "motion": matches(frames, Scene((("yellow", "circle"),), "black", "left")),
     }
@@ -70,9 +69,9 @@ def test_shuffled_captions_fail() -> None:
 
 
 def test_stillness_emptiness_and_noise_are_unknown() -> None:
-    scene = Scene((("red", "circle"),), "blue", "left")
+    scene = Scene((("red", "circle"),), "black", "left")
     still = np.repeat(drawn(scene)[:1], scenes.NUM_FRAMES, axis=0)
-    assert describe(still) == Scene((("red", "circle"),), "blue", UNKNOWN)
+    assert describe(still) == Scene((("red", "circle"),), "black", UNKNOWN)
     empty = np.zeros((5, 64, 64, 3), np.uint8)
     assert describe(empty) == Scene((), "black", UNKNOWN)
     noise = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -84,16 +83,16 @@ def test_refuses_frames_of_another_type() -> None:
         describe(np.zeros((5, 64, 64, 3), np.float32))
 
 
-def test_held_out_captions_are_about_a_tenth() -> None:
+def test_held_out_captions_are_a_small_share() -> None:
     known = scenes.all_scenes()
     share = sum(map(scenes.is_held_out, known)) / len(known)
-    assert 0.05 < share < 0.15
-    assert len({scene.caption() for scene in known}) == len(known) == 480
+    assert 0.05 < share < 0.2
+    assert len({scene.caption() for scene in known}) == len(known) == 180
 
 
 def test_every_word_and_pair_of_colours_is_trained_on() -> None:
     """Held out are combinations, never a word or a colour on a ground."""
     trained = [scene for scene in scenes.all_scenes() if not scenes.is_held_out(scene)]
     pairs = {(scene.figures[0][0], scene.ground) for scene in trained}
-    assert pairs == {(color, ground) for ground in scenes.GROUNDS for color in scenes.COLORS if color != ground}
+    assert pairs == {(color, ground) for ground in scenes.GROUNDS for color in scenes.COLORS}
     assert {(scene.figures[0][1], scene.motion) for scene in trained} == {(a, b) for a in scenes.SHAPES for b in scenes.MOTIONS}

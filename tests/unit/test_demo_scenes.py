@@ -11,10 +11,10 @@ from lowvram.demo.scenes import Scene
 
 
 def test_caption_agrees_in_number() -> None:
-    one = Scene((("red", "circle"),), "blue", "left")
-    two = Scene((("red", "circle"), ("white", "square")), "black", "grow")
-    assert one.caption() == "a red circle moves left on a blue background"
-    assert two.caption() == "a red circle and a white square grow on a black background"
+    one = Scene((("red", "circle"),), "gray", "left")
+    two = Scene((("red", "circle"), ("green", "square")), "black", "grow")
+    assert one.caption() == "a red circle moves left on a gray background"
+    assert two.caption() == "a red circle and a green square grow on a black background"
 
 
 def test_figures_differ_in_color_from_the_ground_and_from_each_other() -> None:

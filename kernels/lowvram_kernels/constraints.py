@@ -1,0 +1,158 @@
+"""What each Triton kernel takes: a reason in words for every call that it refuses. No import of triton."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from lowvram.errors import UnsupportedError
+
+FLOATS = (torch.float32, torch.bfloat16)
+CODES = (torch.int8, torch.float8_e4m3fn)
+# Past this many channels a row no longer fits the registers of one program.
+MAX_ROW = 32768
+Refusal = Callable[..., str | None]
+
+
+@cache
+def no_triton() -> str | None:
+    """Why Triton cannot run in this installation at all."""
+    return None if find_spec("triton") else "the triton package is not installed"
+
+
+def wrong_device(tensor: Tensor | None) -> str | None:
+    """Why the kernels cannot run where `tensor` lies: they need CUDA or ROCm, or the CPU and TRITON_INTERPRET=1."""
+    if tensor is None or not tensor.is_cuda:
+        if tensor is not None and os.environ.get("TRITON_INTERPRET") == "1":
+            return no_triton()
+        return "no Triton kernel runs on a CPU unless TRITON_INTERPRET=1 is set"
+    return no_triton() or _old_device(tensor.get_device())
+
+
+@cache
+def _old_device(index: int) -> str | None:
+    from lowvram_kernels.tuning import architecture
+
+    try:
+        architecture(torch.device("cuda", index))
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def one_of(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
+    if tensor.dtype in dtypes:
+        return None
+    return f"{name} is {tensor.dtype}, not {' or '.join(map(str, dtypes))}"
+
+
+def rows_contiguous(**tensors: Tensor | None) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.stride(-1) != 1:
+            return f"the last dimension of {name} has stride {tensor.stride(-1)}, not 1"
+    return None
+
+
+def contiguous(**tensors: Tensor | None) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} is not contiguous"
+    return None
+
+
+def _row_refusal(x: Tensor, out: Tensor, out_scale: Tensor, rotated: bool) -> str | None:
+    channels = x.shape[1]
+    if channels > MAX_ROW:
+        return f"rows of {channels} channels do not fit one program: the limit is {MAX_ROW}"
+    if rotated and channels % 256:
+        return f"rotation needs a multiple of 256 channels, got {channels}"
+    if rotated and (out.stride(0) % 4 or out.storage_offset() % 4):
+        return "rotated rows are stored in words of 4 bytes and out is not aligned to them"
+    reason = one_of("x", x, FLOATS) or one_of("out", out, CODES) or one_of("out_scale", out_scale, (torch.float32,))
+    return reason or rows_contiguous(x=x, out=out) or contiguous(out_scale=out_scale)
+
+
+def quantize_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> str | None:
+    return _row_refusal(x, out, out_scale, rotated)
+
+
+def adaln_quantize(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, out_scale: Tensor, *, eps: float, rotated: bool) -> str | None:
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        if tensor.dim() != 1:
+            return f"{name} has {tensor.dim()} dimensions: the kernel takes one vector for all rows"
+        reason = one_of(name, tensor, (torch.float32,))
+        if reason:
+            return reason
+    return contiguous(scale=scale, shift=shift) or _row_refusal(x, out, out_scale, rotated)
+
+
+def quantized_linear(
+    a: Tensor,
+    a_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    gate: Tensor | None = None,
+    accumulate: bool = False,
+) -> str | None:
+    if a.dtype != weight.dtype:
+        return f"operands of one dtype are multiplied, got {a.dtype} and {weight.dtype}"
+    if a.shape[1] % 16:
+        return f"K = {a.shape[1]} is not a multiple of 16: loads of 16 bytes need it"
+    if accumulate and out.dtype != torch.float32:
+        return f"the residual stream is {out.dtype}, not torch.float32"
+    for name, tensor in (("a_scale", a_scale), ("weight_scale", weight_scale), ("bias", bias), ("gate", gate)):
+        reason = None if tensor is None else one_of(name, tensor, (torch.float32,))
+        if reason:
+            return reason
+    reason = one_of("a", a, CODES) or one_of("out", out, FLOATS) or rows_contiguous(a=a, weight=weight, out=out)
+    return reason or contiguous(a_scale=a_scale, weight_scale=weight_scale, bias=bias, gate=gate)
+
+
+def rms_rope_quantize(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    smoothing: Tensor | None,
+    out: Tensor,
+    out_scale: Tensor,
+    *,
+    eps: float,
+) -> str | None:
+    reason = _head_dim(out.shape[2]) or one_of("x", x, FLOATS) or one_of("out", out, (torch.int8,))
+    for name, tensor in (("weight", weight), ("cos", cos), ("sin", sin), ("smoothing", smoothing), ("out_scale", out_scale)):
+        reason = reason or (None if tensor is None else one_of(name, tensor, (torch.float32,)))
+    return reason or rows_contiguous(x=x, out=out) or contiguous(weight=weight, cos=cos, sin=sin, smoothing=smoothing)
+
+
+def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> str | None:
+    if not out.shape[2] - 64 < v.shape[0] <= out.shape[2] or out.shape[2] != 64 * out_scale.shape[2]:
+        return f"{v.shape[0]} keys do not fill {out.shape[2]} columns in tiles of 64"
+    reason = _head_dim(out.shape[1]) or one_of("v", v, FLOATS) or one_of("out", out, (torch.int8,))
+    return reason or one_of("out_scale", out_scale, (torch.float32,)) or rows_contiguous(v=v, out=out, out_scale=out_scale)
+
+
+def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, out: Tensor) -> str | None:
+    if v.shape[-1] != -(-k.shape[1] // 64) * 64:
+        return f"{k.shape[1]} keys do not fill {v.shape[-1]} value columns in tiles of 64"
+    reason = _head_dim(q.shape[2]) or one_of("out", out, FLOATS)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        reason = reason or one_of(name, tensor, (torch.int8,))
+    for name, tensor in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
+        reason = reason or one_of(name, tensor, (torch.float32,))
+    reason = reason or rows_contiguous(q=q, q_scale=q_scale, k=k, k_scale=k_scale, v=v, v_scale=v_scale, out=out)
+    if reason is None and (q.stride(1) != q.shape[2] or k.stride(1) != k.shape[2]):
+        return "tokens of q and k do not follow each other"
+    return reason
+
+
+def _head_dim(width: int) -> str | None:
+    return None if width in (64, 128) else f"heads of {width} channels: the kernels take 64 or 128"

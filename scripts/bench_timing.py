@@ -1,0 +1,122 @@
+"""Timing, the measured peak of a GPU, raw results as CSV and a plot: what the benchmarks share."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider at one shape. `rate`: TOPS, or GB/s for element-wise ops; `share`: of the peak measured in the same run."""
+
+    op: str
+    shape: str
+    provider: str
+    p20_ms: float
+    median_ms: float
+    p80_ms: float
+    rate: float
+    unit: str
+    share: float
+    gpu: str
+    torch: str
+    commit: str
+
+
+def require_cuda(command: str) -> bool:
+    """Whether there is a CUDA device; says in one line what to do where there is none."""
+    if torch.cuda.is_available():
+        return True
+    print(f"{command}: no CUDA device here, nothing was measured; run `python scripts/{command}` on a machine with one")
+    return False
+
+
+def measure(run: Callable[[int], object], repeats: int = 20, device: str = "cuda") -> tuple[float, float, float]:
+    """(20th percentile, median, 80th percentile) of ms per call; `run(i)` takes the i-th set of inputs, so that none stays in a cache."""
+    for index in range(WARM_UP):
+        run(index)
+    times = []
+    for index in range(repeats):
+        if device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run(index)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            run(index)
+            times.append((time.perf_counter() - begin) * 1e3)
+    times.sort()
+    return times[int(0.2 * (repeats - 1))], times[repeats // 2], times[int(0.8 * (repeats - 1))]
+
+
+def peaks(size: int = 8192) -> dict[str, float]:
+    """The best that the vendor's libraries reach here: TOPS of square products in bf16 and int8, GB/s of a copy (read + write)."""
+    operations = 2.0 * size**3
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    rates = {"bf16": operations / measure(lambda _: a @ b)[0] / 1e9}
+    a8, b8 = (torch.randint(-127, 128, (size, size), device="cuda", dtype=torch.int8) for _ in range(2))
+    rates["int8"] = operations / measure(lambda _: torch._int_mm(a8, b8.t()))[0] / 1e9
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    rates["copy"] = 2 * source.numel() / measure(lambda _: target.copy_(source))[0] / 1e6
+    return rates
+
+
+def machine() -> tuple[str, str, str]:
+    """(GPU, torch, commit)."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return name, torch.__version__, result.stdout.strip()
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [item.name for item in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def write_plot(path: Path, rows: Sequence[Row]) -> None:
+    """Bars of the rate, grouped by op and shape, as SVG."""
+    height, lines, top = 18, [], 30
+    largest = {unit: max(row.rate for row in rows if row.unit == unit) for unit in {row.unit for row in rows}}
+    group = ""
+    for row in rows:
+        if f"{row.op} {row.shape}" != group:
+            group = f"{row.op} {row.shape}"
+            top += 12
+            lines.append(f'<text x="10" y="{top}" font-weight="bold">{escape(group)}</text>')
+            top += 6
+        width = 480 * row.rate / largest[row.unit]
+        colour = "#2266cc" if row.provider.startswith("lowvram") else "#999999"
+        lines.append(f'<text x="210" y="{top + 13}" text-anchor="end">{escape(row.provider)}</text>')
+        lines.append(f'<rect x="220" y="{top + 2}" width="{width:.1f}" height="{height - 4}" fill="{colour}"/>')
+        lines.append(f'<text x="{228 + width:.1f}" y="{top + 13}">{row.rate:.0f} {row.unit}, {row.median_ms:.2f} ms</text>')
+        top += height
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{top + 20}" font-family="sans-serif" font-size="12">'
+    title = f'<rect width="100%" height="100%" fill="white"/><text x="10" y="20">{escape(rows[0].gpu)}, {escape(rows[0].commit)}</text>'
+    path.write_text("\n".join([head, title, *lines, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = ["| op | shape | provider | ms | rate | share of peak |", "|---|---|---|--:|--:|--:|"]
+    for row in rows:
+        share = f"{row.share:.0%}" if row.share else "-"
+        lines.append(f"| {row.op} | {row.shape} | {row.provider} | {row.median_ms:.3f} | {row.rate:.0f} {row.unit} | {share} |")
+    return "\n".join(lines)

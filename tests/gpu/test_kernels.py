@@ -1,0 +1,115 @@
+"""Every Triton kernel against its reference on a GPU, at ragged sizes and at the model's widths (promises 18, 19)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from lowvram_kernels import dispatch
+
+from tests.kernels import cases
+
+CUDA = "cuda"
+DIM, FFN, HEADS = 5120, 13824, 40
+ROWS = ("adaln_quantize", "quantize_rows", "gelu_quantize")
+LINEARS = [(1, 17, 32), (33, 65, 96), (700, 1000, DIM), (257, DIM, 1040), (130, 520, FFN)]
+
+
+@pytest.mark.parametrize(("m", "n", "k"), LINEARS)
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+def test_p18_int8_linear_has_the_bits_of_the_reference(m: int, n: int, k: int, out: torch.dtype) -> None:
+    assert not cases.linear(m, n, k, out=out, device=CUDA).mismatch()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), LINEARS)
+def test_p18_int8_linear_adds_to_the_residual_with_the_bits_of_the_reference(m: int, n: int, k: int) -> None:
+    assert not cases.linear_add(m, n, k, device=CUDA).mismatch()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), LINEARS)
+def test_p18_e4m3_linear_is_close_and_depends_on_no_other_row(m: int, n: int, k: int) -> None:
+    """Tensor cores sum e4m3 products in less than fp32; where they are decoded to fp16 the error is that of fp32."""
+    case = cases.linear(m, n, k, code=cases.E4M3, device=CUDA)
+    expected, actual = (case.run(backend)["out"][1:-1, :n].double() for backend in ("reference", "triton"))
+    assert float((expected - actual).norm() / expected.norm()) < 2e-3
+    rows = slice(0, max(1, m // 3))
+    part = cases.changed(a=case.inputs["a"][rows], a_scale=case.inputs["a_scale"][rows])
+    shorter = cases.Case(case.op, part(case.inputs), {"out": cases.Output.poisoned((rows.stop, n), torch.float32, CUDA)})
+    assert torch.equal(shorter.run("triton")["out"].double(), actual[rows])
+
+
+@pytest.mark.parametrize(("op", "code", "rotated"), list(itertools.product(ROWS, (torch.int8, cases.E4M3), (True, False))))
+@pytest.mark.parametrize("x", [torch.float32, torch.bfloat16])
+def test_p18_rows_agree_with_the_reference(op: str, code: torch.dtype, rotated: bool, x: torch.dtype) -> None:
+    for m, k in ((1, 256), (33, 768), (100, DIM), (17, FFN)):
+        assert not cases.rows(op, m, k, code=code, rotated=rotated, x=x, device=CUDA).mismatch(), (m, k)
+
+
+@pytest.mark.parametrize(("rope", "smoothing"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("m", "heads", "head_dim"), [(1, 1, 128), (100, HEADS, 128), (33, 5, 64)])
+def test_p18_rms_rope_agrees_with_the_reference(rope: bool, smoothing: bool, m: int, heads: int, head_dim: int) -> None:
+    assert not cases.rms_rope(m, heads, rope=rope, smoothing=smoothing, head_dim=head_dim, device=CUDA).mismatch()
+
+
+@pytest.mark.parametrize(("n", "heads"), [(1, 1), (65, 2), (1000, HEADS)])
+def test_p18_values_agree_with_the_reference(n: int, heads: int) -> None:
+    assert not cases.values(n, heads, device=CUDA).mismatch()
+
+
+@pytest.mark.parametrize(("m", "n", "heads"), [(1, 1, 1), (33, 64, 2), (70, 130, 3), (300, 1000, HEADS), (257, 4097, 2)])
+def test_p18_attention_agrees_with_the_reference(m: int, n: int, heads: int) -> None:
+    assert not cases.attention(m, n, heads, device=CUDA).mismatch()
+
+
+def test_a_query_depends_on_no_other_query() -> None:
+    case = cases.attention(300, 1000, 2, device=CUDA)
+    whole = case.run("triton")["out"][:-1]
+    for start, end in ((0, 1), (1, 128), (3, 218), (128, 300)):
+        part = {name: case.inputs[name][:, start:end] for name in ("q", "q_scale")}
+        shorter = cases.Case(case.op, case.inputs | part, {"out": cases.Output.poisoned((end - start, 256), torch.float32, CUDA)})
+        assert torch.equal(shorter.run("triton")["out"], whole[start:end])
+
+
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [
+        (lambda: cases.linear_add(33, 65, 96, device=CUDA), cases.rolled("a_scale")),
+        (lambda: cases.linear_add(33, 65, 96, device=CUDA), cases.rolled("weight")),
+        (lambda: cases.rows("quantize_rows", 33, 512, code=torch.int8, rotated=True, device=CUDA), cases.changed(rotated=False)),
+        (lambda: cases.rows("gelu_quantize", 33, 512, code=cases.E4M3, rotated=False, device=CUDA), cases.rolled("x")),
+        (lambda: cases.rows("adaln_quantize", 33, 512, code=torch.int8, rotated=True, device=CUDA), cases.rolled("shift")),
+        (lambda: cases.rms_rope(33, 3, device=CUDA), cases.rolled("cos")),
+        (lambda: cases.values(130, 2, device=CUDA), cases.rolled("v")),
+        (lambda: cases.attention(70, 130, 2, device=CUDA), cases.rolled("k_scale", 1)),
+        (lambda: cases.attention(70, 130, 2, device=CUDA), cases.rolled("v_scale", 2)),
+    ],
+)
+def test_p19_a_fault_shows(case: cases.Callable[[], cases.Case], fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
+    assert case().mismatch(fault)
+
+
+def test_rows_past_2_to_the_31_elements() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 12 * 2**30:
+        pytest.skip("needs 12 GB of free device memory")
+    stride = 2**30 + 256
+    x = torch.empty(2 * stride + 256, dtype=torch.bfloat16, device=CUDA).as_strided((3, 256), (stride, 1))
+    case = cases.rows("quantize_rows", 3, 256, code=torch.int8, rotated=True, x=torch.bfloat16, device=CUDA)
+    x.copy_(case.inputs["x"])
+    assert not case.mismatch(cases.changed(x=x))
+    far = torch.empty(2 * stride + 96, dtype=torch.int8, device=CUDA).as_strided((3, 96), (stride, 1))
+    linear = cases.linear(3, 65, 96, device=CUDA)
+    far.copy_(linear.inputs["a"])
+    assert not linear.mismatch(cases.changed(a=far))
+
+
+def test_tensors_on_the_gpu_take_the_kernels_and_tensors_on_the_cpu_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOWVRAM_BACKEND", raising=False)
+    for case in (cases.linear(33, 65, 96), cases.attention(33, 65, 1), cases.values(65, 1), cases.rms_rope(5, 2)):
+        op = dispatch.OPS[case.op]
+        on_cpu = case.inputs | {name: output.cut(output.whole) for name, output in case.outputs.items()}
+        on_gpu = {name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in on_cpu.items()}
+        first, *rest = on_cpu
+        assert dispatch.choose(case.op, on_cpu[first], **{name: on_cpu[name] for name in rest}) is op.reference
+        assert dispatch.choose(case.op, on_gpu[first], **{name: on_gpu[name] for name in rest}) is op.triton

@@ -1,0 +1,129 @@
+"""RMSNorm with RoPE, the values' layout and attention in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton.language as tl
+from lowvram_kernels import attention_int8_triton, common_triton, rms_rope_quantize_triton
+from lowvram_kernels.attention_int8_triton import attention_int8, quantize_values
+from lowvram_kernels.rms_rope_quantize import rms_rope
+from lowvram_kernels.rms_rope_quantize_triton import rms_rope_quantize
+
+from tests.kernels import cases
+
+
+@pytest.mark.parametrize(("rope", "smoothing"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("m", "heads", "head_dim"), [(1, 1, 128), (5, 3, 128), (4, 5, 64)])
+def test_p18_rms_rope_agrees_with_the_reference(rope: bool, smoothing: bool, m: int, heads: int, head_dim: int) -> None:
+    assert not cases.rms_rope(m, heads, rope=rope, smoothing=smoothing, head_dim=head_dim).mismatch()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        cases.rolled("x"), cases.rolled("weight"), cases.rolled("cos"), cases.rolled("sin"), cases.changed(smoothing=None),
+        cases.changed(cos=None, sin=None), cases.changed(eps=0.1), cases.rolled("smoothing"),
+    ],
+)  # fmt: skip
+def test_p19_a_fault_in_rms_rope_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
+    assert cases.rms_rope(5, 3).mismatch(fault)
+
+
+@pytest.mark.parametrize(("n", "heads", "head_dim"), [(1, 1, 128), (65, 2, 128), (200, 3, 64)])
+def test_p18_values_agree_with_the_reference(n: int, heads: int, head_dim: int) -> None:
+    assert not cases.values(n, heads, head_dim=head_dim).mismatch()
+
+
+def test_p19_a_fault_in_the_values_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cases.values(65, 2).mismatch(cases.rolled("v"))
+    assert cases.values(65, 2).mismatch(cases.rolled("v", 1))
+    monkeypatch.setattr(common_triton, "ROUND", tl.constexpr(0.0))
+    assert cases.values(65, 2).mismatch()
+
+
+@pytest.mark.parametrize(("m", "n", "heads", "head_dim"), [(1, 1, 1, 128), (33, 64, 2, 128), (70, 130, 2, 128), (100, 200, 1, 64)])
+def test_p18_attention_agrees_with_the_reference(m: int, n: int, heads: int, head_dim: int) -> None:
+    assert not cases.attention(m, n, heads, head_dim=head_dim).mismatch()
+
+
+def test_p18_attention_in_bf16() -> None:
+    case = cases.attention(33, 130, 2, out=torch.bfloat16)
+    expected, actual = case.run("reference")["out"][:-1].float(), case.run("triton")["out"][:-1].float()
+    assert float((expected - actual).norm() / expected.norm()) < 2**-9
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        cases.rolled("q_scale", 1), cases.rolled("k_scale", 1), cases.rolled("v_scale", 2), cases.rolled("v_scale", 1),
+        cases.rolled("k", 1), cases.rolled("v", 2), cases.rolled("q", 1),
+    ],
+)  # fmt: skip
+def test_p19_a_fault_in_the_inputs_of_attention_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
+    assert cases.attention(40, 130, 2).mismatch(fault)
+
+
+def test_p19_a_key_left_out_or_read_past_the_end_shows() -> None:
+    case = cases.attention(40, 130, 2)
+    shorter = cases.changed(k=case.inputs["k"][:, :129].contiguous(), k_scale=case.inputs["k_scale"][:, :129].contiguous())
+    assert case.mismatch(shorter)
+
+
+@pytest.mark.parametrize("value", [12582912.0 - 127.0, 12582912.0])
+def test_p19_a_wrong_offset_of_the_probabilities_shows(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    monkeypatch.setattr(attention_int8_triton, "ROUND_LESS_128", tl.constexpr(value))
+    assert cases.attention(40, 130, 2).mismatch()
+
+
+def test_a_query_depends_on_no_other_query() -> None:
+    case = cases.attention(100, 130, 2)
+    whole = case.run("triton")["out"][:-1]
+    for start, end in ((0, 1), (1, 64), (3, 18), (64, 100)):
+        part = {name: case.inputs[name][:, start:end] for name in ("q", "q_scale")}
+        out = torch.full((end - start, 256), float("nan"))
+        attention_int8(**(case.inputs | part), out=out)
+        assert torch.equal(out, whole[start:end])
+
+
+def test_attention_of_keys_with_outliers_is_close_to_exact_attention() -> None:
+    """Relative RMSE of 0.8 % at most through all three kernels, keys with outlier channels, smoothed by their mean."""
+    m, n, ones = 64, 200, torch.ones(256)
+    q, k, v = (cases.random(rows, 256, seed=seed) for seed, rows in enumerate((m, n, n)))
+    k[:, ::32] += 15
+    heads = [rms_rope(x, ones, None, None, num_heads=2, eps=0.0) for x in (q, k)]
+    q8, qs = torch.empty(2, m, 128, dtype=torch.int8), torch.empty(2, m)
+    k8, ks = torch.empty(2, n, 128, dtype=torch.int8), torch.empty(2, n)
+    v8, vs = torch.empty(2, 128, 256, dtype=torch.int8), torch.empty(2, 128, 4)
+    rms_rope_quantize(q, ones, None, None, None, q8, qs, eps=0.0)
+    rms_rope_quantize(k, ones, None, None, heads[1].mean(1), k8, ks, eps=0.0)
+    quantize_values(v, v8, vs)
+    out = torch.full((m, 256), float("nan"))
+    attention_int8(q8, qs, k8, ks, v8, vs, out)
+    split = v.double().view(n, 2, 128).transpose(0, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(heads[0].double(), heads[1].double(), split).transpose(0, 1).flatten(1)
+    assert float((out.double() - expected).norm() / expected.norm()) <= 0.008
+
+
+def test_heads_and_values_past_2_to_the_31_elements() -> None:
+    """Rows 2^30 elements apart, in memory that is reserved and never filled."""
+    stride = 2**30 + 256
+    case = cases.rms_rope(3, 2)
+    x = torch.empty(2 * stride + 256, dtype=torch.bfloat16).as_strided((3, 256), (stride, 1))
+    x.copy_(case.inputs["x"])
+    out, scale = torch.empty(2, 3, 128, dtype=torch.int8), torch.full((2, 3), float("nan"))
+    rms_rope_quantize_triton.rms_rope_quantize(**(case.inputs | {"x": x}), out=out, out_scale=scale)
+    assert torch.equal(out, case.run("reference")["out"][:, 1:-2])
+    one = cases.values(3, 2)
+    x.copy_(one.inputs["v"])
+    v, v_scale = torch.empty(2, 128, 64, dtype=torch.int8), torch.full((2, 128, 1), float("nan"))
+    quantize_values(x, v, v_scale)
+    assert torch.equal(v, one.run("reference")["out"][:, :, 64:])
+
+
+def test_attention_past_2_to_the_31_elements() -> None:
+    case = cases.attention(3, 70, 3)
+    stride = 2**30 + 256
+    k = torch.empty(2 * stride + 70 * 128, dtype=torch.int8).as_strided((3, 70, 128), (stride, 128, 1))
+    k.copy_(case.inputs["k"])
+    assert not case.mismatch(cases.changed(k=k))
