@@ -65,7 +65,7 @@ def options(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The video to write.")] = Path("demo.mp4"),
-    prompt: Annotated[str, typer.Option(help="What the video shows.")] = "a red circle moves right on a blue background",
+    prompt: Annotated[str, typer.Option(help="What the video shows.")] = "a red circle moves right on a white background",
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     format: Format = "int8",
     overwrite: Annotated[bool, typer.Option("--overwrite/--no-overwrite", help="Replace an existing output.")] = True,

@@ -3,7 +3,7 @@
     python scripts/bootstrap.py setup                 only make it, or bring it up to date
     python scripts/bootstrap.py demo [ARGS]           python -m lowvram demo ARGS
     python scripts/bootstrap.py run ARGS              python -m lowvram ARGS
-    python scripts/bootstrap.py lint | type | test [ARGS]
+    python scripts/bootstrap.py lint | format | type | test [ARGS]
     python scripts/bootstrap.py --torch-index URL …   also look there for torch: PyTorch's CPU index saves some GB where there is no GPU,
                                                       its CUDA index is needed on Windows
 
@@ -31,6 +31,7 @@ COMMANDS = {
     "demo": ["-m", "lowvram", "demo"],
     "run": ["-m", "lowvram"],
     "lint": ["-m", "ruff", "check", "."],
+    "format": ["-m", "ruff", "format", "--check", "."],
     "type": ["-m", "mypy"],
     "test": ["-m", "pytest", "-q", "--durations=15"],
 }

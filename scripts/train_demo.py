@@ -144,7 +144,7 @@ def train_vae_video(work: Path, device: torch.device) -> None:
 
 @torch.no_grad()
 def cache_latents(work: Path, device: torch.device) -> None:
-    """Encodes every scene that is not held out, folds their statistics into the VAE, and keeps the normalised latents with their captions."""
+    """Encodes every scene that is not held out, folds their statistics into the VAE, keeps the normalised latents and captions."""
     if (work / "latents.pt").exists():
         return
     vae = networks.new_vae().to(device)
@@ -223,7 +223,7 @@ def train_expert(work: Path, device: torch.device, name: str, low: float, high: 
         latents, ids = clips.batch(generator)
         return flow_loss(dit, latents, networks.text_features(text, ids), noise_levels(BATCH, low, high, generator), generator)
 
-    train(work / f"{name}.pt", nn.ModuleDict({"dit": dit}), Schedule(2200, 8e-4, ema=0.998), loss_of)
+    train(work / f"{name}.pt", nn.ModuleDict({"dit": dit}), Schedule(600, 4e-4, ema=0.99), loss_of)
 
 
 def train_experts(work: Path, device: torch.device) -> None:

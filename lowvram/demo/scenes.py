@@ -43,7 +43,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random, two_figures: float) -> Scene:
-    """A scene, with two figures in that share of cases, whose figures differ in colour from each other; no figure has the colour of a ground."""
+    """A scene, with two figures in that share of cases, whose figures differ in colour from each other."""
     ground = rng.choice(list(GROUNDS))
     count = 2 if rng.random() < two_figures else 1
     colors = rng.sample(list(COLORS), count)
@@ -53,13 +53,7 @@ def random_scene(rng: random.Random, two_figures: float) -> Scene:
 
 def all_scenes() -> list[Scene]:
     """Every scene of one figure."""
-    return [
-        Scene(((color, shape),), ground, motion)
-        for ground in GROUNDS
-        for color in COLORS
-        for shape in SHAPES
-        for motion in MOTIONS
-    ]
+    return [Scene(((color, shape),), ground, motion) for ground in GROUNDS for color in COLORS for shape in SHAPES for motion in MOTIONS]
 
 
 def is_held_out(scene: Scene) -> bool:

@@ -87,9 +87,7 @@ def test_a_failed_installation_is_tried_again(bootstrap: ModuleType, runs: FakeR
     assert runs.commands == [VENV, PIP, PIP]
 
 
-def test_other_requirements_are_installed(
-    bootstrap: ModuleType, runs: FakeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_requirements_are_installed(bootstrap: ModuleType, runs: FakeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bootstrap.make_environment(None, tmp_path / "venv")
     monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
     for name in ("pyproject.toml", "constraints.txt"):
@@ -141,7 +139,9 @@ def test_constraints_pin_every_direct_requirement() -> None:
     pins = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line}
     wanted = subprocess.run(
         [sys.executable, "-c", "import importlib.metadata as m; print(*m.requires('lowvram') or [], sep='\\n')"],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     names = {line.split(";")[0].split(">")[0].split("=")[0].strip().replace("_", "-") for line in wanted}
     assert {"torch", "pytest"} <= names

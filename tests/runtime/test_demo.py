@@ -1,0 +1,49 @@
+"""The demo: one command, a clip that shows its caption, and a checker that would notice another one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from lowvram.cli import app
+from lowvram.demo import scenes
+from lowvram.demo.checker import matches
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import judge_demo
+
+RECORD = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "demo.json"
+
+
+def test_the_demo_command_writes_a_clip_that_shows_the_prompt(tmp_path: Path) -> None:
+    out = tmp_path / "demo.mp4"
+    result = CliRunner().invoke(app, ["demo", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    with av.open(str(out)) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    small = frames[:, 2::4, 2::4]  # saved at four times its size
+    assert small.shape == (scenes.NUM_FRAMES, scenes.SIZE, scenes.SIZE, 3)
+    assert matches(small, scenes.Scene((("red", "circle"),), "white", "right"))
+
+
+@pytest.mark.slow
+def test_held_out_captions_come_out_right_and_shuffled_ones_do_not() -> None:
+    """A part of the recorded judgement, repeated here: same model, same pairs."""
+    score = judge_demo.judge("int8", judge_demo.held_out_pairs(15), [])
+    assert score.right >= 12, score.wrong
+    assert score.shuffled_right <= 2
+
+
+def test_the_recorded_judgement_meets_the_goals() -> None:
+    scores = {score["format"]: score for score in json.loads(RECORD.read_text(encoding="utf-8"))["scores"]}
+    assert set(scores) == {"bf16", "int8", "fp8"}
+    assert all(score["pairs"] == 50 for score in scores.values())
+    assert scores["bf16"]["right"] >= 45
+    assert all(scores["bf16"]["right"] - score["right"] <= 1 for score in scores.values())
+    assert all(score["shuffled_right"] <= 5 for score in scores.values())
