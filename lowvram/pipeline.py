@@ -69,7 +69,6 @@ class Pipeline:
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
         self.host = Host.of(device.type, process_bytes)
         self.model = hashlib.sha256((store.path / "lowvram.json").read_bytes()).hexdigest()
-        self._components = ("text_encoder", *EXPERTS)
 
     def plan(self, request: Request) -> MemoryPlan:
         """Raises `BudgetError` naming the smallest budgets that would do, `UsageError` for an impossible size."""

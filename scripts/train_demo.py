@@ -36,7 +36,7 @@ TRAIN_SHIFTS = (2.0, 10.0)  # half the noise levels lie as on a grid of each shi
 MODEL_FOLDER = Path(scenes.__file__).parent / "model"
 SAMPLING = {
     "width": scenes.SIZE, "height": scenes.SIZE, "num_frames": scenes.NUM_FRAMES, "fps": scenes.FPS,
-    "steps": 20, "shift": 5.0, "guidance_high": 4.0, "guidance_low": 3.0,
+    "steps": 16, "shift": 5.0, "guidance_high": 3.0, "guidance_low": 2.0,
 }  # fmt: skip
 WORKERS = ThreadPoolExecutor(SHARDS)
 
