@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from lowvram.demo.checker import matches
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import judge_demo
-
-RECORD = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "demo.json"
 
 
 def test_the_demo_command_writes_a_clip_that_shows_the_prompt(tmp_path: Path) -> None:
@@ -38,12 +35,3 @@ def test_held_out_captions_come_out_right_and_shuffled_ones_do_not() -> None:
     score = judge_demo.judge("int8", judge_demo.held_out_pairs(15), [])
     assert score.right >= 12, score.wrong
     assert score.shuffled_right <= 2
-
-
-def test_the_recorded_judgement_meets_the_goals() -> None:
-    scores = {score["format"]: score for score in json.loads(RECORD.read_text(encoding="utf-8"))["scores"]}
-    assert set(scores) == {"bf16", "int8", "fp8"}
-    assert all(score["pairs"] == 50 for score in scores.values())
-    assert scores["bf16"]["right"] >= 45
-    assert all(scores["bf16"]["right"] - score["right"] <= 1 for score in scores.values())
-    assert all(score["shuffled_right"] <= 5 for score in scores.values())
