@@ -37,11 +37,13 @@ class Bench:
 
 
 def rows_of(bench: Bench, peaks: dict[str, float], device: str = "cuda") -> Iterator[Row]:
-    """Providers that fail (no memory, no support here) are named and left out."""
+    """Other providers that fail (no memory, no support here) are named and left out; a failure of lowvram's own is raised."""
     for name, prepare in bench.providers.items():
         try:
             p20, median, p80 = measure(prepare(), device=device)
         except (RuntimeError, ValueError, NotImplementedError, ImportError, AttributeError, TypeError) as error:
+            if name.startswith("lowvram"):
+                raise
             print(f"{bench.op} {bench.shape} {name}: {str(error).splitlines()[0]}")
             continue
         finally:

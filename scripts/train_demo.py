@@ -6,9 +6,9 @@
 Everything is drawn by `lowvram.demo.scenes`, so there is no data set. Each stage is seeded, saves its state every
 `SAVE_EVERY` steps and continues from it. `export` writes the official file layout that `lowvram quantize` reads.
 
-The weights that ship took a little over two hours on 2 CPU cores: VAE about 50 minutes, shared DiT about 75, experts 4. Their DiT had seen a larger
-set of scenes before it settled on the present one, so this script, whose steps are set for a run from nothing, gives similar weights, not
-the same ones; that run has not been made.
+The weights that ship took a little over two hours on 2 CPU cores: VAE about 50 minutes, shared DiT about 75, experts 4. Their DiT had
+seen a larger set of scenes before it settled on the present one, so this script, whose steps are set for a run from nothing, gives similar
+weights, not the same ones; that run has not been made.
 """
 
 from __future__ import annotations
