@@ -186,10 +186,10 @@ def new_text_encoder() -> UMT5EncoderModel:
     return UMT5EncoderModel(UMT5Config(**TEXT_CONFIG, use_cache=False, pad_token_id=PAD, eos_token_id=END))
 
 
-# Every word a caption holds, and some for a larger set of scenes, so that the ids of a trained model stay.
+# Every word a caption holds.
 WORDS = [
-    "a", "and", "on", "background", "red", "green", "blue", "yellow", "purple", "white", "black", "gray", "circle", "square", "triangle",
-    "move", "moves", "left", "right", "up", "down", "grow", "grows",
+    "a", "and", "on", "background", "red", "green", "blue", "yellow", "white", "black", "gray", "circle", "square", "triangle",
+    "move", "moves", "left", "right", "up", "down", "grow", "grows", "bounce", "bounces",
 ]  # fmt: skip
 
 

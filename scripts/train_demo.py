@@ -116,14 +116,15 @@ def averaged(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True, map_location="cpu")["average"]
 
 
-def vae_loss(vae: AutoencoderKLWan, clip: Tensor, generator: torch.Generator) -> Tensor:
-    """L1 + L2 of the reconstruction; latents get 5 % noise so that the DiT's small errors stay small in pixels."""
+def vae_loss(vae: AutoencoderKLWan, clip: Tensor, generator: torch.Generator, noise: float = 0.05, edges: float = 0.0) -> Tensor:
+    """L1 + L2 of the reconstruction, and `edges` times L1 of its gradients; latents get noise, so the DiT's small errors stay small."""
     clip = clip.to(vae.device)
     latents = networks.encode(vae, clip).float()
     scale = latents.detach().std(dim=(0, 2, 3, 4), keepdim=True)
-    noisy = latents + 0.05 * scale * torch.randn(latents.shape, generator=generator).to(vae.device)
+    noisy = latents + noise * scale * torch.randn(latents.shape, generator=generator).to(vae.device)
     error = networks.decode(vae, noisy).float() - clip
-    return error.abs().mean() + error.square().mean() + 1e-4 * latents.square().mean()
+    loss = error.abs().mean() + error.square().mean() + 1e-4 * latents.square().mean()
+    return loss + edges * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) if edges else loss
 
 
 def train_vae_image(work: Path, device: torch.device) -> None:
@@ -144,6 +145,23 @@ def train_vae_video(work: Path, device: torch.device) -> None:
         return vae_loss(modules["vae"], scenes.render_collage(generator, batch, frames, size, figures=4), generator)
 
     train(work / "vae-video.pt", modules, Schedule(2000, 1.5e-3, ema=0.99, shards=1), loss_of)
+
+
+def train_vae_scenes(work: Path, device: torch.device) -> None:
+    """Full frames of what the DiT will draw, every second batch crowds, with weight on edges: a corner is what tells shapes apart."""
+    modules = nn.ModuleDict({"vae": networks.new_vae().to(device)})
+    modules.load_state_dict(averaged(work / "vae-video.pt"))
+    known = [scene for scene in scenes.all_scenes() if scenes.split(scene) == "train"]
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        if step % 4 == 0:
+            clip = scenes.render_collage(generator, 2, scenes.NUM_FRAMES, scenes.SIZE, figures=4)
+        else:
+            chosen = torch.randint(len(known), (2,), generator=generator)
+            clip = torch.stack([scenes.render(known[index], generator) for index in chosen])
+        return vae_loss(modules["vae"], clip, generator, edges=0.5)
+
+    train(work / "vae-scenes.pt", modules, Schedule(1500, 1e-3, ema=0.99), loss_of)
 
 
 @torch.no_grad()
@@ -253,6 +271,7 @@ def export(work: Path, device: torch.device) -> None:
 STAGES: dict[str, Callable[[Path, torch.device], None]] = {
     "vae-image": train_vae_image,
     "vae-video": train_vae_video,
+    "vae-scenes": train_vae_scenes,
     "latents": cache_latents,
     "dit": train_dit,
     "experts": train_experts,

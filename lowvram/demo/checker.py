@@ -134,6 +134,10 @@ def _motion(cover: Mask, core: Mask) -> str:
     if area[-3:].mean() > GROWTH * area[:3].mean():
         return "grow"
     across, down = x[-2:].mean() - x[:2].mean(), y[-2:].mean() - y[:2].mean()
+    middle = len(frames) // 2
+    fall = y[middle - 1 : middle + 2].mean() - (y[0] + y[-1]) / 2
+    if fall > TRAVEL and fall > 2 * max(abs(across), abs(down)):
+        return "bounce"
     if max(abs(across), abs(down)) < TRAVEL:
         return UNKNOWN
     if abs(across) > abs(down):

@@ -1,8 +1,7 @@
-"""Captions and the clips they describe: coloured shapes that move or grow on a coloured ground."""
+"""Captions and the clips they describe: one or two coloured shapes that move, grow or bounce on a coloured ground."""
 
 from __future__ import annotations
 
-import random
 import zlib
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ GROUNDS: dict[str, tuple[float, float, float]] = {
     "white": (0.97, 0.97, 0.97),
 }
 SHAPES = ("circle", "square", "triangle")
-MOTIONS = ("left", "right", "up", "down", "grow")
+MOTIONS = ("left", "right", "up", "down", "grow", "bounce")
 SIZE = 64
 NUM_FRAMES = 9
 FPS = 8
@@ -42,23 +41,17 @@ class Scene:
         return f"{names} {verb} on a {self.ground} background"
 
 
-def random_scene(rng: random.Random, two_figures: float) -> Scene:
-    """A scene, with two figures in that share of cases, whose figures differ in colour from each other."""
-    ground = rng.choice(list(GROUNDS))
-    count = 2 if rng.random() < two_figures else 1
-    colors = rng.sample(list(COLORS), count)
-    figures = tuple((color, rng.choice(SHAPES)) for color in colors)
-    return Scene(figures, ground, rng.choice(MOTIONS))
-
-
 def all_scenes() -> list[Scene]:
-    """Every scene of one figure."""
-    return [Scene(((color, shape),), ground, motion) for ground in GROUNDS for color in COLORS for shape in SHAPES for motion in MOTIONS]
+    """Every scene of one figure, then every scene of two, which differ in colour."""
+    figures = [(color, shape) for color in COLORS for shape in SHAPES]
+    pairs = [(first, second) for first in figures for second in figures if first[0] != second[0]]
+    groups = [[(figure,) for figure in figures], pairs]
+    return [Scene(group, ground, motion) for kind in groups for group in kind for ground in GROUNDS for motion in MOTIONS]
 
 
-def is_held_out(scene: Scene) -> bool:
-    """About one caption in seven is never trained on, chosen by its checksum: the model is judged by these."""
-    return zlib.crc32(scene.caption().encode()) % 10 == 0
+def split(scene: Scene) -> str:
+    """`train`, `validation` (settings are chosen on it) or `test` (the model is judged on it), by the caption's checksum."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(scene.caption().encode()) % 10, "train")
 
 
 def coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
@@ -74,31 +67,34 @@ def coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 
-def render(scene: Scene, num_frames: int = NUM_FRAMES, size: int = SIZE) -> Tensor:
-    """Draws `scene`, always in the same place, speed and size. Returns [3, num_frames, size, size] float in -1..1."""
+def render(scene: Scene, generator: torch.Generator | None = None, num_frames: int = NUM_FRAMES, size: int = SIZE) -> Tensor:
+    """Draws `scene`; `generator` varies place, size and speed. Returns [3, num_frames, size, size] float in -1..1."""
     axis = torch.arange(size, dtype=torch.float32) + 0.5
     py, px = axis.view(1, size, 1), axis.view(1, 1, size)
     time = torch.linspace(0, 1, num_frames).view(-1, 1, 1)
     unit = size / 64
     frames = torch.tensor(GROUNDS[scene.ground]).view(3, 1, 1, 1).expand(3, num_frames, size, size).clone()
     two = len(scene.figures) == 2
-    travel = 28 * unit
-    # Two figures share the motion, so they stand side by side across it and never overlap.
-    lanes = (0.28, 0.72) if two else (0.5,)
+
+    def vary(extent: float) -> float:
+        return extent * (2 * torch.rand((), generator=generator).item() - 1) if generator else 0.0
+
+    # All figures share the motion. Two stand side by side across it, the first one left or above, and never overlap.
+    lanes = (17.0, 47.0) if two else (32.0,)
+    travel, delay = 28 * (1 + vary(0.15)), vary(3)
     for (color, shape), lane in zip(scene.figures, lanes, strict=True):
-        radius = torch.full_like(time, 9.5 if two else 13.5) * unit
-        across = torch.full_like(time, lane * size)
-        if scene.motion in ("left", "right"):
-            path = size / 2 + (time - 0.5) * travel * (1 if scene.motion == "right" else -1)
-            cx, cy = path, across
-        elif scene.motion in ("up", "down"):
-            path = size / 2 + (time - 0.5) * travel * (1 if scene.motion == "down" else -1)
-            cx, cy = across, path
+        radius = torch.full_like(time, (10.5 if two else 13.5) + vary(1))
+        across = torch.full_like(time, lane + vary(1.5 if two else 6))
+        if scene.motion == "grow":
+            largest = (14.0 if two else 20.0) + vary(1)
+            radius = 5 + time * (largest - 5)
+            along = torch.full_like(time, 32 + delay)
+        elif scene.motion == "bounce":  # falls to the ground and comes back
+            along = 32 + delay + (0.5 - (2 * time - 1).abs()) * travel
         else:
-            largest = 13.5 if two else 20.0
-            radius = (5 + time * (largest - 5)) * unit
-            cx, cy = across, torch.full_like(time, 0.5 * size)
-        alpha = coverage(shape, px - cx, py - cy, radius)
+            along = 32 + delay + (time - 0.5) * travel * (1 if scene.motion in ("right", "down") else -1)
+        cx, cy = (along, across) if scene.motion in ("left", "right") else (across, along)
+        alpha = coverage(shape, px - cx * unit, py - cy * unit, radius * unit)
         frames = frames * (1 - alpha) + torch.tensor(COLORS[color]).view(3, 1, 1, 1) * alpha
     return frames * 2 - 1
 

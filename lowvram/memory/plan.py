@@ -29,13 +29,14 @@ VAE_ACTIVATION_VALUES = 6 * 4 * 96
 
 @dataclass(frozen=True)
 class Choice:
-    """What the planner is free to choose."""
+    """What the planner is free to choose. `host_blocks` are kept in RAM, the first `pinned_blocks` of them page-locked."""
 
     chunk_tokens: int
     ring_slots: int
     resident_blocks: int
     host_blocks: int
     joint_guidance: bool
+    pinned_blocks: int = 0
 
 
 @dataclass(frozen=True)
