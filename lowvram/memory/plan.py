@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lowvram.checkpoint.store_layout import component_layout
-from lowvram.config import EXPERTS, LatentShape, ModelConfig, VAEConfig, format_bytes, latent_shape
+from lowvram.config import EXPERTS, ModelConfig, format_bytes, latent_shape
 from lowvram.errors import BudgetError
-from lowvram.memory.workspace import KEY_TILE, Workspace, aligned, dit_workspace, element_bytes
+from lowvram.memory.phases import VAE_TILE_PIXELS, conditioning_bytes, decode_bytes, text_bytes, token_io_bytes
+from lowvram.memory.workspace import KEY_TILE, Workspace, dit_workspace
 
 CHUNK_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)
 # Below this many tokens a block computes faster than PCIe 4.0 brings the next one (kernels 5), so both branches share a visit.
@@ -20,11 +21,6 @@ JOINT_BELOW_TOKENS = 12_000
 CUDA_CONTEXT_BYTES = 600 * 10**6
 PROCESS_BYTES = 900 * 10**6
 STAGING_BUFFERS = 2
-VAE_TILE_PIXELS = 256
-VAE_TILE_OVERLAP_PIXELS = 64
-# Values per output pixel at base width 96: the decoder's caches (spec 4.2) and six full-resolution activations of four frames.
-VAE_CACHE_VALUES = 2364.5
-VAE_ACTIVATION_VALUES = 6 * 4 * 96
 
 
 @dataclass(frozen=True)
@@ -112,18 +108,18 @@ def describe_plan(
         "keys and values": sum(size for name, (_, size) in workspace.regions.items() if name in _KEYS_AND_VALUES),
         "chunk workspace": workspace.nbytes - workspace.persistent_bytes,
         "block slots": slots * layout.block_bytes,
-        "conditioning": _conditioning_bytes(config, format, steps),
+        "conditioning": conditioning_bytes(config, format, steps),
         "latents and velocities": 8 * latents.channels * latents.frames * latents.height * latents.width * 4
-        + _token_io_bytes(config, latents, format),
+        + token_io_bytes(config, latents, format),
         "context of the driver": host.context_bytes,
     }
     items["text keys and values"] = workspace.persistent_bytes - items["residual stream"] - items["keys and values"]
     staging = STAGING_BUFFERS if host.staged else 0
     ram = host.process_bytes + (choice.host_blocks + staging) * layout.block_bytes
-    text_vram, text_ram = _text_bytes(config, format, text_layout.block_bytes, staging)
+    text_vram, text_ram = text_bytes(config, format, text_layout.block_bytes, staging)
     rest = max(tensor.nbytes for tensor in layout.rest)
     tile = VAE_TILE_PIXELS if max(width, height) > VAE_TILE_PIXELS else 0
-    vae_vram, vae_ram = _decode_bytes(config, latents, tile)
+    vae_vram, vae_ram = decode_bytes(config, latents, tile)
     phases = (
         PhasePeak("text", host.context_bytes + text_vram, host.process_bytes + text_ram),
         PhasePeak("conditioning", host.context_bytes + items["conditioning"] * 2 + rest * 2, host.process_bytes + rest),
@@ -199,44 +195,3 @@ def _refusal(smallest: MemoryPlan, vram_bytes: int, ram_bytes: int) -> str:
                 f"use --{flag} {mebibytes}MiB or more"
             )
     return f"{name}: {'; '.join(needs)}, or a smaller size or fewer frames"
-
-
-def _conditioning_bytes(config: ModelConfig, format: str, steps: int) -> int:
-    """Modulation of every step, both prompts' embedded context, and the small tensors that stay on the device, per two experts."""
-    dit = config.dit
-    compute, _ = element_bytes(format)
-    per_expert = steps * 7 * dit.dim * 4 + 2 * dit.text_len * dit.dim * compute
-    patch = dit.dim * dit.in_dim * 4 * compute + dit.dim * dit.out_dim * 16 + 8 * dit.dim * 4
-    return 2 * aligned(per_expert + patch)
-
-
-def _token_io_bytes(config: ModelConfig, latents: LatentShape, format: str) -> int:
-    """Patched input and head output of all tokens."""
-    return latents.num_tokens * 4 * (config.dit.in_dim + config.dit.out_dim) * 4
-
-
-def _text_bytes(config: ModelConfig, format: str, block_bytes: int, staging: int) -> tuple[int, int]:
-    """(VRAM, RAM) of the text encoder: two slots, one linear's weights as floats, and the activations of one prompt."""
-    text = config.text_encoder
-    compute, _ = element_bytes(format)
-    inner = text.num_heads * text.head_dim
-    length = config.dit.text_len
-    weights = 2 * text.d_ff * text.d_model * 4
-    activations = length * (4 * text.d_model + 4 * inner + 3 * text.d_ff) * 4 + 3 * text.num_heads * length * length * 4
-    return 2 * block_bytes + weights + 2 * activations, staging * block_bytes + 2 * length * text.d_model * compute
-
-
-def vae_decode_values_per_pixel(vae: VAEConfig) -> float:
-    """fp32 values that decoding holds per output pixel, the official width's count scaled by this VAE's base width."""
-    return (VAE_CACHE_VALUES + VAE_ACTIVATION_VALUES) * vae.base_dim / 96
-
-
-def _decode_bytes(config: ModelConfig, latents: LatentShape, tile: int) -> tuple[int, int]:
-    """(VRAM, RAM): the VAE's weights and one tile's working set; the whole clip as floats and as bytes on the host."""
-    vae = config.vae
-    weights = component_layout("vae", config, "fp32").total_bytes
-    width, height = latents.width * vae.spatial_stride, latents.height * vae.spatial_stride
-    frames = (latents.frames - 1) * vae.temporal_stride + 1
-    pixels = min(width, tile or width) * min(height, tile or height)
-    working = int(vae_decode_values_per_pixel(vae) * pixels * 4) + 3 * frames * pixels * 4 * 2
-    return weights + working, frames * width * height * (3 * 4 + 4 + 3) + 3 * frames * pixels * 4

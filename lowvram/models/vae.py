@@ -11,7 +11,7 @@ from torch import Tensor
 from lowvram.checkpoint.names import diffusers_vae_from_official
 from lowvram.config import VAEConfig
 from lowvram.errors import CheckpointError
-from lowvram.memory.plan import VAE_TILE_OVERLAP_PIXELS
+from lowvram.memory.phases import VAE_TILE_OVERLAP_PIXELS
 
 
 class WanVAE:
