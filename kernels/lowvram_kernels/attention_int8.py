@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowvram.errors import UnsupportedError
 from lowvram_kernels.quantize_rows import INT8_MAX, SMALLEST_ABSMAX
+from lowvram_kernels.slices import row_slices
 
 KEY_TILE = 64
 P_MAX = 255.0
@@ -24,12 +25,15 @@ def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> None:
     if padded % KEY_TILE or not padded - KEY_TILE < v.shape[0] <= padded:
         tiles = math.ceil(v.shape[0] / KEY_TILE)
         raise UnsupportedError(f"values of {v.shape[0]} keys need {tiles} tiles of {KEY_TILE}, got {padded} columns")
-    heads = v.float().t().reshape(num_heads, head_dim, -1)
-    heads = torch.nn.functional.pad(heads, (0, padded - v.shape[0]))
-    tiles = heads.unflatten(-1, (-1, KEY_TILE))  # [H, head_dim, T, 64]
-    scale = tiles.abs().amax(dim=-1).clamp_(min=SMALLEST_ABSMAX) / INT8_MAX
-    out.copy_((tiles / scale.unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX).flatten(-2))
-    out_scale.copy_(scale)
+    for rows in row_slices(v.shape[0]):  # whole tiles, but for the last
+        heads = v[rows].float().t().reshape(num_heads, head_dim, -1)
+        heads = torch.nn.functional.pad(heads, (0, -heads.shape[-1] % KEY_TILE))
+        tiles = heads.unflatten(-1, (-1, KEY_TILE))  # [H, head_dim, T, 64]
+        scale = tiles.abs().amax(dim=-1).clamp_(min=SMALLEST_ABSMAX) / INT8_MAX
+        first, last = rows.start // KEY_TILE, rows.start // KEY_TILE + scale.shape[-1]
+        codes = (tiles / scale.unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX)
+        out[:, :, first * KEY_TILE : last * KEY_TILE] = codes.flatten(-2)
+        out_scale[:, :, first:last] = scale
 
 
 def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, out: Tensor) -> None:
@@ -42,10 +46,17 @@ def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Te
     A query's result depends on no other query: on a CPU that takes `exp`, because torch's `exp2` rounds the last elements of an
     array unlike the others.
     """
-    num_heads, num_queries, head_dim = q.shape
     num_keys = k.shape[1]
     if v.shape[-1] != math.ceil(num_keys / KEY_TILE) * KEY_TILE:
         raise UnsupportedError(f"{num_keys} keys need {math.ceil(num_keys / KEY_TILE) * KEY_TILE} value columns, got {v.shape[-1]}")
+    for rows in row_slices(q.shape[1]):
+        _attend(q[:, rows], q_scale[:, rows], k, k_scale, v, v_scale, out[rows])
+
+
+def _attend(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, out: Tensor) -> None:
+    """`attention_int8` of a few queries: its temporaries are as many fp32 rows."""
+    num_heads, num_queries, head_dim = q.shape
+    num_keys = k.shape[1]
     query_scale = (q_scale / math.sqrt(head_dim)).unsqueeze(-1)  # [H, M, 1]
     queries = q.float()
     maximum = q_scale.new_full((num_heads, num_queries, 1), -math.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowvram_kernels.quantize_rows import INT8_MAX, SMALLEST_ABSMAX
+from lowvram_kernels.slices import row_slices
 
 
 def rms_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, eps: float) -> Tensor:
@@ -44,9 +45,11 @@ def rms_rope_quantize(
     x, weight, cos, sin: as `rms_rope`; smoothing: [H, head_dim] float32 or None (any constant vector taken from every key
     leaves the softmax unchanged); out: [H, M, head_dim] int8; out_scale: [H, M] float32, may be views with strides.
     """
-    heads = rms_rope(x, weight, cos, sin, num_heads=out.shape[0], eps=eps)
-    if smoothing is not None:
-        heads = heads - smoothing.unsqueeze(1)
-    scale = heads.abs().amax(dim=-1).clamp_(min=SMALLEST_ABSMAX) / INT8_MAX
-    out.copy_((heads / scale.unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX))
-    out_scale.copy_(scale)
+    for rows in row_slices(x.shape[0]):
+        angles = (None, None) if cos is None or sin is None else (cos[rows], sin[rows])
+        heads = rms_rope(x[rows], weight, *angles, num_heads=out.shape[0], eps=eps)
+        if smoothing is not None:
+            heads = heads - smoothing.unsqueeze(1)
+        scale = heads.abs().amax(dim=-1).clamp_(min=SMALLEST_ABSMAX) / INT8_MAX
+        out[:, rows] = (heads / scale.unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX)
+        out_scale[:, rows] = scale
