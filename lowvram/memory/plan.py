@@ -13,7 +13,7 @@ from lowvram.checkpoint.store_layout import component_layout
 from lowvram.config import EXPERTS, ModelConfig, format_bytes, latent_shape
 from lowvram.errors import BudgetError
 from lowvram.memory.phases import VAE_TILE_PIXELS, conditioning_bytes, decode_bytes, text_bytes, token_io_bytes
-from lowvram.memory.workspace import KEY_TILE, Workspace, dit_workspace
+from lowvram.memory.workspace import KEY_TILE, READ_SLACK_BYTES, Workspace, dit_workspace
 
 CHUNK_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)
 # Below this many tokens a block computes faster than PCIe 4.0 brings the next one (kernels 5), so both branches share a visit.
@@ -46,7 +46,7 @@ class PhasePeak:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """One run's memory. `items`: what the denoising phase's VRAM is made of, in bytes."""
+    """One run's memory. `items`: what the denoising phase's VRAM is made of; `slot_bytes`: a block and the slack of aligned reads."""
 
     variant: str
     format: str
@@ -99,7 +99,8 @@ def describe_plan(
     width, height = size
     latents = latent_shape(config, width, height, num_frames)
     layout = component_layout(EXPERTS[0], config, format)
-    text_layout = component_layout("text_encoder", config, format)
+    slot_bytes = layout.block_bytes + READ_SLACK_BYTES
+    text_slot_bytes = component_layout("text_encoder", config, format).block_bytes + READ_SLACK_BYTES
     branches = 2 if choice.joint_guidance else 1
     workspace = dit_workspace(config.dit, format, latents.num_tokens, choice.chunk_tokens, branches)
     slots = choice.resident_blocks + choice.ring_slots
@@ -107,7 +108,7 @@ def describe_plan(
         "residual stream": sum(size for name, (_, size) in workspace.regions.items() if name.startswith("residual.")),
         "keys and values": sum(size for name, (_, size) in workspace.regions.items() if name in _KEYS_AND_VALUES),
         "chunk workspace": workspace.nbytes - workspace.persistent_bytes,
-        "block slots": slots * layout.block_bytes,
+        "block slots": slots * slot_bytes,
         "conditioning": conditioning_bytes(config, format, steps),
         "latents and velocities": 8 * latents.channels * latents.frames * latents.height * latents.width * 4
         + token_io_bytes(config, latents, format),
@@ -115,8 +116,8 @@ def describe_plan(
     }
     items["text keys and values"] = workspace.persistent_bytes - items["residual stream"] - items["keys and values"]
     staging = STAGING_BUFFERS if host.staged else 0
-    ram = host.process_bytes + (choice.host_blocks + staging) * layout.block_bytes
-    text_vram, text_ram = text_bytes(config, format, text_layout.block_bytes, staging)
+    ram = host.process_bytes + (choice.host_blocks + staging) * slot_bytes
+    text_vram, text_ram = text_bytes(config, format, text_slot_bytes, staging)
     rest = max(tensor.nbytes for tensor in layout.rest)
     tile = VAE_TILE_PIXELS if max(width, height) > VAE_TILE_PIXELS else 0
     vae_vram, vae_ram = decode_bytes(config, latents, tile)
@@ -127,8 +128,8 @@ def describe_plan(
         PhasePeak("decode", host.context_bytes + vae_vram, host.process_bytes + vae_ram),
     )
     return MemoryPlan(
-        config.variant, format, width, height, num_frames, latents.num_tokens, choice, config.dit.num_layers, layout.block_bytes,
-        text_layout.block_bytes, staging, tile, workspace, items, phases,
+        config.variant, format, width, height, num_frames, latents.num_tokens, choice, config.dit.num_layers, slot_bytes,
+        text_slot_bytes, staging, tile, workspace, items, phases,
     )  # fmt: skip
 
 

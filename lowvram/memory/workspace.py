@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from lowvram.config import DiTConfig
 
 ALIGNMENT_BYTES = 256
+# Reads past the page cache start, end and land on whole pages of this size; a buffer for them needs room at both ends and for its start.
+PAGE_BYTES = 4096
+READ_SLACK_BYTES = 3 * PAGE_BYTES
 KEY_TILE = 64
 # Keys are smoothed by the mean of this many tokens, evenly spaced over the clip: a set that no budget changes.
 SMOOTHING_TOKENS = 256
