@@ -43,6 +43,7 @@ class Score:
     colors: int = 0
     shapes: int = 0
     motion: int = 0
+    right_of_one_figure: int = 0
     seconds_per_clip: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
@@ -50,22 +51,24 @@ class Score:
         for name in ("ground", "colors", "shapes", "motion"):
             setattr(self, name, getattr(self, name) + bool(getattr(match, name)))
         self.right += bool(match)
+        self.right_of_one_figure += bool(match) and len(scene.figures) == 1
         if not match:
             self.wrong.append(scene.caption())
 
 
-def held_out_pairs(count: int, seed: int = 2026) -> list[tuple[scenes.Scene, int]]:
-    """`count` (scene, seed) pairs whose captions were never trained on."""
-    held_out = [scene for scene in scenes.all_scenes() if scenes.is_held_out(scene)]
-    random.Random(seed).shuffle(held_out)
-    return [(held_out[number % len(held_out)], number) for number in range(count)]
+def pairs_of(split: str, count: int, seed: int = 2026) -> list[tuple[scenes.Scene, int]]:
+    """`count` different scenes of `split`, each with a seed of its own: one figure and two by turns."""
+    chosen = [scene for scene in scenes.all_scenes() if scenes.split(scene) == split]
+    random.Random(seed).shuffle(chosen)
+    by_figures = [[scene for scene in chosen if len(scene.figures) == figures] for figures in (1, 2)]
+    return [(by_figures[number % 2][number // 2 % len(by_figures[number % 2])], number) for number in range(count)]
 
 
-def judge(format: str, pairs: list[tuple[scenes.Scene, int]], strip: list[torch.Tensor]) -> Score:
-    """Quantizes the shipped model to `format` and generates every pair; the frames of the clips are added to `strip`."""
+def judge(format: str, pairs: list[tuple[scenes.Scene, int]], strip: list[torch.Tensor], model: Path = MODEL) -> Score:
+    """Quantizes the model to `format` and generates every pair; the frames of the clips are added to `strip`."""
     score = Score(format, len(pairs))
     with tempfile.TemporaryDirectory() as folder:
-        quantize(MODEL, Path(folder) / "model", format)
+        quantize(model, Path(folder) / "model", format)
         pipeline = load(Path(folder) / "model", device="cpu")
         began, clips = time.monotonic(), []
         for scene, seed in track(pairs, description=format, console=Console(stderr=True)):
@@ -85,8 +88,8 @@ def save_sheet(path: Path, clips: list[torch.Tensor], columns: int = 8) -> None:
     Image.fromarray(np.concatenate(rows, axis=0)).save(path)
 
 
-def table(scores: list[Score]) -> Table:
-    shown = Table(title="held-out captions shown right")
+def table(scores: list[Score], split: str) -> Table:
+    shown = Table(title=f"{split} captions shown right")
     for name in ("format", "right", "ground", "colours", "shapes", "motion", "shuffled captions", "seconds per clip"):
         shown.add_column(name)
     for score in scores:
@@ -99,18 +102,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=50)
     parser.add_argument("--formats", default="bf16,int8,fp8")
+    parser.add_argument("--split", default="test", choices=("test", "validation", "train"), help="settings are chosen on validation")
+    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder; the shipped one by default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path, help="a PNG of every clip's frames")
     args = parser.parse_args()
     torch.set_num_threads(1)
     strip: list[torch.Tensor] = []
-    scores = [judge(format, held_out_pairs(args.pairs), strip) for format in args.formats.split(",")]
-    Console().print(table(scores))
+    scores = [judge(format, pairs_of(args.split, args.pairs), strip, args.model) for format in args.formats.split(",")]
+    Console().print(table(scores, args.split))
     if args.sheet:
         save_sheet(args.sheet, strip)
     if args.json:
         machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
-        args.json.write_text(json.dumps({"machine": machine, "scores": [asdict(score) for score in scores]}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": machine, "split": args.split, "scores": [asdict(score) for score in scores]}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ SAVE_EVERY = 200
 BOUNDARY = 0.875
 SHARDS = 2  # every step averages the gradients of this many half batches, one thread each
 BATCH = 8  # clips of a DiT's half batch
+DRAWINGS = {1: 24, 2: 2}  # of every training caption, by its figures: a little more than half of all clips show one figure
 NO_CAPTION = 0.1  # share of training clips whose caption is dropped, for classifier-free guidance
 TRAIN_SHIFTS = (2.0, 10.0)  # half the noise levels lie as on a grid of each shift: most are high, where the caption decides
 
@@ -166,19 +167,20 @@ def train_vae_scenes(work: Path, device: torch.device) -> None:
 
 @torch.no_grad()
 def cache_latents(work: Path, device: torch.device) -> None:
-    """Encodes every scene that is not held out, folds their statistics into the VAE, keeps the normalised latents and captions."""
+    """Encodes several drawings of every training scene, folds their statistics into the VAE, keeps the normalised latents and captions."""
     if (work / "latents.pt").exists():
         return
     vae = networks.new_vae().to(device)
-    vae.load_state_dict({name.removeprefix("vae."): value for name, value in averaged(work / "vae-video.pt").items()})
-    began = time.time()
-    chosen = [scene for scene in scenes.all_scenes() if not scenes.is_held_out(scene)]
+    vae.load_state_dict({name.removeprefix("vae."): value for name, value in averaged(work / "vae-scenes.pt").items()})
+    began, generator = time.time(), torch.Generator().manual_seed(4)
+    known = [scene for scene in scenes.all_scenes() if scenes.split(scene) == "train"]
+    chosen = [scene for scene in known for _ in range(DRAWINGS[len(scene.figures)])]
 
     def latents_of(clip: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             return networks.encode(vae, clip.to(device)).float().cpu()
 
-    batches = (torch.stack([scenes.render(scene) for scene in chosen[start : start + 8]]) for start in range(0, len(chosen), 8))
+    batches = (torch.stack([scenes.render(scene, generator) for scene in chosen[start : start + 8]]) for start in range(0, len(chosen), 8))
     values = torch.cat(list(WORKERS.map(latents_of, batches)))
     print(f"latents of {len(chosen)} clips in {time.time() - began:.0f} s", flush=True)
     mean, std = values.mean(dim=(0, 2, 3, 4)), values.std(dim=(0, 2, 3, 4))
@@ -231,7 +233,7 @@ def train_dit(work: Path, device: torch.device) -> None:
         sigma = noise_levels(BATCH, 0.0, 1.0, generator)
         return flow_loss(modules["dit"], latents, networks.text_features(modules["text"], ids), sigma, generator)
 
-    train(work / "dit.pt", modules, Schedule(10000, 1.2e-3, ema=0.998), loss_of)
+    train(work / "dit.pt", modules, Schedule(18000, 1.2e-3, ema=0.998), loss_of)
 
 
 def train_expert(work: Path, device: torch.device, name: str, low: float, high: float) -> None:
@@ -253,7 +255,7 @@ def train_experts(work: Path, device: torch.device) -> None:
     train_expert(work, device, "low-noise", 0.0, BOUNDARY)
 
 
-def export(work: Path, device: torch.device) -> None:
+def export(work: Path, device: torch.device, model: Path = MODEL_FOLDER) -> None:
     """Writes the model that ships inside the package."""
     shared = nn.ModuleDict({"dit": networks.new_dit(), "text": networks.new_text_encoder()})
     shared.load_state_dict(averaged(work / "dit.pt"))
@@ -264,8 +266,8 @@ def export(work: Path, device: torch.device) -> None:
         experts[name].load_state_dict({key.removeprefix("dit."): value for key, value in weights.items()})
     vae = networks.new_vae()
     vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
-    networks.write_official(MODEL_FOLDER, experts, shared["text"], vae, SAMPLING)
-    print(f"{MODEL_FOLDER}: {sum(path.stat().st_size for path in MODEL_FOLDER.rglob('*') if path.is_file()):,} bytes", flush=True)
+    networks.write_official(model, experts, shared["text"], vae, SAMPLING)
+    print(f"{model}: {sum(path.stat().st_size for path in model.rglob('*') if path.is_file()):,} bytes", flush=True)
 
 
 STAGES: dict[str, Callable[[Path, torch.device], None]] = {
