@@ -43,6 +43,7 @@ SAMPLING = {
     "width": scenes.SIZE, "height": scenes.SIZE, "num_frames": scenes.NUM_FRAMES, "fps": scenes.FPS,
     "steps": 16, "shift": 5.0, "guidance_high": 3.0, "guidance_low": 2.0,
 }  # fmt: skip
+TRAINING_SCENES = [scene for scene in scenes.all_scenes() if scenes.split(scene) == "train"]
 WORKERS = ThreadPoolExecutor(SHARDS)
 
 LossOf = Callable[[int, torch.Generator], Tensor]
@@ -128,6 +129,14 @@ def vae_loss(vae: AutoencoderKLWan, clip: Tensor, generator: torch.Generator, no
     return loss + edges * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) if edges else loss
 
 
+def scene_clips(step: int, generator: torch.Generator) -> Tensor:
+    """Two clips of full size, [2, 3, F, H, W]: training scenes, and crowds at every fourth step."""
+    if step % 4 == 0:
+        return scenes.render_collage(generator, 2, scenes.NUM_FRAMES, scenes.SIZE, figures=4)
+    chosen = torch.randint(len(TRAINING_SCENES), (2,), generator=generator)
+    return torch.stack([scenes.render(TRAINING_SCENES[index], generator) for index in chosen])
+
+
 def train_vae_image(work: Path, device: torch.device) -> None:
     vae = networks.new_vae().to(device)
 
@@ -149,18 +158,12 @@ def train_vae_video(work: Path, device: torch.device) -> None:
 
 
 def train_vae_scenes(work: Path, device: torch.device) -> None:
-    """Full frames of what the DiT will draw, every second batch crowds, with weight on edges: a corner is what tells shapes apart."""
+    """Full frames of what the DiT will draw, with weight on edges: a corner is what tells shapes apart."""
     modules = nn.ModuleDict({"vae": networks.new_vae().to(device)})
     modules.load_state_dict(averaged(work / "vae-video.pt"))
-    known = [scene for scene in scenes.all_scenes() if scenes.split(scene) == "train"]
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        if step % 4 == 0:
-            clip = scenes.render_collage(generator, 2, scenes.NUM_FRAMES, scenes.SIZE, figures=4)
-        else:
-            chosen = torch.randint(len(known), (2,), generator=generator)
-            clip = torch.stack([scenes.render(known[index], generator) for index in chosen])
-        return vae_loss(modules["vae"], clip, generator, edges=0.5)
+        return vae_loss(modules["vae"], scene_clips(step, generator), generator, edges=0.5)
 
     train(work / "vae-scenes.pt", modules, Schedule(1500, 1e-3, ema=0.99), loss_of)
 
@@ -173,8 +176,7 @@ def cache_latents(work: Path, device: torch.device) -> None:
     vae = networks.new_vae().to(device)
     vae.load_state_dict({name.removeprefix("vae."): value for name, value in averaged(work / "vae-scenes.pt").items()})
     began, generator = time.time(), torch.Generator().manual_seed(4)
-    known = [scene for scene in scenes.all_scenes() if scenes.split(scene) == "train"]
-    chosen = [scene for scene in known for _ in range(DRAWINGS[len(scene.figures)])]
+    chosen = [scene for scene in TRAINING_SCENES for _ in range(DRAWINGS[len(scene.figures)])]
 
     def latents_of(clip: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
@@ -188,6 +190,20 @@ def cache_latents(work: Path, device: torch.device) -> None:
     save(work / "vae.pt", vae.state_dict())
     normal = (values - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
     save(work / "latents.pt", {"latents": normal.half(), "ids": networks.token_ids([scene.caption() for scene in chosen])})
+
+
+def train_vae_decoder(work: Path, device: torch.device) -> None:
+    """The decoder alone, so that the cached latents stay true, on noisier latents: clean edges even of the DiT's rough ones."""
+    modules = nn.ModuleDict({"vae": networks.new_vae().to(device)})
+    vae = modules["vae"]
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        return vae_loss(vae, scene_clips(step, generator), generator, noise=0.15, edges=0.5)
+
+    train(work / "vae-decoder.pt", modules, Schedule(900, 8e-4, ema=0.99), loss_of)
 
 
 def noise_levels(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -265,7 +281,7 @@ def export(work: Path, device: torch.device, model: Path = MODEL_FOLDER) -> None
         weights = averaged(work / f"{name.replace('_', '-')}.pt")
         experts[name].load_state_dict({key.removeprefix("dit."): value for key, value in weights.items()})
     vae = networks.new_vae()
-    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
+    vae.load_state_dict({key.removeprefix("vae."): value for key, value in averaged(work / "vae-decoder.pt").items()})
     networks.write_official(model, experts, shared["text"], vae, SAMPLING)
     print(f"{model}: {sum(path.stat().st_size for path in model.rglob('*') if path.is_file()):,} bytes", flush=True)
 
@@ -275,6 +291,7 @@ STAGES: dict[str, Callable[[Path, torch.device], None]] = {
     "vae-video": train_vae_video,
     "vae-scenes": train_vae_scenes,
     "latents": cache_latents,
+    "vae-decoder": train_vae_decoder,
     "dit": train_dit,
     "experts": train_experts,
     "export": export,
