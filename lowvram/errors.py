@@ -55,6 +55,14 @@ class BudgetError(LowvramError):
     """No plan fits the budgets; the message gives the smallest that would."""
 
 
+class OutOfMemoryError(LowvramError):
+    """Memory that the plan counts on is not there, because other programs have it. `budget`: VRAM or RAM."""
+
+    def __init__(self, message: str, budget: str) -> None:
+        super().__init__(message)
+        self.budget = budget
+
+
 class UnsupportedError(LowvramError):
     """No backend can run the operation here; the message gives each backend's reason."""
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowvram.checkpoint.store import Store, open_store
 from lowvram.checkpoint.tensors import TORCH_DTYPES
-from lowvram.config import DEFAULT_NEGATIVE_PROMPT, EXPERTS, LatentShape, Request, latent_shape
-from lowvram.errors import CheckpointError, UsageError
-from lowvram.memory.arena import Arena, Ledger
-from lowvram.memory.plan import Host, MemoryPlan, choose_plan
+from lowvram.config import DEFAULT_NEGATIVE_PROMPT, EXPERTS, LatentShape, Request, format_bytes, latent_shape
+from lowvram.errors import CheckpointError, OutOfMemoryError, UsageError
+from lowvram.memory.arena import Arena, Ledger, hand_back, is_out_of_memory, short_budget
+from lowvram.memory.ladder import RAM, Ladder
+from lowvram.memory.limits import host_memory
+from lowvram.memory.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
 from lowvram.models.text_encoder import TextEncoder
 from lowvram.models.vae import WanVAE
 from lowvram.models.wan import WanTransformer, compute_dtype, condition, load_ends
@@ -25,16 +28,19 @@ from lowvram.progress import Listener, PhaseClock, silent
 from lowvram.prompt import Tokenizer
 from lowvram.sampling.denoise import Expert, block_schedule, branches_of, denoise
 from lowvram.sampling.schedule import Schedule, make_schedule
-from lowvram.sampling.solvers import make_solver
+from lowvram.sampling.solvers import Solver, make_solver
 from lowvram.sampling.state import RunState, load_state, save_state
 from lowvram.streaming.ring import Slots
 from lowvram.streaming.source import BlockFile
 from lowvram.streaming.streamer import StreamedComponent, Streamer
-from lowvram.streaming.transport import make_transport
+from lowvram.streaming.transport import Transport, make_transport
 from lowvram.streaming.visits import BlockId, assign_slots
 from lowvram.video import clip_metadata, to_uint8, write_video
 
 MAX_PROMPT_CHARACTERS = 20_000
+LOW_RAM_BYTES = 256 * 2**20  # with less than this free on the machine, a run hands back the blocks that it keeps in RAM
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Pipeline:
         ledgers["vram"].charge("the driver's context", self.host.context_bytes)
         ledgers["ram"].charge("the process", self.host.process_bytes)
         latents = self._latents(request, plan, ledgers, noise, state_file, resume, listener)
-        frames = self._decode(latents, plan, ledgers, listener)
+        frames = self._with_memory("decode", plan, lambda: self._decode(latents, plan, ledgers, listener))
         return Video(frames, request, self.model, {name: ledger.peak_bytes for name, ledger in ledgers.items()})
 
     def _latents(
@@ -155,8 +161,8 @@ class Pipeline:
             latents = state.latents.to(self.device)
         if solver.index == schedule.steps:
             return latents
-        features = self._encode_prompts(request, ledgers, plan, listener)
-        experts = self._condition(request, schedule, features, listener)
+        features = self._with_memory("text", plan, lambda: self._encode_prompts(request, ledgers, plan, listener))
+        experts = self._with_memory("conditioning", plan, lambda: self._condition(request, schedule, features, listener))
         clock = PhaseClock(listener, "denoise", schedule.steps, solver.index)
 
         def on_step(finished: int, current: Tensor) -> None:
@@ -164,16 +170,96 @@ class Pipeline:
                 save_state(state_file, RunState(request, self.model, finished, current, solver.state_dict()))
             clock.report(finished)
 
-        visits = block_schedule(schedule, request, plan.num_blocks, plan.choice.joint_guidance, solver.index)
+        return self._denoise(request, plan, ledgers, experts, schedule, solver, latents, on_step)
+
+    def _denoise(
+        self,
+        request: Request,
+        plan: MemoryPlan,
+        ledgers: dict[str, Ledger],
+        experts: dict[str, Expert],
+        schedule: Schedule,
+        solver: Solver,
+        latents: Tensor,
+        on_step: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        """The loop; where memory that the plan counts on is gone, with less of it from the last finished step on, down the ladder."""
+        ladder = Ladder(plan, lambda choice: self._describe(request, choice), shared=self.device.type == "cpu")
+        state = solver.state_dict()
+
+        def keep(finished: int, current: Tensor) -> None:
+            nonlocal latents, state
+            latents, state = current, solver.state_dict()
+            on_step(finished, current)
+            if finished < schedule.steps and ladder.plan.choice.host_blocks and host_memory().free_bytes < LOW_RAM_BYTES:
+                raise OutOfMemoryError(f"less than {format_bytes(LOW_RAM_BYTES)} of RAM is free on this machine", RAM)
+
+        while True:
+            try:
+                return self._attempt(request, ladder.plan, ledgers, experts, schedule, solver, latents, keep)
+            except (OutOfMemoryError, RuntimeError, MemoryError, OSError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                short, failure = short_budget(error), str(error).splitlines()[0] if str(error) else type(error).__name__
+            hand_back(self.device)  # outside the handler: the exception held the frames, and they the memory
+            solver.load_state_dict(state)
+            rung = ladder.down(short)
+            if rung is None:
+                raise self._exhausted(f"step {solver.index + 1} of {schedule.steps}", ladder.plan, short, failure)
+            _log.warning(
+                "out of %s in step %d of %d (%s): going on from step %d with %s; the video stays the same",
+                short, solver.index + 1, schedule.steps, failure, solver.index, rung.gives_up,
+            )  # fmt: skip
+            ledgers["vram"].limit_bytes, ledgers["ram"].limit_bytes = rung.plan.peak_vram_bytes, rung.plan.peak_ram_bytes
+
+    def _attempt(
+        self,
+        request: Request,
+        plan: MemoryPlan,
+        ledgers: dict[str, Ledger],
+        experts: dict[str, Expert],
+        schedule: Schedule,
+        solver: Solver,
+        latents: Tensor,
+        on_step: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        """The loop's remaining steps under one plan; its memory is handed back however it ends."""
+        shape = latent_shape(self.store.config, request.width, request.height, request.num_frames)
         choice = plan.choice
-        with self._streamer(
-            visits, ledgers, plan.slot_bytes, choice.resident_blocks, choice.ring_slots, choice.host_blocks, plan.staging_buffers
-        ) as streamer:
+        blocks = block_schedule(schedule, request, plan.num_blocks, choice.joint_guidance, solver.index)
+        counts = choice.resident_blocks, choice.ring_slots, choice.host_blocks, plan.staging_buffers, choice.pinned_blocks
+        with self._streamer(blocks, ledgers, plan.slot_bytes, *counts) as streamer, ExitStack() as stack:
             arena = Arena(plan.workspace, ledgers["vram"], self.device)
+            stack.callback(arena.close)
             model = WanTransformer(self.store.config.dit, self.store.format, shape, choice, arena, self.device)
-            latents = denoise(model, experts, streamer, schedule, solver, request, latents, on_step)
-            arena.close()
-        return latents
+            return denoise(model, experts, streamer, schedule, solver, request, latents, on_step)
+
+    def _describe(self, request: Request, choice: Choice) -> MemoryPlan:
+        size = (request.width, request.height)
+        return describe_plan(self.store.config, self.store.format, size, request.num_frames, request.steps, choice, self.host)
+
+    def _with_memory(self, phase: str, plan: MemoryPlan, run: Callable[[], T]) -> T:
+        """`run`, and once more with everything handed back that is not in use where it ran out of memory."""
+        for attempt in range(2):
+            try:
+                return run()
+            except (OutOfMemoryError, RuntimeError, MemoryError, OSError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                short, failure = short_budget(error), str(error).splitlines()[0] if str(error) else type(error).__name__
+            hand_back(self.device)
+            if attempt == 0:
+                _log.warning("out of %s in the %s phase (%s): trying it once more", short, phase, failure)
+        raise self._exhausted(f"the {phase} phase", plan, short, failure)
+
+    def _exhausted(self, where: str, plan: MemoryPlan, short: str, failure: str) -> OutOfMemoryError:
+        peak = plan.peak_vram_bytes if short == "VRAM" else plan.peak_ram_bytes
+        others = "other programs" if short == RAM or self.device.type == "cpu" else "what else uses the GPU"
+        return OutOfMemoryError(
+            f"out of {short} in {where} ({failure}): a run that gives up everything it can needs {format_bytes(peak)} of {short}; "
+            f"close {others} and go on with --resume, or pass a smaller --size or fewer --frames",
+            short,
+        )
 
     @contextmanager
     def _streamer(
@@ -185,23 +271,32 @@ class Pipeline:
         ring: int,
         host: int,
         staging: int,
+        pinned: int = 0,
     ) -> Iterator[Streamer]:
-        """Slots and buffers for one schedule, handed back at the end however it ends."""
-        pinned, cpu = self.device.type == "cuda", torch.device("cpu")
+        """Slots and buffers for one schedule, handed back at the end however it ends.
+
+        host: blocks kept in RAM, the first `pinned` of them page-locked; staging buffers are page-locked wherever the driver allows.
+        """
+        cpu, transport = torch.device("cpu"), self._transport()
         with ExitStack() as stack:
 
             def slots(label: str, count: int, ledger: str, device: torch.device) -> Slots:
-                made = Slots(label, count, slot_bytes, ledgers[ledger], device, pinned and device.type == "cpu")
+                made = Slots(label, count, slot_bytes, ledgers[ledger], device)
                 stack.callback(made.close)
                 return made
 
             files = {name: self._streamed(name) for name in sorted({component for component, _ in schedule})}
             for component in files.values():
                 stack.callback(component.file.close)
-            visits = assign_slots(schedule, resident, ring, host)
             device_slots = slots("block slot", resident + ring, "vram", self.device)
-            buffers = slots("cached block", host, "ram", cpu), slots("staging buffer", staging, "ram", cpu)
-            yield stack.enter_context(Streamer(files, visits, device_slots, *buffers, make_transport(self.device)))
+            stages, cached = slots("staging buffer", staging, "ram", cpu), slots("cached block", host, "ram", cpu)
+            stages.pin(staging, transport)
+            cached.pin(pinned, transport)
+            visits = assign_slots(schedule, resident, ring, host, staging, cached.pinned)
+            yield stack.enter_context(Streamer(files, visits, device_slots, cached, stages, transport))
+
+    def _transport(self) -> Transport:
+        return make_transport(self.device)
 
     def _streamed(self, component: str) -> StreamedComponent:
         file = self.store.files[component]

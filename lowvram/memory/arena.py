@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import math
 
 import torch
 from torch import Tensor
 
-from lowvram.errors import InternalLimitError
+from lowvram.config import format_bytes
+from lowvram.errors import InternalLimitError, OutOfMemoryError
 from lowvram.memory.workspace import Workspace
 
 
@@ -34,10 +37,49 @@ class Ledger:
     def release(self, nbytes: int) -> None:
         self.used_bytes -= nbytes
 
-    def allocate(self, label: str, nbytes: int, device: torch.device, pinned: bool = False) -> Tensor:
-        """[nbytes] uint8, uninitialised, charged to this budget."""
+    def allocate(self, label: str, nbytes: int, device: torch.device) -> Tensor:
+        """[nbytes] uint8, uninitialised, charged to this budget. Raises `OutOfMemoryError` where the machine has less than planned."""
         self.charge(label, nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        try:
+            return new_buffer(nbytes, device)
+        except (RuntimeError, MemoryError, OSError) as error:
+            self.release(nbytes)
+            if not is_out_of_memory(error):
+                raise
+            asked = f"{label} asks {format_bytes(nbytes)} of {self.name}"
+            raise OutOfMemoryError(f"{asked}, which the budget grants and the machine has not", self.name) from None
+
+
+def new_buffer(nbytes: int, device: torch.device) -> Tensor:
+    """[nbytes] uint8, uninitialised: the one place where the memory of blocks and workspace comes from."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be had: of the driver, of torch's allocators, of a library under them, of Python or of the system."""
+    if isinstance(error, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+    )
+
+
+def short_budget(error: BaseException) -> str:
+    """The budget that an out-of-memory error is about: VRAM or RAM."""
+    if isinstance(error, OutOfMemoryError):
+        return error.budget
+    host = isinstance(error, MemoryError | OSError) or "can't allocate memory" in str(error)
+    return "RAM" if host else "VRAM"
+
+
+def hand_back(device: torch.device) -> None:
+    """Returns what nothing refers to any more: Python's cycles, and what torch's allocator keeps of the device for later."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Arena:

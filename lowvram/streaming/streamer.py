@@ -1,10 +1,9 @@
-"""Walks the schedule of blocks one step ahead of the computation, through steps and the expert switch."""
+"""Walks the schedule of blocks ahead of the computation, through steps and the expert switch; every hop in its own thread or stream."""
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +14,10 @@ from lowvram.streaming.block import BlockTensors, BlockView
 from lowvram.streaming.ring import Slots
 from lowvram.streaming.source import BlockFile
 from lowvram.streaming.transport import Transport
-from lowvram.streaming.visits import BlockId, Visit
+from lowvram.streaming.visits import NEVER, Visit
+
+# Hops of a visit: disk -> RAM, RAM -> staging, RAM -> device, and its computation.
+DISK, STAGE, LINK, COMPUTE = "disk", "stage", "link", "compute"
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,52 @@ class StreamedComponent:
     tensors: BlockTensors
 
 
+class Stopped(Exception):
+    """The run is over: a worker that waits for something ends."""
+
+
+class Hops:
+    """What has happened so far: (hop, visit) -> the event of its end, or the failure that came instead of it."""
+
+    def __init__(self) -> None:
+        self._over: dict[tuple[str, int], object | None] = {}
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def done(self, hop: str, number: int, event: object | None) -> None:
+        with self._changed:
+            self._over[hop, number] = event
+            self._changed.notify_all()
+
+    def wait(self, hop: str, number: int) -> object | None:
+        """Blocks until the hop was issued and returns its event. Raises its failure, or `Stopped`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or (hop, number) in self._over)
+            if self._stopped:
+                raise Stopped
+            event = self._over[hop, number]
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def forget(self, number: int) -> None:
+        """Drops what nobody will ask for again."""
+        with self._changed:
+            for hop in (DISK, STAGE, LINK, COMPUTE):
+                self._over.pop((hop, number), None)
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
 class Streamer:
-    """A worker thread brings the block of every visit into its slot, as far ahead as the slots allow.
+    """Three workers bring the block of every visit into its slot, each as far ahead as its buffers allow: disk -> RAM, RAM -> staging
+    (only for blocks in pageable RAM), RAM -> device. Each walks the schedule in order and waits only for earlier visits.
 
     `with streamer.block(component, index) as view:` gives the next block of the schedule; asking for another one is an error.
-    A failure of the worker is raised in the thread that asks for the block. Use as a context manager: leaving it stops the worker.
+    A worker's failure is raised in the thread that asks for the block that failed. Use as a context manager: leaving it stops the workers.
     """
 
     def __init__(
@@ -42,30 +85,49 @@ class Streamer:
         staging: Slots,
         transport: Transport,
     ) -> None:
+        """host, staging: the RAM buffers and staging buffers that `visits` were assigned to."""
+        if transport.staged and any(visit.load and visit.host is None and visit.stage is None for visit in visits):
+            raise InternalLimitError("this device is reached through staging buffers, but the schedule was made without any")
         self._components = components
         self._visits = visits
         self._slots, self._host, self._staging = slots, host, staging
         self._transport = transport
-        self._ready: queue.Queue[tuple[int, object | None] | BaseException] = queue.Queue()
-        self._released: dict[int, object | None] = {}
-        self._changed = threading.Condition()
-        self._stopping = False
-        self._staged_events: list[object | None] = [None] * len(staging)
-        self._host_events: dict[int, object | None] = {}
-        self._loads = 0
+        self._hops = Hops()
+        # Where the bytes of a block begin in a buffer depends on where they lie in the file: what each buffer holds now.
+        self._in_slot: dict[int, Tensor] = {}
+        self._in_host: dict[int, Tensor] = {}
+        self._in_stage: dict[int, Tensor] = {}
+        self._awaited = {visit.after for visit in visits if visit.load}
+        # No visit asks for what happened longer ago than this many visits.
+        former = ((number, before) for number, visit in enumerate(visits) for before in (visit.after, visit.stage_after, visit.host_after))
+        self._look_back = max((number - before for number, before in former if before != NEVER), default=0)
+        self._last_copy: object | None = None
         self._next = 0
+        self._counting = threading.Lock()
         self.read_bytes = 0
-        self._worker = threading.Thread(target=self._run, name="lowvram-streamer", daemon=True)
+        self._workers = [
+            threading.Thread(target=self._walk, args=(hop, takes, carry), name=f"lowvram-{hop}", daemon=True)
+            for hop, takes, carry in (
+                (DISK, self._reads_ahead, self._from_disk),
+                (STAGE, self._copies_on_the_host, self._to_staging),
+                (LINK, lambda visit: visit.load, self._to_device),
+            )
+            if any(takes(visit) for visit in visits)
+        ]
 
     def __enter__(self) -> Streamer:
-        self._worker.start()
+        self._transport.begin()
+        for worker in self._workers:
+            worker.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        self._worker.join()
+        self._hops.stop()
+        for component in self._components.values():
+            component.file.stop()
+        for worker in self._workers:
+            worker.join()
+        self._transport.settle(self._last_copy)  # the buffers it reads are handed back next
 
     @contextmanager
     def block(self, component: str, index: int) -> Iterator[BlockView]:
@@ -74,61 +136,87 @@ class Streamer:
         if number >= len(self._visits) or self._visits[number].block != (component, index):
             expected = self._visits[number].block if number < len(self._visits) else None
             raise InternalLimitError(f"block {(component, index)} asked for, but the schedule's visit {number} is {expected}")
-        arrived = self._ready.get()
-        if isinstance(arrived, BaseException):
-            raise arrived
-        self._transport.wait(arrived[1])
-        yield BlockView(self._slots[self._visits[number].slot], self._components[component].tensors)
+        visit = self._visits[number]
+        if visit.load:
+            self._transport.wait(self._hops.wait(LINK, number))
+        yield BlockView(self._in_slot[visit.slot], self._components[component].tensors)
         self._next += 1
-        with self._changed:
-            self._released[number] = self._transport.mark()
-            self._changed.notify_all()
+        self._hops.done(COMPUTE, number, self._transport.mark() if number in self._awaited else None)
+        self._hops.forget(number - self._look_back - 1)
 
-    def _run(self) -> None:
-        try:
-            for number, visit in enumerate(self._visits):
-                event = self._load(visit) if visit.load else None
-                if self._stopping:
-                    return
-                self._ready.put((number, event))
-        except BaseException as error:  # handed to the computing thread, which raises it
-            self._ready.put(error)
+    def _walk(self, hop: str, takes: Callable[[Visit], bool], carry: Callable[[int, Visit], object | None]) -> None:
+        for number, visit in enumerate(self._visits):
+            if not takes(visit):
+                continue
+            try:
+                self._hops.done(hop, number, carry(number, visit))
+            except Stopped:
+                return
+            except BaseException as error:  # handed on, hop by hop, to the thread that asks for this block
+                self._hops.done(hop, number, error)
+                return
 
-    def _load(self, visit: Visit) -> object | None:
-        with self._changed:
-            while visit.after >= 0 and visit.after not in self._released and not self._stopping:
-                self._changed.wait()
-            if self._stopping:
-                return None
-            after = self._released.get(visit.after)
-        component, index = visit.block
-        file = self._components[component].file
-        nbytes = file.ranges[index][1]
-        slot = self._slots[visit.slot]
-        if visit.host is None and not self._transport.staged:
-            self._read(file, visit.block, slot)
-            return None
-        buffer, stage = self._host_buffer(visit)
-        if visit.read:
-            self._read(file, visit.block, buffer)
-        event = self._transport.copy(buffer[:nbytes], slot, after)
-        if stage is not None:
-            self._staged_events[stage] = event
-        elif visit.host is not None:
-            self._host_events[visit.host] = event
-        return event
+    def _reads_ahead(self, visit: Visit) -> bool:
+        return visit.read and (visit.host is not None or visit.stage is not None)
 
-    def _host_buffer(self, visit: Visit) -> tuple[Tensor, int | None]:
-        """The block's own RAM buffer, or the next staging buffer once its last copy is over."""
+    def _copies_on_the_host(self, visit: Visit) -> bool:
+        return visit.stage is not None and visit.host is not None
+
+    def _from_disk(self, number: int, visit: Visit) -> None:
+        """Disk -> the block's RAM buffer where it has one, else its staging buffer."""
         if visit.host is not None:
-            if visit.read:  # the buffer's former block may still be on its way to the device
-                self._transport.settle(self._host_events.get(visit.host))
-            return self._host[visit.host], None
-        stage = self._loads % len(self._staging)
-        self._loads += 1
-        self._transport.settle(self._staged_events[stage])
-        return self._staging[stage], stage
+            self._leave_host(visit.host_after)
+            self._in_host[visit.host] = self._read(visit, self._host[visit.host])
+        elif visit.stage is not None:
+            self._leave(visit.stage_after)
+            self._in_stage[visit.stage] = self._read(visit, self._staging[visit.stage])
 
-    def _read(self, file: BlockFile, block: BlockId, buffer: Tensor) -> None:
-        file.read_into(block[1], buffer)
-        self.read_bytes += file.ranges[block[1]][1]
+    def _to_staging(self, number: int, visit: Visit) -> None:
+        """Pageable RAM -> staging."""
+        if visit.stage is None or visit.host is None:
+            raise InternalLimitError(f"visit {number} has no way through staging")
+        if visit.read:
+            self._hops.wait(DISK, number)
+        self._leave(visit.stage_after)
+        source = self._in_host[visit.host]
+        staging = self._staging[visit.stage][: source.numel()]
+        self._transport.stage(source, staging)
+        self._in_stage[visit.stage] = staging
+
+    def _to_device(self, number: int, visit: Visit) -> object | None:
+        """Staging or RAM -> slot; straight from the disk where the slot lies in host memory."""
+        slot = self._slots[visit.slot]
+        if self._copies_on_the_host(visit):
+            self._hops.wait(STAGE, number)
+        elif self._reads_ahead(visit):
+            self._hops.wait(DISK, number)
+        after = self._hops.wait(COMPUTE, visit.after) if visit.after != NEVER else None
+        if visit.stage is not None:
+            source = self._in_stage[visit.stage]
+        elif visit.host is not None:
+            source = self._in_host[visit.host]
+        else:
+            self._in_slot[visit.slot] = self._read(visit, slot)
+            return None
+        self._in_slot[visit.slot] = slot[: source.numel()]
+        self._last_copy = self._transport.copy(source, slot, after)
+        return self._last_copy
+
+    def _leave(self, number: int) -> None:
+        """Waits until the copy of an earlier visit has left the buffer that it came from."""
+        if number != NEVER:
+            self._transport.settle(self._hops.wait(LINK, number))
+
+    def _leave_host(self, number: int) -> None:
+        """The same for a RAM buffer, which pageable blocks leave through staging."""
+        if number != NEVER and self._copies_on_the_host(self._visits[number]):
+            self._hops.wait(STAGE, number)
+        else:
+            self._leave(number)
+
+    def _read(self, visit: Visit, buffer: Tensor) -> Tensor:
+        component, index = visit.block
+        view = self._components[component].file.read_into(index, buffer)
+        with self._counting:
+            self.read_bytes += view.numel()
+        return view

@@ -1,7 +1,8 @@
-"""The last hop, from host memory into a device slot, ordered by events and never by a device-wide synchronisation."""
+"""The hops in memory, from RAM through staging into a device slot, ordered by events and never by a device-wide synchronisation."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 import torch
@@ -12,6 +13,18 @@ class Transport(Protocol):
     """How bytes reach a device. `staged`: they pass through host buffers; otherwise the disk is read into the slot itself."""
 
     staged: bool
+
+    def pin(self, buffer: Tensor) -> bool:
+        """Page-locks host memory for copies that run beside everything else; False where the driver refuses."""
+
+    def unpin(self, buffer: Tensor) -> None:
+        """Undoes `pin`; no copy from the buffer may be under way."""
+
+    def begin(self) -> None:
+        """Copies issued from now on wait for the work issued so far on the computing stream: it may still use the slots' memory."""
+
+    def stage(self, source: Tensor, staging: Tensor) -> None:
+        """staging = source, both in host memory, in the calling thread."""
 
     def copy(self, host: Tensor, slot: Tensor, after: object | None) -> object | None:
         """Begins slot[:n] = host once `after` has happened; returns the event of its end."""
@@ -27,14 +40,27 @@ class Transport(Protocol):
 
 
 class HostTransport:
-    """A device that is the host: copies happen in line and every event is already over."""
+    """A device that is the host: copies happen in line and every event is already over. Nothing needs locked pages."""
 
     staged = False
 
-    def copy(self, host: Tensor, slot: Tensor, after: object | None) -> None:
-        slot[: host.numel()].copy_(host)
+    def pin(self, buffer: Tensor) -> bool:
+        return True
 
-    def mark(self) -> None:
+    def unpin(self, buffer: Tensor) -> None:
+        return None
+
+    def begin(self) -> None:
+        return None
+
+    def stage(self, source: Tensor, staging: Tensor) -> None:
+        staging.copy_(source)
+
+    def copy(self, host: Tensor, slot: Tensor, after: object | None) -> object | None:
+        slot[: host.numel()].copy_(host)
+        return None
+
+    def mark(self) -> object | None:
         return None
 
     def wait(self, event: object | None) -> None:
@@ -45,7 +71,11 @@ class HostTransport:
 
 
 class CudaTransport:
-    """A CUDA device: its own stream for copies, events between it and the computing stream."""
+    """A CUDA device: its own stream for copies, events between it and the computing stream.
+
+    Pages are locked in place (cudaHostRegister), not taken from torch's pinned allocator, which rounds sizes up to powers of two and
+    keeps what is freed: the RAM budget counts the bytes that are really held.
+    """
 
     staged = True
 
@@ -54,12 +84,29 @@ class CudaTransport:
         self._stream = torch.cuda.Stream(device)
         self._computing = torch.cuda.current_stream(device)
 
+    def pin(self, buffer: Tensor) -> bool:
+        with torch.cuda.device(self._device):
+            if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)) == 0:
+                return True
+            with contextlib.suppress(RuntimeError):  # the refusal stays the thread's last error until a launch's check takes it off
+                torch.zeros(1, device=self._device)
+        return False
+
+    def unpin(self, buffer: Tensor) -> None:
+        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+    def begin(self) -> None:
+        self._stream.wait_stream(self._computing)
+
+    def stage(self, source: Tensor, staging: Tensor) -> None:
+        staging.copy_(source)
+
     def copy(self, host: Tensor, slot: Tensor, after: object | None) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream):
             if isinstance(after, torch.cuda.Event):
                 self._stream.wait_event(after)
             slot[: host.numel()].copy_(host, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(blocking=True)  # who settles on it sleeps instead of spinning
             event.record(self._stream)
         return event
 
