@@ -18,6 +18,7 @@ from lowvram.checkpoint.tensors import TORCH_DTYPES
 from lowvram.config import DEFAULT_NEGATIVE_PROMPT, EXPERTS, LatentShape, Request, format_bytes, latent_shape
 from lowvram.errors import CheckpointError, OutOfMemoryError, UsageError
 from lowvram.memory.arena import Arena, Ledger, hand_back, is_out_of_memory, short_budget
+from lowvram.memory.heap import return_freed_memory
 from lowvram.memory.ladder import RAM, Ladder
 from lowvram.memory.limits import host_memory
 from lowvram.memory.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
@@ -131,6 +132,7 @@ class Pipeline:
         noise: [C, T, h, w] float32 instead of the seed's. Raises `LowvramError`s only, and `KeyboardInterrupt`.
         """
         plan = plan or self.plan(request)
+        return_freed_memory()
         ledgers = {"vram": Ledger("VRAM", plan.peak_vram_bytes), "ram": Ledger("RAM", plan.peak_ram_bytes)}
         ledgers["vram"].charge("the driver's context", self.host.context_bytes)
         ledgers["ram"].charge("the process", self.host.process_bytes)
@@ -159,6 +161,7 @@ class Pipeline:
             state = load_state(state_file, request, self.model)
             solver.load_state_dict({name: value.to(self.device) if value.ndim else value for name, value in state.solver.items()})
             latents = state.latents.to(self.device)
+            del state
         if solver.index == schedule.steps:
             return latents
         features = self._with_memory("text", plan, lambda: self._encode_prompts(request, ledgers, plan, listener))
@@ -313,7 +316,9 @@ class Pipeline:
         encoder = TextEncoder(config.text_encoder, compute_dtype(self.store.format), self.device)
         schedule = [("text_encoder", index) for index in range(config.text_encoder.num_layers)]
         with self._streamer(schedule, ledgers, plan.text_slot_bytes, 0, 2, 0, plan.staging_buffers) as streamer:
-            features = encoder.encode(prompts, file.read("token_embedding.weight"), file.read("norm.weight"), streamer)
+            features = encoder.encode(
+                prompts, lambda ids: file.read_rows("token_embedding.weight", ids), file.read("norm.weight"), streamer
+            )
         clock.report(1)
         return [rows.cpu() for rows in features]
 
@@ -340,7 +345,11 @@ class Pipeline:
                 clock.append(PhaseClock(listener, "decode", total))
             clock[0].report(done)
 
-        return to_uint8(vae.decode(latents, plan.vae_tile_pixels, progress))
+        frames = torch.empty(plan.num_frames, plan.height, plan.width, 3, dtype=torch.uint8)
+        for first, top, pixels in vae.decode(latents, plan.vae_tile_pixels, progress):
+            _, count, rows, _ = pixels.shape
+            frames[first : first + count, top : top + rows] = to_uint8(pixels)
+        return frames
 
 
 def load(

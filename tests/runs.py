@@ -47,7 +47,7 @@ def request_of(pipeline: Pipeline, prompt: str = "a red circle", **changes: obje
 def plan_of(pipeline: Pipeline, request: Request, choice: Choice) -> MemoryPlan:
     store = pipeline.store
     size = (request.width, request.height)
-    return describe_plan(store.config, store.format, size, request.num_frames, request.steps, choice, Host.of("cpu", 10**9))
+    return describe_plan(store.config, store.format, size, request.num_frames, request.steps, choice, pipeline.host)
 
 
 def digest(tensor: torch.Tensor) -> str:

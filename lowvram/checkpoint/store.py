@@ -68,6 +68,10 @@ class StoreFile:
         """The tensor with the full `name`, mapped (see `TensorFile.read`)."""
         return self._file.read(name)
 
+    def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Rows of the tensor with the full `name`, copied (see `TensorFile.read_rows`)."""
+        return self._file.read_rows(name, rows)
+
     def _read_blocks(self) -> None:
         groups: list[list[TensorInfo]] = []
         position = self.header.data_start

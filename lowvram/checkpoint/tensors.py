@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -59,6 +60,24 @@ class TensorFile:
         copied = info.nbytes < SMALL_BYTES or info.start % dtype.itemsize
         buffer, offset = self._copied(info) if copied else self._mapped(info)
         return torch.frombuffer(buffer, dtype=dtype, count=info.nbytes // dtype.itemsize, offset=offset).reshape(info.shape)
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Rows [len(rows), ...] of the tensor `name`, copied: of a large table only what is asked for is read, or counts as memory.
+
+        Raises `CheckpointError`.
+        """
+        info = self.header.tensors.get(name)
+        if info is None or not info.shape or not all(0 <= row < info.shape[0] for row in rows):
+            raise CheckpointError(f"{self.header.path}: tensor {quoted(name)} with the rows asked for is missing")
+        row_bytes = info.nbytes // info.shape[0]
+        buffer = bytearray(row_bytes * len(rows))
+        view = memoryview(buffer)
+        with self._lock:
+            for number, row in enumerate(rows):
+                self._file.seek(info.start + row * row_bytes)
+                if self._file.readinto(view[number * row_bytes : (number + 1) * row_bytes]) != row_bytes:
+                    raise TruncatedFileError(f"{self.header.path}: row {row} of {quoted(name)} is cut off: it changed meanwhile")
+        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).reshape(len(rows), *info.shape[1:])
 
     def _copied(self, info: TensorInfo) -> tuple[bytearray, int]:
         buffer = bytearray(info.nbytes)

@@ -6,13 +6,25 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lowvram.checkpoint.store_layout import component_layout
 from lowvram.config import EXPERTS, ModelConfig, format_bytes, latent_shape
 from lowvram.errors import BudgetError
-from lowvram.memory.phases import VAE_TILE_PIXELS, conditioning_bytes, decode_bytes, text_bytes, token_io_bytes
+from lowvram.memory.phases import (
+    LATENTS_IN_BLOCK,
+    LATENTS_IN_STATE,
+    conditioning_bytes,
+    conditioning_phase_bytes,
+    decode_bytes,
+    latent_bytes,
+    loop_host_bytes,
+    loop_temporaries_bytes,
+    text_bytes,
+    vae_tile_pixels,
+)
 from lowvram.memory.workspace import KEY_TILE, READ_SLACK_BYTES, Workspace, dit_workspace
 
 CHUNK_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)
@@ -80,16 +92,21 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Host:
-    """What the machine takes before lowvram asks for anything. `staged`: device memory is not host memory."""
+    """What the machine takes before lowvram asks for anything. `staged`: device memory is not host memory.
+
+    `references`: the ops run as torch code, whose temporaries count.
+    """
 
     staged: bool
     context_bytes: int
     process_bytes: int = PROCESS_BYTES
+    references: bool = True
 
     @classmethod
     def of(cls, device_type: str, process_bytes: int = PROCESS_BYTES) -> Host:
         cuda = device_type == "cuda"
-        return cls(cuda, CUDA_CONTEXT_BYTES if cuda else 0, process_bytes)
+        references = not cuda or os.environ.get("LOWVRAM_BACKEND") == "reference"
+        return cls(cuda, CUDA_CONTEXT_BYTES if cuda else 0, process_bytes, references)
 
 
 def describe_plan(
@@ -110,20 +127,23 @@ def describe_plan(
         "chunk workspace": workspace.nbytes - workspace.persistent_bytes,
         "block slots": slots * slot_bytes,
         "conditioning": conditioning_bytes(config, format, steps),
-        "latents and velocities": 8 * latents.channels * latents.frames * latents.height * latents.width * 4
-        + token_io_bytes(config, latents, format),
+        "latents and velocities": LATENTS_IN_BLOCK * latent_bytes(latents),
+        "reference temporaries" if host.references else "temporaries": loop_temporaries_bytes(
+            config, format, latents, choice.chunk_tokens, host.references
+        ),
         "context of the driver": host.context_bytes,
     }
     items["text keys and values"] = workspace.persistent_bytes - items["residual stream"] - items["keys and values"]
     staging = STAGING_BUFFERS if host.staged else 0
-    ram = host.process_bytes + (choice.host_blocks + staging) * slot_bytes
+    ram = host.process_bytes + (choice.host_blocks + staging) * slot_bytes + loop_host_bytes(config, format, latents, host.staged)
     text_vram, text_ram = text_bytes(config, format, text_slot_bytes, staging)
-    rest = max(tensor.nbytes for tensor in layout.rest)
-    tile = VAE_TILE_PIXELS if max(width, height) > VAE_TILE_PIXELS else 0
+    resumed = LATENTS_IN_STATE * latent_bytes(latents)
+    conditioning_vram, conditioning_ram = conditioning_phase_bytes(config, format, steps, host.staged)
+    tile = vae_tile_pixels(width, height)
     vae_vram, vae_ram = decode_bytes(config, latents, tile)
     phases = (
-        PhasePeak("text", host.context_bytes + text_vram, host.process_bytes + text_ram),
-        PhasePeak("conditioning", host.context_bytes + items["conditioning"] * 2 + rest * 2, host.process_bytes + rest),
+        PhasePeak("text", host.context_bytes + resumed + text_vram, host.process_bytes + text_ram),
+        PhasePeak("conditioning", host.context_bytes + resumed + conditioning_vram, host.process_bytes + conditioning_ram),
         PhasePeak("denoise", sum(items.values()), ram),
         PhasePeak("decode", host.context_bytes + vae_vram, host.process_bytes + vae_ram),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from lowvram_kernels.slices import row_slices
 from torch import Tensor
 
 # Libraries pick their GEMM by shape, and another one rounds differently: these linears always see this many rows.
@@ -25,5 +26,13 @@ def fixed_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
 
 
 def dequantized(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """weight * scale in fp32, rounded once to `dtype`; a weight without scale is cast. weight: [N, K], scale: [N, 1] float32."""
-    return weight.to(dtype) if scale is None else (weight.float() * scale).to(dtype)
+    """weight * scale in fp32, rounded once to `dtype`; a weight without scale is cast. weight: [N, K], scale: [N, 1] float32.
+
+    The fp32 copies are of `REFERENCE_ROWS` outputs at a time.
+    """
+    if scale is None:
+        return weight.to(dtype)
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows in row_slices(weight.shape[0]):
+        result[rows] = weight[rows].float() * scale[rows]
+    return result

@@ -6,6 +6,7 @@ how attention reads it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import lowvram_kernels.dispatch as ops
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from lowvram_kernels.adaln_quantize import adaln
 from lowvram_kernels.attention_int8 import KEY_TILE
 from lowvram_kernels.rms_rope_quantize import rms_rope
+from lowvram_kernels.tuning import pv_dtype
 from torch import Tensor
 
 from lowvram.errors import UnsupportedError
 from lowvram.memory.arena import Arena
+from lowvram.memory.phases import PLAIN_ROWS
 from lowvram.memory.workspace import QUANTIZED_FORMATS
 from lowvram.streaming.block import BlockView
 
@@ -104,7 +107,11 @@ def mean_key(x: Tensor, weight: Tensor, rope: Rope | None, num_heads: int, eps: 
 
 
 class QuantizedNumerics:
-    """int8 with or without rotation, or e4m3, for linears; int8 for attention; bf16 between ops, fp32 inside them."""
+    """int8 with or without rotation, or e4m3, for linears; int8 for attention, values as `pv_dtype` says; bf16 between ops, fp32 inside.
+
+    GELU stays with the quantization of its rows although `quantized_linear` can apply it: that op is bound by memory, which hides GELU,
+    and the product is not. Both places compute row by row, so neither ties a bit to the memory plan.
+    """
 
     compute = torch.bfloat16
 
@@ -147,12 +154,10 @@ class QuantizedNumerics:
         tiles = -(-num_keys // KEY_TILE)
         names = ("keys", "key_scales", "values", "value_scales")
         keys, key_scales, values, value_scales = (f"{prefix}{name}" for name in names)
+        stored = self._arena.view(keys, (heads, num_keys, width), torch.int8)
         return AttentionMemory(
-            Heads(
-                self._arena.view(keys, (heads, num_keys, width), torch.int8),
-                self._arena.view(key_scales, (heads, num_keys), torch.float32),
-            ),
-            self._arena.view(values, (heads, width, tiles * KEY_TILE), torch.int8),
+            Heads(stored, self._arena.view(key_scales, (heads, num_keys), torch.float32)),
+            self._arena.view(values, (heads, width, tiles * KEY_TILE), pv_dtype(stored.device)),
             self._arena.view(value_scales, (heads, width, tiles), torch.float32),
         )
 
@@ -169,7 +174,7 @@ class QuantizedNumerics:
 
     def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
         if memory.value_scales is None or start % KEY_TILE:
-            raise UnsupportedError(f"int8 values begin on a multiple of {KEY_TILE} keys, got {start}")
+            raise UnsupportedError(f"quantized values begin on a multiple of {KEY_TILE} keys, got {start}")
         first, last = start // KEY_TILE, -(-(start + v.shape[0]) // KEY_TILE)
         columns = slice(first * KEY_TILE, last * KEY_TILE)
         ops.quantize_values(v, memory.values[:, :, columns], memory.value_scales[:, :, first:last])
@@ -188,24 +193,29 @@ class PlainNumerics:
         self._arena = arena
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
-        return self._store(adaln(x, scale, shift, self._shapes.eps), region)
+        return self._store(x, region, lambda part: adaln(part, scale, shift, self._shapes.eps))
 
     def rows(self, x: Tensor, region: str) -> Rows:
-        return self._store(x, region)
+        return self._store(x, region, lambda part: part)
 
     def gelu(self, x: Tensor, region: str) -> Rows:
-        return self._store(F.gelu(x, approximate="tanh"), region)
+        return self._store(x, region, lambda part: F.gelu(part, approximate="tanh"))
 
-    def _store(self, x: Tensor, region: str) -> Rows:
-        return Rows(self._arena.view(region, (x.shape[0], x.shape[1]), self.compute).copy_(x), None)
+    def _store(self, x: Tensor, region: str, prepare: Callable[[Tensor], Tensor]) -> Rows:
+        rows = self._arena.view(region, (x.shape[0], x.shape[1]), self.compute)
+        for part in _parts(x.shape[0]):
+            rows[part] = prepare(x[part])
+        return Rows(rows, None)
 
     def linear(self, rows: Rows, block: BlockView, names: tuple[str, ...], out: Tensor) -> None:
         weight, bias = (block.fused([f"{name}.{part}" for name in names]) for part in ("weight", "bias"))
-        out.copy_(F.linear(rows.values, weight, bias.to(self.compute)))
+        torch.addmm(bias.to(self.compute), rows.values, weight.t(), out=out)
 
     def linear_add(self, rows: Rows, block: BlockView, name: str, x: Tensor, gate: Tensor | None) -> None:
-        y = F.linear(rows.values, block[f"{name}.weight"], block[f"{name}.bias"].to(self.compute)).float()
-        x += y if gate is None else y * gate
+        weight, bias = block[f"{name}.weight"], block[f"{name}.bias"].to(self.compute)
+        for part in _parts(x.shape[0]):
+            y = F.linear(rows.values[part], weight, bias).float()
+            x[part] += y if gate is None else y.mul_(gate)
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
         shape = (self._shapes.num_heads, num_keys, self._shapes.head_dim)
@@ -214,7 +224,9 @@ class PlainNumerics:
 
     def heads(self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads) -> None:
         cos, sin = rope or (None, None)
-        out.values.copy_(rms_rope(x, weight, cos, sin, num_heads=self._shapes.num_heads, eps=self._shapes.eps))
+        for part in _parts(x.shape[0]):
+            angles = (None, None) if cos is None or sin is None else (cos[part], sin[part])
+            out.values[:, part] = rms_rope(x[part], weight, *angles, num_heads=self._shapes.num_heads, eps=self._shapes.eps)
 
     def queries(self, num_queries: int) -> Heads:
         shape = (self._shapes.num_heads, num_queries, self._shapes.head_dim)
@@ -225,8 +237,16 @@ class PlainNumerics:
         memory.values[:, start : start + v.shape[0]].copy_(heads)
 
     def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
-        mixed = F.scaled_dot_product_attention(queries.values[None], memory.keys.values[None], memory.values[None])[0]
-        out.copy_(mixed.transpose(0, 1).flatten(1))
+        keys, values = memory.keys.values[None], memory.values[None]
+        for part in _parts(out.shape[0]):
+            mixed = F.scaled_dot_product_attention(queries.values[None, :, part], keys, values)[0]
+            out[part].view(mixed.shape[1], mixed.shape[0], -1).copy_(mixed.transpose(0, 1))
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """0 .. `count` in slices of `PLAIN_ROWS`."""
+    for start in range(0, count, PLAIN_ROWS):
+        yield slice(start, min(start + PLAIN_ROWS, count))
 
 
 def _quantized_weights(block: BlockView, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:

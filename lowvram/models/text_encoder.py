@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from lowvram.errors import CheckpointError
 from lowvram.models.linear import dequantized
 from lowvram.streaming.block import BlockView
 from lowvram.streaming.streamer import Streamer
+
+# Attention weights are made for this many heads at a time: a number that no budget changes.
+HEADS_AT_ONCE = 8
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
@@ -42,16 +45,19 @@ class TextEncoder:
         self._compute = compute
         self._device = device
 
-    def encode(self, prompts: Sequence[Sequence[int]], embedding: Tensor, final_norm: Tensor, streamer: Streamer) -> list[Tensor]:
+    def encode(
+        self, prompts: Sequence[Sequence[int]], embed: Callable[[Sequence[int]], Tensor], final_norm: Tensor, streamer: Streamer
+    ) -> list[Tensor]:
         """Token ids without padding -> features, one [L, d_model] per prompt; padding would change nothing (spec 3.3).
 
-        embedding: [vocab, d_model], of which only the prompt's rows are read. Raises `CheckpointError` for ids past its end.
+        embed: the rows [L, d_model] of the token embedding, 2 GB as a whole, that have these numbers.
+        Raises `CheckpointError` for ids past its end.
         """
+        known = self._config.vocab_size
         for ids in prompts:
-            if max(ids) >= embedding.shape[0]:
-                known = embedding.shape[0]
+            if max(ids) >= known:
                 raise CheckpointError(f"the tokenizer gives id {max(ids)}, the text encoder knows {known}: they do not belong together")
-        streams = [embedding[torch.tensor(ids)].to(self._device, self._compute) for ids in prompts]
+        streams = [embed(ids).to(self._device, self._compute) for ids in prompts]
         buckets = [relative_buckets(len(ids), self._config.num_buckets, self._config.max_distance).to(self._device) for ids in prompts]
         for index in range(self._config.num_layers):
             with streamer.block("text_encoder", index) as block:
@@ -72,6 +78,9 @@ class TextEncoder:
         """softmax(q k^T + bias) v: no scaling by the width, a bias table per layer, softmax in fp32."""
         q, k, v = (self._linear(block, f"attn.{name}", u).unflatten(1, (self._config.num_heads, -1)).transpose(0, 1) for name in "qkv")
         table = block["pos_embedding.embedding.weight"].to(self._compute)
-        bias = F.embedding(buckets, table).permute(2, 0, 1)  # [H, L, L]
-        weights = F.softmax((q @ k.transpose(1, 2) + bias).float(), dim=-1).to(self._compute)
-        return self._linear(block, "attn.o", (weights @ v).transpose(0, 1).flatten(1))
+        mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for heads in (slice(start, start + HEADS_AT_ONCE) for start in range(0, self._config.num_heads, HEADS_AT_ONCE)):
+            scores = q[heads] @ k[heads].transpose(1, 2)
+            scores += F.embedding(buckets, table[:, heads]).permute(2, 0, 1)  # [h, L, L]
+            mixed[heads] = F.softmax(scores.float(), dim=-1).to(self._compute) @ v[heads]
+        return self._linear(block, "attn.o", mixed.transpose(0, 1).flatten(1))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,60 +14,101 @@ from lowvram.errors import CheckpointError
 from lowvram.memory.phases import VAE_TILE_OVERLAP_PIXELS
 
 
+class Piece(NamedTuple):
+    """Finished pixels of a clip: frames from `first_frame`, rows from `top`, whole rows. pixels: [3, f, rows, W] float32 in -1..1."""
+
+    first_frame: int
+    top: int
+    pixels: Tensor
+
+
+Progress = Callable[[int, int], None]
+
+
 class WanVAE:
-    """The decoder of one store. `read(name)` gives a tensor by its official name; only the decoder goes to the device."""
+    """The decoder of one store. `read(name)` gives a tensor by its official name; only the decoder is read and goes to the device."""
 
     def __init__(self, config: VAEConfig, tensors: Mapping[str, object], read: Callable[[str], Tensor], device: torch.device) -> None:
         self._config = config
         self._device = device
-        self._model = _build(config)
+        model = _build(config)
         state = {}
         for name in tensors:
             target = diffusers_vae_from_official(name, config)
             if target is None:
                 raise CheckpointError(f"the VAE holds {name}, which no Wan VAE has: quantize the model again")
-            state[target] = read(name)
-        self._model.load_state_dict(state, assign=True)
-        self._model.decoder.to(device)
-        self._model.post_quant_conv.to(device)
+            if target.startswith(("decoder.", "post_quant_conv.")):
+                state[target] = read(name).to(device)
+        model.load_state_dict(state, assign=True, strict=False)
+        self._decoder, self._post_quant = model.decoder, model.post_quant_conv
+        self._convolutions = sum(type(module).__name__ == "WanCausalConv3d" for module in self._decoder.modules())
+        self._mean, self._std = (torch.tensor(getattr(model.config, name)).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+
+    def decode(self, latents: Tensor, tile_pixels: int, progress: Progress = lambda done, total: None) -> Iterator[Piece]:
+        """latents: [C, T, h, w] float32, normalised -> pieces on the host that together are [3, F, H, W], each pixel once.
+
+        tile_pixels: 0 for no tiling. It is the plan's, which takes it from the video's size alone: another tile gives other bits, so no
+        budget may choose it. The frames of a latent frame are handed on as soon as they are done, so a clip never exists as floats;
+        with tiles, one row of tiles does.
+        """
+        latents = latents * self._std.to(latents.device) + self._mean.to(latents.device)
+        if tile_pixels:
+            yield from self._decode_tiles(latents, tile_pixels, progress)
+            return
+        progress(0, latents.shape[1])
+        first = 0
+        for done, pixels in enumerate(self._decode_tile(latents), 1):
+            yield Piece(first, 0, pixels)
+            first += pixels.shape[1]
+            progress(done, latents.shape[1])
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, tile_pixels: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
-        """latents: [C, T, h, w] float32, normalised -> [3, F, H, W] float32 on the host, in -1..1. tile_pixels: 0 for no tiling."""
-        mean, std = (
-            torch.tensor(getattr(self._model.config, name), device=latents.device).view(-1, 1, 1, 1)
-            for name in ("latents_mean", "latents_std")
-        )
-        latents = latents * std + mean
-        if not tile_pixels:
-            progress(0, 1)
-            clip = self._decode_tile(latents)
-            progress(1, 1)
-            return clip
-        return self._decode_tiles(latents, tile_pixels, progress)
+    def _decode_tile(self, latents: Tensor) -> Iterator[Tensor]:
+        """[3, f, H, W] float32 on the host, clamped to -1..1, for one latent frame after another: 1 frame, then 4 each."""
+        x = self._post_quant(latents.unsqueeze(0).to(self._device))
+        memory: list[Tensor | str | None] = [None] * self._convolutions  # what each convolution keeps of the frames before
+        for frame in range(latents.shape[1]):
+            pixels: Tensor = self._decoder(x[:, :, frame : frame + 1], feat_cache=memory, feat_idx=[0])
+            yield pixels[0].float().clamp_(-1, 1).cpu()
 
-    def _decode_tile(self, latents: Tensor) -> Tensor:
-        clip: Tensor = self._model.decode(latents.unsqueeze(0).to(self._device), return_dict=False)[0][0]
-        return clip.float().clamp(-1, 1).cpu()
+    def _decode_tiles(self, latents: Tensor, tile_pixels: int, progress: Progress) -> Iterator[Piece]:
+        """Tiles overlap and fade into one another linearly; the weights of all tiles over a pixel are divided out.
 
-    def _decode_tiles(self, latents: Tensor, tile_pixels: int, progress: Callable[[int, int], None]) -> Tensor:
-        """Tiles overlap and fade into one another linearly; the weights of all tiles over a pixel are divided out."""
+        One row of tiles is held as floats; what no later row touches is finished and handed on.
+        """
         stride = self._config.spatial_stride
         tile, step = tile_pixels // stride, (tile_pixels - VAE_TILE_OVERLAP_PIXELS) // stride
-        _, frames, height, width = latents.shape
-        places = [(top, left) for top in tile_starts(height, tile, step) for left in tile_starts(width, tile, step)]
-        clip = torch.zeros(3, (frames - 1) * self._config.temporal_stride + 1, height * stride, width * stride)
-        total = torch.zeros(height * stride, width * stride)
-        for number, (top, left) in enumerate(places):
-            progress(number, len(places))
-            part = self._decode_tile(latents[:, :, top : top + tile, left : left + tile])
-            rows, columns = part.shape[-2:]
-            weight = _fade(rows, VAE_TILE_OVERLAP_PIXELS)[:, None] * _fade(columns, VAE_TILE_OVERLAP_PIXELS)[None]
-            area = (slice(top * stride, top * stride + rows), slice(left * stride, left * stride + columns))
-            clip[:, :, area[0], area[1]] += part.mul_(weight)
-            total[area] += weight
-        progress(len(places), len(places))
-        return clip.div_(total)
+        _, count, height, width = latents.shape
+        tops, lefts = tile_starts(height, tile, step), tile_starts(width, tile, step)
+        total, done = count * len(tops) * len(lefts), 0
+        rows = min(tile, height) * stride
+        band = torch.zeros(3, (count - 1) * self._config.temporal_stride + 1, rows, width * stride)
+        weights = torch.zeros(rows, width * stride)
+        progress(done, total)
+        for top, following in zip(tops, [*tops[1:], height], strict=True):
+            for left in lefts:
+                first = 0
+                for pixels in self._decode_tile(latents[:, :, top : top + tile, left : left + tile]):
+                    columns = slice(left * stride, left * stride + pixels.shape[-1])
+                    weight = _fade(rows, VAE_TILE_OVERLAP_PIXELS)[:, None] * _fade(pixels.shape[-1], VAE_TILE_OVERLAP_PIXELS)[None]
+                    band[:, first : first + pixels.shape[1], :, columns] += pixels.mul_(weight)
+                    if first == 0:
+                        weights[:, columns] += weight
+                    first += pixels.shape[1]
+                    done += 1
+                    progress(done, total)
+            finished = (following - top) * stride
+            for frame in range(band.shape[1]):
+                yield Piece(frame, top * stride, band[:, frame : frame + 1, :finished].div_(weights[:finished]))
+                _move_up(band[:, frame], finished)
+            _move_up(weights, finished)
+
+
+def _move_up(plane: Tensor, rows: int) -> None:
+    """Drops the first `rows` of [..., R, W] and fills up with zeros."""
+    kept = plane[..., rows:, :].clone()
+    plane[..., : kept.shape[-2], :] = kept
+    plane[..., kept.shape[-2] :, :] = 0
 
 
 def tile_starts(length: int, tile: int, step: int) -> list[int]:

@@ -1,0 +1,53 @@
+"""A run in a process of its own under a hard limit of memory: `python -m tests.runtime.limited STORE WIDTH HEIGHT FRAMES CHUNK`.
+
+Prints JSON: `rss_bytes`, the most that was resident during the run; `plan_bytes`, what the plan grants, `base_bytes` of them to the
+process as it was before; `limit_bytes` of private memory that the system enforced. Linux only (RLIMIT_DATA, /proc/self).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from lowvram.checkpoint.store import open_store
+from lowvram.memory.heap import return_freed_memory
+from lowvram.memory.plan import Choice
+from lowvram.pipeline import Pipeline
+from tests.runs import CPU, plan_of
+
+# Small objects, the libraries' own buffers and the stacks of threads.
+SMALL_BYTES = 16 * 2**20
+
+
+def status(name: str) -> int:
+    """One field of /proc/self/status, in bytes."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(words[1]) * 1024 for words in lines if words[0] == f"{name}:")
+
+
+def main(store: str, width: str, height: str, frames: str, chunk: str) -> None:
+    torch.set_num_threads(1)
+    threading.stack_size(512 * 1024)
+    return_freed_memory()
+    with open_store(Path(store)) as opened:
+        warm = Pipeline(opened, CPU, 2**40, 2**40, 0)
+        warm.generate(warm.request("a ball", width=64, height=64, num_frames=5, steps=1))  # what libraries load at their first use
+        base, data = status("VmRSS"), status("VmData")
+        pipeline = Pipeline(opened, CPU, 2**40, 2**40, base + SMALL_BYTES)
+        request = pipeline.request("a ball", width=int(width), height=int(height), num_frames=int(frames), steps=2)
+        plan = plan_of(pipeline, request, Choice(int(chunk), 2, 0, 0, False))
+        planned = max(phase.vram_bytes + phase.ram_bytes for phase in plan.phases)
+        limit = data + planned - base
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        Path("/proc/self/clear_refs").write_text("5")
+        pipeline.generate(request, plan=plan)
+        print(json.dumps({"rss_bytes": status("VmHWM"), "base_bytes": base, "plan_bytes": planned, "limit_bytes": limit}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

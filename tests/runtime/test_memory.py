@@ -1,0 +1,155 @@
+"""The plan's peaks against what runs really allocate: every allocation counted phase by phase, and RSS under a hard limit (promise 15)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lowvram_kernels import slices
+from torch.profiler import ProfilerActivity, profile
+
+from lowvram.checkpoint.store import Store, StoreFile, open_store
+from lowvram.config import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from lowvram.memory import phases
+from lowvram.memory.plan import Choice, MemoryPlan
+from lowvram.models import text_encoder
+from lowvram.pipeline import Pipeline
+from lowvram.progress import Progress
+from tests.checkpoints import write_store
+from tests.runs import CPU, plan_of
+
+PROCESS_BYTES = 10**9
+PROMPTS = {"prompt": "a red ball " * 200, "negative_prompt": "a blue ball " * 200}  # as long as the model reads
+
+
+def medium_config(dim: int, text_len: int, base_dim: int = 8) -> ModelConfig:
+    """Large enough that a forgotten tensor shows: two blocks of `dim`."""
+    dit = DiTConfig(dim=dim, ffn_dim=dim * 5 // 2, num_heads=dim // 128, num_layers=2, text_dim=512, text_len=text_len)
+    text = TextEncoderConfig(vocab_size=256, d_model=512, num_heads=8, head_dim=64, d_ff=1280, num_layers=2)
+    return ModelConfig("t2v-custom", dit, text, VAEConfig(base_dim=base_dim, num_res_blocks=1))
+
+
+@dataclass
+class Allocations:
+    """Peak bytes by phase of a run: what torch's allocator gives out, and what is mapped from files."""
+
+    events: list[tuple[int, int]] = field(default_factory=list)
+    phases: list[tuple[int, str]] = field(default_factory=list)
+
+    def enter(self, event: Progress) -> None:
+        if not self.phases or self.phases[-1][1] != event.phase:
+            self.phases.append((time.time_ns(), event.phase))
+
+    def map(self, tensor: torch.Tensor) -> torch.Tensor:
+        nbytes = tensor.nbytes
+        self.events.append((time.time_ns(), nbytes))
+        weakref.finalize(tensor.untyped_storage(), lambda: self.events.append((time.time_ns(), -nbytes)))
+        return tensor
+
+    def peaks(self, profiled: profile) -> dict[str, int]:
+        peaks: dict[str, int] = {}
+        used, starts = 0, [*self.phases]
+        phase = "before"
+        for moment, nbytes in sorted([*self.events, *_allocations(profiled)], key=lambda event: event[0]):
+            while starts and moment >= starts[0][0]:
+                phase = starts.pop(0)[1]
+            used += nbytes
+            peaks[phase] = max(peaks.get(phase, 0), used)
+        return peaks
+
+
+def _allocations(profiled: profile) -> Iterator[tuple[int, int]]:
+    """(time, bytes), negative where memory is freed."""
+
+    def walk(nodes: list[Any]) -> Iterator[tuple[int, int]]:
+        for node in nodes:
+            if node.tag == torch._C._profiler._EventType.Allocation:
+                yield node.start_time_ns, node.extra_fields.alloc_size
+            yield from walk(node.children)
+
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    return walk(profiled.profiler.kineto_results.experimental_event_tree())
+
+
+class Interrupted(Exception):
+    """Stands for a kill between two steps."""
+
+
+def tracked_peaks(pipeline: Pipeline, plan: MemoryPlan, state: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, int]:
+    """Peaks of the last of three steps of a resumed run, which holds most: the solver's whole state from the start."""
+    size = {"width": plan.width, "height": plan.height, "num_frames": plan.num_frames}
+    request = pipeline.request(**PROMPTS, **size, steps=3, **changes)  # type: ignore[arg-type]
+    allocations, read = Allocations(), StoreFile.read
+
+    def stop(event: Progress) -> None:
+        if event.phase == "denoise" and event.done == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        pipeline.generate(request, plan=plan, state_file=state, listener=stop)
+    monkeypatch.setattr(StoreFile, "read", lambda file, name: allocations.map(read(file, name)))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        pipeline.generate(request, plan=plan, state_file=state, resume=True, listener=allocations.enter)
+    return allocations.peaks(profiled)
+
+
+def planned(plan: MemoryPlan) -> dict[str, int]:
+    """On a CPU both budgets are host memory; the process itself is not tracked."""
+    return {phase.phase: phase.vram_bytes + phase.ram_bytes - PROCESS_BYTES for phase in plan.phases}
+
+
+def store_of(folder: Path, config: ModelConfig, format: str) -> Store:
+    return open_store(write_store(folder / format, config, format))
+
+
+CASES = {
+    "int8, chunks of 256": ("int8", (256, 256), 128, Choice(256, 2, 0, 0, False)),
+    "int8, shared visits, long text, VAE tiles": ("int8", (384, 256), 512, Choice(128, 1, 1, 1, True)),
+    "fp8": ("fp8", (256, 256), 128, Choice(512, 0, 2, 0, False)),
+    "bf16": ("bf16", (256, 256), 128, Choice(768, 2, 0, 0, False)),
+    "fp32": ("fp32", (256, 256), 128, Choice(768, 2, 0, 0, True)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_p15_every_phase_allocates_what_the_plan_says(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 5 % of the plan, and never more."""
+    format, (width, height), text_len, choice = CASES[case]
+    with store_of(tmp_path, medium_config(512, text_len), format) as store:
+        pipeline = Pipeline(store, CPU, 2**40, 2**40, PROCESS_BYTES)
+        request = pipeline.request("a", width=width, height=height, num_frames=9, steps=3)
+        plan = plan_of(pipeline, request, choice)
+        peaks = tracked_peaks(pipeline, plan, tmp_path / "clip.resume", monkeypatch)
+    ratios = {phase: peaks[phase] / nbytes for phase, nbytes in planned(plan).items()}
+    assert all(0.95 <= ratio <= 1 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self and limits private memory")
+def test_p15_a_run_lives_within_a_limit_of_what_the_plan_says(tmp_path: Path) -> None:
+    """RLIMIT_DATA set to what the process held before and the plan's peak: the run survives, and no more was ever resident."""
+    with store_of(tmp_path, medium_config(512, 128), "int8") as store:
+        command = [sys.executable, "-m", "tests.runtime.limited", str(store.path), "256", "256", "9", "256"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["rss_bytes"] <= facts["plan_bytes"]
+    grown, planned = (facts[name] - facts["base_bytes"] for name in ("rss_bytes", "plan_bytes"))
+    assert planned > 300e6
+    assert grown >= 0.9 * planned
+
+
+def test_constants_that_the_planner_cannot_import() -> None:
+    assert slices.REFERENCE_ROWS == phases.REFERENCE_ROWS
+    assert text_encoder.HEADS_AT_ONCE == phases.TEXT_HEADS_AT_ONCE
