@@ -30,6 +30,7 @@ if os.environ.pop("TRITON_INTERPRET", None):
 import triton
 from lowvram_kernels import tuning
 from lowvram_kernels.adaln_quantize_triton import adaln_kernel
+from lowvram_kernels.attention_int8 import VALUE_MAX
 from lowvram_kernels.attention_int8_triton import attention_kernel, values_kernel
 from lowvram_kernels.quantize_rows_triton import groups_of, rows_kernel
 from lowvram_kernels.quantized_linear_triton import linear_kernel
@@ -40,6 +41,7 @@ from triton.compiler import ASTSource
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 99, "gfx1100": 64}  # KB that one program may use
 NOT_ALIGNED = {"M", "H", "eps", "softmax_scale", "stride_cos"}  # every other argument is divisible by 16
 CODE_TYPES = {"int8": "*i8", "fp8": "*fp8e4nv", "decode": "*u8"}
+VALUE_TYPES = {"int8": "*i8", "fp16": "*fp16", "fp8": "*u8"}  # as the values are stored
 DIM, HEADS, HEAD_DIM, FFN = 5120, 40, 128, 13824
 
 
@@ -52,7 +54,7 @@ class Variant:
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any]
-    matrix: str | None = None  # "int8", "fp8" or "decode": what its matrix instructions multiply
+    matrix: tuple[str, ...] = ()  # keys of MATRIX: what its matrix instructions multiply
     operand_bytes: int = 0  # of the main operands, per step of the loop
     scale_loads: int = 0  # narrow asynchronous loads per stage that are no main operand
     unfused: bool = False  # multiplies and adds as its reference does, bit for bit
@@ -84,22 +86,23 @@ def linear_variants(arch: str) -> Iterator[Variant]:
     sizes = dict.fromkeys(("M", "N", "K", "stride_a", "stride_w", "stride_out"), "i32")
     for int8 in (True, False):
         kind = tuning.linear_kind(arch, int8)
-        for label, accumulate, gate, even in (
-            ("store", False, False, True),
-            ("store, ragged K", False, False, False),
-            ("+= y", True, False, True),
-            ("+= gate * y", True, True, True),
+        for label, gelu, accumulate, gate, even in (
+            ("store", False, False, False, True),
+            ("store, ragged K", False, False, False, False),
+            ("gelu", True, False, False, True),
+            ("+= y", False, True, False, True),
+            ("+= gate * y", False, True, True, True),
         ):
-            tile = tuning.linear_tile(arch, kind, accumulate)
+            tile = tuning.linear_tile(arch, kind, plain=not accumulate and not gelu)
             codes = CODE_TYPES[kind]
             types = floats | sizes | {"a_ptr": codes, "w_ptr": codes, "out_ptr": "*fp32" if accumulate else "*bf16"}
             constants = {
-                "HAS_BIAS": True, "HAS_GATE": gate, "ACCUMULATE": accumulate, "INT8": int8, "DECODE": kind == "decode",
+                "HAS_BIAS": True, "GELU": gelu, "HAS_GATE": gate, "ACCUMULATE": accumulate, "INT8": int8, "DECODE": kind == "decode",
                 "EVEN_K": even, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
             }  # fmt: skip
             options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
             operands = (tile.block_m + tile.block_n) * tile.block_k
-            yield Variant(f"linear {kind} {label}", linear_kernel, types, constants, options, kind, operands, unfused=int8)
+            yield Variant(f"linear {kind} {label}", linear_kernel, types, constants, options, (kind,), operands, unfused=int8)
 
 
 def row_variants() -> Iterator[Variant]:
@@ -127,14 +130,24 @@ def attention_variants(arch: str) -> Iterator[Variant]:
         constants = {"HAS_ROPE": rope, "HAS_SMOOTHING": smoothing, "HEADS": padded, "HEAD_DIM": HEAD_DIM}
         options = {"num_warps": tuning.row_warps(padded * HEAD_DIM), "enable_fp_fusion": False}
         yield Variant(f"rms_rope {name}", rms_rope_kernel, types, constants, options)
-    types = {"v_ptr": "*bf16", "out_ptr": "*i8", "out_scale_ptr": "*fp32", "M": "i32"} | strides(values_kernel)
-    yield Variant("values", values_kernel, types, {"HEAD_DIM": HEAD_DIM}, {"num_warps": 4, "enable_fp_fusion": False})
-    tile = tuning.attention_tile(arch)
-    types = {f"{name}_ptr": "*i8" for name in "qkv"} | {f"{name}_scale_ptr": "*fp32" for name in "qkv"}
-    types |= {"out_ptr": "*bf16", "M": "i32", "N": "i32", "softmax_scale": "fp32"} | strides(attention_kernel)
-    constants = {"HEAD_DIM": HEAD_DIM, "BLOCK_M": tile.block_m}
+    for pv in tuning.pv_choices(arch):
+        dtype = tuning.PV_DTYPES[pv]
+        types = {"v_ptr": "*bf16", "out_ptr": VALUE_TYPES[pv], "out_scale_ptr": "*fp32", "M": "i32"} | strides(values_kernel)
+        constants = {"HEAD_DIM": HEAD_DIM, "VALUE_MAX": VALUE_MAX[dtype]}
+        yield Variant(f"values {pv}", values_kernel, types, constants, {"num_warps": 4, "enable_fp_fusion": False})
+        for width, label in ((HEAD_DIM, ""), (64, ", heads of 64")):
+            yield attention_variant(arch, pv, width, f"attention {pv}{label}")
+
+
+def attention_variant(arch: str, pv: str, head_dim: int, name: str) -> Variant:
+    tile, dtype = tuning.attention_tile(arch, pv, head_dim), tuning.PV_DTYPES[pv]
+    types = dict.fromkeys(("q_ptr", "k_ptr"), "*i8") | {f"{letter}_scale_ptr": "*fp32" for letter in "qkv"}
+    types |= {"v_ptr": CODE_TYPES.get(pv, "*fp16"), "out_ptr": "*bf16", "M": "i32", "N": "i32", "softmax_scale": "fp32"}
+    constants = {"HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "HALF_SUM": tile.half_sum}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    yield Variant("attention", attention_kernel, types, constants, options, "int8", 2 * 64 * HEAD_DIM, scale_loads=1)
+    kinds = ("int8",) if pv == "int8" else ("int8", pv)
+    operands = 64 * head_dim * (1 + dtype.itemsize)
+    return Variant(name, attention_kernel, types | strides(attention_kernel), constants, options, kinds, operands, scale_loads=1)
 
 
 def strides(kernel: Any) -> dict[str, str]:
@@ -148,7 +161,7 @@ def compiled(variant: Variant, arch: str, alignment: int = 16) -> Compiled:
     aligned = {
         (index,): [["tt.divisibility", alignment]]
         for index, name in enumerate(names)
-        if name not in variant.constants and name not in NOT_ALIGNED and not (name == "N" and variant.name == "attention")
+        if name not in variant.constants and name not in NOT_ALIGNED and not (name == "N" and variant.kernel is attention_kernel)
     }
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 32)
     start = time.perf_counter()
@@ -156,8 +169,8 @@ def compiled(variant: Variant, arch: str, alignment: int = 16) -> Compiled:
     seconds = time.perf_counter() - start
     nvidia = arch.startswith("sm_")
     assembly = result.asm["ptx" if nvidia else "amdgcn"]
-    registers, spilled, fused = nvidia_resources(result.asm["cubin"]) if nvidia else amd_resources(assembly)
-    matrix = matrix_instruction(assembly, variant.matrix)
+    registers, spilled, fused = nvidia_resources(result.asm["cubin"], assembly) if nvidia else amd_resources(assembly)
+    matrix = " + ".join(filter(None, (matrix_instruction(assembly, kind) for kind in variant.matrix)))
     narrowest = narrowest_load(assembly, variant) if nvidia else narrowest_amd_load(assembly, variant)
     shared = int(result.metadata.shared)
     return Compiled(
@@ -172,8 +185,7 @@ def faults(variant: Variant, arch: str, spilled: int, shared: int, matrix: str, 
         found.append(f"{shared} bytes of shared memory, the limit is {SHARED_LIMIT[arch]} KB")
     if variant.matrix and spilled:
         found.append(f"{spilled} bytes spilled")
-    if variant.matrix and not matrix:
-        found.append(f"no {variant.matrix} matrix instruction")
+    found += [f"no {kind} matrix instruction" for kind in variant.matrix if not re.search(MATRIX[kind], matrix)]
     if variant.matrix and narrowest < 16:
         found.append(f"operands are loaded {narrowest} bytes at a time")
     if variant.unfused and fused:
@@ -181,8 +193,12 @@ def faults(variant: Variant, arch: str, spilled: int, shared: int, matrix: str, 
     return found
 
 
-def nvidia_resources(cubin: bytes) -> tuple[int, int, int]:
-    """(registers, bytes of stack, where spilled registers lie, fused multiply-adds) of the one kernel of a cubin."""
+def nvidia_resources(cubin: bytes, ptx: str) -> tuple[int, int, int]:
+    """(registers, bytes of stack, where spilled registers lie, fused multiply-adds) of the one kernel of a cubin.
+
+    A division is made of fused multiply-adds and rounds once all the same. Beside divisions the PTX is counted instead of the machine
+    code: its multiplications and additions must name their rounding, which forbids the assembler to fuse them.
+    """
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -190,26 +206,30 @@ def nvidia_resources(cubin: bytes) -> tuple[int, int, int]:
         commands = ([str(tools / "cuobjdump"), "--dump-resource-usage"], [str(tools / "nvdisasm"), "-c"])
         usage, code = (subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout for command in commands)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
-    return registers, stack + local, len(re.findall(r"\bFFMA", code))
+    fused = re.findall(r"\bfma\.|\b(?:mul|add|sub)(?:\.ftz)?\.f32", ptx) if "div.rn.f32" in ptx else re.findall(r"\bFFMA", code)
+    return registers, stack + local, len(fused)
 
 
 def amd_resources(assembly: str) -> tuple[int, int, int]:
     count = {key: int(value) for key, value in re.findall(r"\.([vs]gpr_(?:spill_)?count):\s*(\d+)", assembly)}
     spilled = 4 * (count["vgpr_spill_count"] + count["sgpr_spill_count"])
-    return count["vgpr_count"], spilled, len(re.findall(r"\bv_(?:dual_|pk_)?fma", assembly))
+    fused = len(re.findall(r"\bv_(?:dual_|pk_)?fma", assembly)) - 5 * assembly.count("v_div_fixup_f32")  # a division has five
+    return count["vgpr_count"], spilled, fused
 
 
 MATRIX = {
-    "int8": r"mma\.sync\.\S*s32\.s8\.s8\.s32|wgmma\.mma_async\.\S*s32\.s8\.s8|v_wmma_i32_16x16x16_iu8",
-    "fp8": r"mma\.sync\.\S*e4m3\.e4m3\S*|wgmma\.mma_async\.\S*e4m3\.e4m3",
-    "decode": r"mma\.sync\.\S*f32\.f16\.f16\.f32|v_wmma_f32_16x16x16_f16",
+    "int8": r"(?:wg)?mma\.m\d+n\d+k\d+\.s32\.s8\.s8\S*|v_wmma_i32_16x16x16_iu8",
+    "fp8": r"(?:wg)?mma\.m\d+n\d+k\d+\.f(?:16|32)\.e4m3\.e4m3\S*",
+    "fp16": r"(?:wg)?mma\.m\d+n\d+k\d+\.f(?:16|32)\.f16\.f16\S*|v_wmma_f32_16x16x16_f16",
+    "decode": r"(?:wg)?mma\.m\d+n\d+k\d+\.f32\.f16\.f16\S*|v_wmma_f32_16x16x16_f16",
 }
+SHORTER = re.compile(r"\.(sync|aligned|row|col|satfinite|mma_async)\b")
 
 
-def matrix_instruction(assembly: str, kind: str | None) -> str:
+def matrix_instruction(assembly: str, kind: str) -> str:
     """The matrix instruction of the expected type, its modifiers left out; empty where there is none."""
-    found = re.search(MATRIX[kind], assembly) if kind else None
-    return re.sub(r"\.(sync|aligned|row|col|satfinite|mma_async)", "", found[0]) if found else ""
+    found = re.search(MATRIX[kind], SHORTER.sub("", assembly))
+    return found[0] if found else ""
 
 
 def narrowest_load(assembly: str, variant: Variant) -> int:

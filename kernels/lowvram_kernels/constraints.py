@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lowvram.errors import UnsupportedError
+from lowvram_kernels.quantized_linear import GELU_ALONE
 
 FLOATS = (torch.float32, torch.bfloat16)
 CODES = (torch.int8, torch.float8_e4m3fn)
+VALUES = (torch.int8, torch.float16, torch.float8_e4m3fn)
 # Past this many channels a row no longer fits the registers of one program.
 MAX_ROW = 32768
 Refusal = Callable[..., str | None]
@@ -43,6 +45,14 @@ def _old_device(index: int) -> str | None:
     except UnsupportedError as error:
         return str(error)
     return None
+
+
+@cache
+def _no_e4m3(index: int) -> str | None:
+    from lowvram_kernels.tuning import architecture, multiplies_e4m3
+
+    arch = architecture(torch.device("cuda", index))
+    return None if multiplies_e4m3(arch) else f"{arch} has no tensor cores for float8_e4m3fn values: they begin with sm_89"
 
 
 def one_of(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
@@ -101,7 +111,10 @@ def quantized_linear(
     *,
     gate: Tensor | None = None,
     accumulate: bool = False,
+    gelu: bool = False,
 ) -> str | None:
+    if gelu and (gate is not None or accumulate):
+        return GELU_ALONE
     if a.dtype != weight.dtype:
         return f"operands of one dtype are multiplied, got {a.dtype} and {weight.dtype}"
     if a.shape[1] % 16:
@@ -136,7 +149,7 @@ def rms_rope_quantize(
 def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> str | None:
     if not out.shape[2] - 64 < v.shape[0] <= out.shape[2] or out.shape[2] != 64 * out_scale.shape[2]:
         return f"{v.shape[0]} keys do not fill {out.shape[2]} columns in tiles of 64"
-    reason = _head_dim(out.shape[1]) or one_of("v", v, FLOATS) or one_of("out", out, (torch.int8,))
+    reason = _head_dim(out.shape[1]) or one_of("v", v, FLOATS) or one_of("out", out, VALUES)
     return reason or one_of("out_scale", out_scale, (torch.float32,)) or rows_contiguous(v=v, out=out, out_scale=out_scale)
 
 
@@ -144,8 +157,9 @@ def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Te
     if v.shape[-1] != -(-k.shape[1] // 64) * 64:
         return f"{k.shape[1]} keys do not fill {v.shape[-1]} value columns in tiles of 64"
     reason = _head_dim(q.shape[2]) or one_of("out", out, FLOATS)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        reason = reason or one_of(name, tensor, (torch.int8,))
+    for name, tensor, dtypes in (("q", q, VALUES[:1]), ("k", k, VALUES[:1]), ("v", v, VALUES)):
+        reason = reason or one_of(name, tensor, dtypes)
+    reason = reason or (_no_e4m3(v.get_device()) if v.is_cuda and v.dtype == torch.float8_e4m3fn else None)
     for name, tensor in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
         reason = reason or one_of(name, tensor, (torch.float32,))
     reason = reason or rows_contiguous(q=q, q_scale=q_scale, k=k, k_scale=k_scale, v=v, v_scale=v_scale, out=out)
@@ -155,4 +169,5 @@ def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Te
 
 
 def _head_dim(width: int) -> str | None:
+    """Heads lie in one program as a power of two of channels, and int8 tensor cores want 32 of them at least: the models have 64 or 128."""
     return None if width in (64, 128) else f"heads of {width} channels: the kernels take 64 or 128"

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from lowvram.errors import UnsupportedError
+from lowvram_kernels.quantize_rows import gelu_tanh
+from lowvram_kernels.slices import row_slices
 
 # fp64 copies of e4m3 weights are made for this many outputs at a time.
-E4M3_OUTPUT_TILE = 4096
+E4M3_OUTPUT_TILE = 256
+GELU_ALONE = "quantized_linear stores GELU(y) or adds gate * y to the residual stream, not both"
 
 
 def product(a: Tensor, weight: Tensor) -> Tensor:
@@ -23,8 +26,11 @@ def product(a: Tensor, weight: Tensor) -> Tensor:
         return int8_product(a, weight)
     if a.dtype == torch.float8_e4m3fn:
         left = a.to(torch.float64)
-        tiles = [left @ tile.to(torch.float64).t() for tile in weight.split(E4M3_OUTPUT_TILE)]
-        return torch.cat(tiles, dim=1).float()
+        result = torch.empty(a.shape[0], weight.shape[0], device=a.device)
+        for start in range(0, weight.shape[0], E4M3_OUTPUT_TILE):
+            outputs = slice(start, start + E4M3_OUTPUT_TILE)
+            result[:, outputs] = left @ weight[outputs].to(torch.float64).t()
+        return result
     raise UnsupportedError(f"quantized_linear multiplies int8 or float8_e4m3fn, got {a.dtype}")
 
 
@@ -46,19 +52,25 @@ def quantized_linear(
     *,
     gate: Tensor | None = None,
     accumulate: bool = False,
+    gelu: bool = False,
 ) -> None:
-    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; then out = y, or out += gate * y where `accumulate`.
+    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; then out = y, GELU_tanh(y) where `gelu`, or out += gate * y where `accumulate`.
 
     a: [M, K] and weight: [N, K], both int8 or both float8_e4m3fn; a_scale: [M, 1], weight_scale: [N, 1], bias: [N], gate: [N], float32;
     out: [M, N] float32 or bfloat16; with `accumulate` the fp32 residual stream, updated in place.
-    The epilogue is fp32; only the store to `out` rounds.
+    The epilogue is fp32; only the store to `out` rounds. Raises `UnsupportedError` where `gelu` meets `gate` or `accumulate`.
     """
-    y = product(a, weight).float() * a_scale * weight_scale.view(1, -1)
-    if bias is not None:
-        y += bias
-    if gate is not None:
-        y *= gate
-    if accumulate:
-        out += y
-    else:
-        out.copy_(y)
+    if gelu and (gate is not None or accumulate):
+        raise UnsupportedError(GELU_ALONE)
+    for rows in row_slices(a.shape[0]):
+        y = product(a[rows], weight).float() * a_scale[rows] * weight_scale.view(1, -1)
+        if bias is not None:
+            y += bias
+        if gelu:
+            y = gelu_tanh(y)
+        if gate is not None:
+            y *= gate
+        if accumulate:
+            out[rows] += y
+        else:
+            out[rows] = y

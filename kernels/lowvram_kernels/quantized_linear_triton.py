@@ -7,8 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowvram_kernels.common_triton import e4m3_as_float16, stored
+from lowvram_kernels import quantize_rows
+from lowvram_kernels.common_triton import ROUND, e4m3_as_float16, stored
 from lowvram_kernels.tuning import architecture, linear_kind, linear_tile
+
+C0, C1, C2, C3, C4, C5 = (tl.constexpr(value) for value in quantize_rows.EXP2)
+GELU_EXPONENT = tl.constexpr(quantize_rows.GELU_EXPONENT)
+
+
+@triton.jit
+def gelu_tanh(x):
+    """`quantize_rows.gelu_tanh` in the reference's order, bit for bit; fp32."""
+    t = tl.minimum(tl.maximum((x + 0.044715 * (x * x * x)) * GELU_EXPONENT, -126.0), 126.0)
+    shifted = t + ROUND  # its low bits are the integer nearest to t
+    r = t - (shifted - ROUND)
+    power = ((((r * C5 + C4) * r + C3) * r + C2) * r + C1) * r + C0
+    power = (power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+    return tl.div_rn(x, power + 1.0)
 
 
 @triton.jit
@@ -32,7 +47,7 @@ def row_pointers(base, rows, stride):
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, gate_ptr, out_ptr, M, N, K, stride_a, stride_w, stride_out,
-    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, ACCUMULATE: tl.constexpr, INT8: tl.constexpr, DECODE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, HAS_GATE: tl.constexpr, ACCUMULATE: tl.constexpr, INT8: tl.constexpr, DECODE: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One [BLOCK_M, BLOCK_N] tile of out; DECODE: operands are bytes of e4m3, multiplied as fp16."""
@@ -67,6 +82,8 @@ def linear_kernel(
     y = y * tl.load(w_scale_ptr + columns, mask=inside, other=0.0)[None, :]
     if HAS_BIAS:
         y = y + tl.load(bias_ptr + columns, mask=inside, other=0.0)[None, :]
+    if GELU:
+        y = gelu_tanh(y)
     if HAS_GATE:
         y = y * tl.load(gate_ptr + columns, mask=inside, other=0.0)[None, :]
     out_ptrs = row_pointers(out_ptr, rows, stride_out)[:, None] + columns[None, :]
@@ -86,8 +103,9 @@ def quantized_linear(
     *,
     gate: Tensor | None = None,
     accumulate: bool = False,
+    gelu: bool = False,
 ) -> None:
-    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; out = y, or out += gate * y: the contract of the torch reference.
+    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; out = y, GELU_tanh(y), or out + gate * y: the contract of the torch reference.
 
     int8 gives the reference's bits: the integers are exact, and the epilogue multiplies and adds in its order without fusing
     (`enable_fp_fusion=False`). e4m3 sums in fp32 in the order of K, whatever the rows: one tile shape serves every M.
@@ -99,12 +117,12 @@ def quantized_linear(
     kind = linear_kind(arch, int8)
     if kind == "decode":
         a, weight = a.view(torch.uint8), weight.view(torch.uint8)
-    tile = linear_tile(arch, kind, accumulate)
+    tile = linear_tile(arch, kind, plain=not accumulate and not gelu)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     linear_kernel[grid](
         a, a_scale, weight, weight_scale, out if bias is None else bias, out if gate is None else gate, out,
         m, n, k, a.stride(0), weight.stride(0), out.stride(0),
-        HAS_BIAS=bias is not None, HAS_GATE=gate is not None, ACCUMULATE=accumulate, INT8=int8, DECODE=kind == "decode",
+        HAS_BIAS=bias is not None, GELU=gelu, HAS_GATE=gate is not None, ACCUMULATE=accumulate, INT8=int8, DECODE=kind == "decode",
         EVEN_K=k % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=8,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip

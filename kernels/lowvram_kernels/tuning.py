@@ -29,11 +29,12 @@ class LinearTile(NamedTuple):
 
 
 class AttentionTile(NamedTuple):
-    """Queries per program; keys per step are the contract's 64."""
+    """Queries per program; keys per step are the contract's 64. half_sum: a float PV sums one tile of keys in fp16."""
 
     block_m: int
     warps: int
     stages: int
+    half_sum: bool = False
 
 
 # 128x256 and 256x128 with 8 warps spill on sm_86 and sm_89 (kernels 2.9); 4 stages of 128x128x128 take 96 of their 99 KB.
@@ -48,17 +49,25 @@ _LINEAR = {
     "gfx1100": {"int8": LinearTile(128, 128, 64, 8, 2), "decode": LinearTile(128, 128, 32, 8, 2)},
     INTERPRETER: {"int8": LinearTile(32, 64, 128, 4, 1), "decode": LinearTile(32, 64, 128, 4, 1)},
 }
-# The residual of 128x256 next to its accumulator spills on sm_90, and so do the two accumulators of e4m3: int8 alone is that wide.
+# Next to an accumulator of 128x256 the residual spills on sm_90, and so do GELU and the second accumulator of e4m3: only int8 that is
+# stored as it is can be that wide.
 _WIDE_STORE = {"sm_90": LinearTile(128, 256, 128, 8, 3)}
+_TILE = AttentionTile(128, 8, 3)
+# GeForce cards multiply fp16 and e4m3 at twice the rate where the sum is fp16 (kernels 2.1, 2.3). An fp32 sum spills on sm_80.
+_HALF_SUM_TILE = AttentionTile(128, 8, 3, half_sum=True)
 _ATTENTION = {
-    "sm_80": AttentionTile(128, 8, 3),
-    "sm_86": AttentionTile(128, 8, 3),
-    "sm_89": AttentionTile(128, 8, 3),
-    "sm_90": AttentionTile(128, 8, 3),
-    "sm_120": AttentionTile(128, 8, 3),
-    "gfx1100": AttentionTile(64, 16, 1),
-    INTERPRETER: AttentionTile(64, 4, 1),
+    "sm_80": {"int8": _TILE, "fp16": _HALF_SUM_TILE},
+    "sm_86": {"int8": _TILE, "fp16": _HALF_SUM_TILE},
+    "sm_89": {"int8": _TILE, "fp16": _HALF_SUM_TILE, "fp8": _HALF_SUM_TILE},
+    "sm_90": {"int8": _TILE, "fp16": _TILE, "fp8": _TILE},
+    "sm_120": {"int8": _TILE, "fp16": _HALF_SUM_TILE, "fp8": _HALF_SUM_TILE},
+    "gfx1100": {"int8": AttentionTile(64, 16, 1), "fp16": AttentionTile(64, 16, 1)},
+    INTERPRETER: {"int8": AttentionTile(64, 4, 1), "fp16": AttentionTile(64, 4, 1, half_sum=True), "fp8": AttentionTile(64, 4, 1)},
 }
+PV_DTYPES = {"int8": torch.int8, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+# What the product of probabilities and values is computed in. It changes bits, so it follows from the architecture or from the user's
+# word, never from a budget. int8 is the most exact of the 8-bit ones; another one takes its place where it is measured to be faster.
+_PV = dict.fromkeys((*ARCHITECTURES, INTERPRETER), "int8")
 
 
 def interpreted() -> bool:
@@ -100,15 +109,34 @@ def linear_kind(arch: str, int8: bool) -> str:
     return "int8" if int8 else "fp8" if multiplies_e4m3(arch) else "decode"
 
 
-def linear_tile(arch: str, kind: str, accumulate: bool) -> LinearTile:
-    """The tile of one of `linear_kind`, whatever M; `accumulate`: the residual is added in the epilogue."""
-    if kind == "int8" and not accumulate and arch in _WIDE_STORE:
+def linear_tile(arch: str, kind: str, plain: bool) -> LinearTile:
+    """The tile of one of `linear_kind`, whatever M; `plain`: the epilogue neither adds to the residual nor applies GELU."""
+    if kind == "int8" and plain and arch in _WIDE_STORE:
         return _WIDE_STORE[arch]
     return _LINEAR[arch][kind]
 
 
-def attention_tile(arch: str) -> AttentionTile:
-    return _ATTENTION[arch]
+def attention_tile(arch: str, pv: str, head_dim: int) -> AttentionTile:
+    """pv: one of `pv_choices(arch)`. No more warps than can each load 16 bytes a thread of the keys of one step."""
+    tile = _ATTENTION[arch][pv]
+    return tile._replace(warps=min(tile.warps, head_dim // 8))
+
+
+def pv_choices(arch: str) -> tuple[str, ...]:
+    """What the second product of attention can be computed in there: fp8 takes tensor cores for e4m3."""
+    return tuple(_ATTENTION[arch])
+
+
+def pv_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that values are stored and multiplied in: `LOWVRAM_PV=int8|fp16|fp8`, else what is fastest on that architecture.
+
+    Raises `UnsupportedError` for another word, and for one that the architecture cannot multiply.
+    """
+    arch = architecture(device) if device.type == "cuda" else INTERPRETER
+    wanted = os.environ.get("LOWVRAM_PV") or _PV[arch]
+    if wanted not in pv_choices(arch):
+        raise UnsupportedError(f"LOWVRAM_PV={wanted} on {arch}: use one of {', '.join(pv_choices(arch))}")
+    return PV_DTYPES[wanted]
 
 
 def row_warps(elements: int) -> int:

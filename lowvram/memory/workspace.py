@@ -7,6 +7,7 @@ block, because no two stages live at the same time (design section 5).
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from lowvram.config import DiTConfig
@@ -43,6 +44,11 @@ def element_bytes(format: str) -> tuple[int, int]:
     return compute, compute
 
 
+def value_bytes(code: int) -> int:
+    """Bytes of a value as quantized attention keeps it: a code's, or two where `LOWVRAM_PV=fp16` multiplies values in fp16."""
+    return 2 if os.environ.get("LOWVRAM_PV") == "fp16" else code
+
+
 def dit_workspace(config: DiTConfig, format: str, num_tokens: int, chunk_tokens: int, branches: int) -> Workspace:
     """The arena of one expert's forward; `branches`: guidance branches that share a visit of a block (1 or 2)."""
     compute, code = element_bytes(format)
@@ -51,8 +57,9 @@ def dit_workspace(config: DiTConfig, format: str, num_tokens: int, chunk_tokens:
     rows = max(chunk_tokens, min(num_tokens, SMOOTHING_TOKENS))
     padded, text_padded = _tiles(num_tokens) * KEY_TILE, _tiles(text) * KEY_TILE
     persistent = {f"residual.{branch}": num_tokens * dim * 4 for branch in range(branches)}
-    persistent |= {"keys": num_tokens * dim * code, "values": padded * dim * code}
-    persistent |= {"text_keys": text * dim * code, "text_values": text_padded * dim * code}
+    value = value_bytes(code) if quantized else code
+    persistent |= {"keys": num_tokens * dim * code, "values": padded * dim * value}
+    persistent |= {"text_keys": text * dim * code, "text_values": text_padded * dim * value}
     if quantized:
         persistent |= {"key_scales": num_tokens * heads * 4, "value_scales": _tiles(num_tokens) * dim * 4}
         persistent |= {"text_key_scales": text * heads * 4, "text_value_scales": _tiles(text) * dim * 4}

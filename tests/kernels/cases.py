@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from lowvram_kernels.attention_int8 import VALUE_MAX
 from lowvram_kernels.dispatch import OPS
+from lowvram_kernels.rms_rope_quantize import rms_rope as rms_rope_exact
+from lowvram_kernels.tuning import PV_DTYPES
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -115,6 +118,13 @@ def linear(m: int, n: int, k: int, *, device: str = "cpu", code: torch.dtype = t
     return Case("quantized_linear", inputs, {"out": Output.poisoned((m + 2, n + 8), out, device, lambda tensor: tensor[1:-1, :n])})
 
 
+def linear_gelu(m: int, n: int, k: int, *, device: str = "cpu", code: torch.dtype = torch.int8, out: torch.dtype = torch.float32) -> Case:
+    """Scaled so that y lies where GELU bends."""
+    case = linear(m, n, k, device=device, code=code, out=out)
+    shrunk = {"a_scale": case.inputs["a_scale"] * (1e-4 / k**0.5), "bias": case.inputs["bias"] * 1e-3}
+    return Case("quantized_linear", case.inputs | shrunk | {"gelu": True}, case.outputs)
+
+
 def linear_add(m: int, n: int, k: int, *, device: str = "cpu") -> Case:
     case = linear(m, n, k, device=device)
     inputs = case.inputs | {"gate": random(n, seed=5, device=device), "accumulate": True}
@@ -156,20 +166,25 @@ def rms_rope(m: int, heads: int, *, rope: bool = True, smoothing: bool = True, h
     return Case("rms_rope_quantize", inputs, outputs)
 
 
-def values(n: int, heads: int, *, head_dim: int = 128, device: str = "cpu") -> Case:
+def values(n: int, heads: int, *, head_dim: int = 128, device: str = "cpu", code: torch.dtype = torch.int8) -> Case:
     tiles = math.ceil(n / 64)
     outputs = {
-        "out": Output.poisoned((heads, head_dim, (tiles + 1) * 64), torch.int8, device, lambda tensor: tensor[:, :, 64:]),
+        "out": Output.poisoned((heads, head_dim, (tiles + 1) * 64), code, device, lambda tensor: tensor[:, :, 64:]),
         "out_scale": Output.poisoned((heads, head_dim, tiles + 1), torch.float32, device, lambda tensor: tensor[:, :, 1:]),
     }
     v = random(n, 2 * heads * head_dim, device=device).bfloat16()[:, : heads * head_dim]
     return Case("quantize_values", {"v": v}, outputs)
 
 
-def attention(m: int, n: int, heads: int, *, head_dim: int = 128, device: str = "cpu", out: torch.dtype = torch.float32) -> Case:
+def attention(
+    m: int, n: int, heads: int, *, head_dim: int = 128, device: str = "cpu", out: torch.dtype = torch.float32, pv: str = "int8"
+) -> Case:
     """Logits spread over about +-10, so that tiles of keys matter unequally; queries are part of a larger buffer."""
     tiles = math.ceil(n / 64)
     v = codes(heads, head_dim, tiles * 64, seed=2, device=device)
+    if pv != "int8":  # the same values, as large as `quantize_values` stores them
+        dtype = PV_DTYPES[pv]
+        v = (v.float() * (VALUE_MAX[dtype] / 127)).to(dtype)
     v[:, :, n:] = 0
     inputs = {
         "q": codes(heads, m + 5, head_dim, device=device)[:, 5:],
@@ -188,6 +203,66 @@ def rolled(name: str, dim: int = 0) -> Callable[[Inputs], Inputs]:
     return lambda inputs: inputs | {name: inputs[name].roll(1, dim).contiguous()}
 
 
+def rolled_bytes(name: str, dim: int) -> Callable[[Inputs], Inputs]:
+    """The same for dtypes that torch does not roll."""
+
+    def roll(inputs: Inputs) -> Inputs:
+        tensor = inputs[name]
+        if tensor.dtype != E4M3:
+            return rolled(name, dim)(inputs)
+        return inputs | {name: tensor.view(torch.uint8).roll(1, dim).contiguous().view(E4M3)}
+
+    return roll
+
+
 def changed(**values: Any) -> Callable[[Inputs], Inputs]:
     """A fault: other arguments."""
     return lambda inputs: inputs | values
+
+
+class AttentionOps(NamedTuple):
+    """One backend of what a block calls for attention."""
+
+    rms_rope_quantize: Callable[..., None]
+    quantize_values: Callable[..., None]
+    attention: Callable[..., None]
+
+
+def attention_error(
+    ops: AttentionOps,
+    m: int,
+    n: int,
+    heads: int,
+    *,
+    dtype: torch.dtype,
+    smoothed: bool = True,
+    value_outliers: float = 1.0,
+    rope: tuple[Tensor, Tensor] | None = None,
+    device: str = "cpu",
+) -> float:
+    """Relative RMSE against attention in fp64, heads of 128, of random q, k, v in bf16 that go through RMSNorm as in the model.
+
+    Outliers as in kernels 2.8: four channels of each head of k are shifted by 15; every 48th channel of v is `value_outliers` as large.
+    Smoothing is the mean of at most 256 keys, evenly spaced, as the model takes it. rope: (cos, sin), each [max(m, n), 64].
+    """
+    dim, tiles = heads * 128, math.ceil(n / 64)
+    q, k, v = (random(rows, dim, seed=seed, device=device) for seed, rows in enumerate((m, n, n)))
+    k[:, ::32] += 15
+    v[:, ::48] *= value_outliers
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    ones = torch.ones(dim, device=device)
+    q_turn, k_turn = ((None, None) if rope is None else (rope[0][:rows], rope[1][:rows]) for rows in (m, n))
+    exact_q, exact_k = (rms_rope_exact(x, ones, *turn, num_heads=heads, eps=1e-6) for x, turn in ((q, q_turn), (k, k_turn)))
+    count = min(n, 256)
+    smoothing = exact_k[:, torch.arange(count, device=device) * n // count].mean(1) if smoothed else None
+    q8, k8 = (torch.empty(heads, rows, 128, dtype=torch.int8, device=device) for rows in (m, n))
+    qs, ks = (torch.empty(heads, rows, device=device) for rows in (m, n))
+    v8, vs = torch.empty(heads, 128, tiles * 64, dtype=dtype, device=device), torch.empty(heads, 128, tiles, device=device)
+    ops.rms_rope_quantize(q, ones, *q_turn, None, q8, qs, eps=1e-6)
+    ops.rms_rope_quantize(k, ones, *k_turn, smoothing, k8, ks, eps=1e-6)
+    ops.quantize_values(v, v8, vs)
+    out = torch.full((m, dim), float("nan"), device=device)
+    ops.attention(q8, qs, k8, ks, v8, vs, out)
+    weights = torch.softmax(exact_q.double() @ exact_k.double().transpose(1, 2) / math.sqrt(128), dim=-1)
+    expected = (weights @ v.double().view(n, heads, 128).transpose(0, 1)).transpose(0, 1).flatten(1)
+    return float((out.double() - expected).norm() / expected.norm())

@@ -8,14 +8,17 @@ import pytest
 import torch
 from lowvram_kernels import dispatch
 from lowvram_kernels.adaln_quantize import adaln_quantize
-from lowvram_kernels.attention_int8 import attention_int8, quantize_values
+from lowvram_kernels.attention_int8 import VALUE_MAX, attention_int8, quantize_values
 from lowvram_kernels.hadamard import rotate
-from lowvram_kernels.quantize_rows import gelu_quantize, quantize_rows
+from lowvram_kernels.quantize_rows import gelu_quantize, gelu_tanh, quantize_rows
 from lowvram_kernels.quantized_linear import quantized_linear
 from lowvram_kernels.rms_rope_quantize import rms_rope, rms_rope_quantize
+from lowvram_kernels.tuning import PV_DTYPES
 from lowvram_quantize.rotate import rotate as rotate_weights
 
 from lowvram.errors import UnsupportedError
+from lowvram.models.rope import RopeTable
+from tests.kernels import cases
 
 RAGGED = [1, 33, 100]
 
@@ -131,6 +134,31 @@ def test_int8_linear_is_exact_integers_and_its_epilogue(m: int, n: int, k: int) 
     assert torch.equal(accumulated, residual + expected * gate)
 
 
+def test_gelu_is_exact_to_a_few_units_of_fp32() -> None:
+    """From its own bend to where it is zero or x; against fp64."""
+    x = torch.cat((torch.linspace(-12, 12, 100_001), torch.tensor([-1e20, -40.0, 0.0, 40.0, 1e20])))
+    wide = x.double()
+    expected = wide / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
+    error = (gelu_tanh(x).double() - expected).abs()
+    assert (error <= 4 * 2**-24 * wide.abs().clamp(max=1e19)).all()
+    near = (x > -3) & (x != 0) & (x.abs() < 1e19)
+    assert float((error / expected.abs())[near].max()) < 2e-6
+    assert torch.equal(gelu_tanh(x[:7]), gelu_tanh(x)[:7]), "no vector tail rounds otherwise"
+
+
+@pytest.mark.parametrize("rows", RAGGED)
+def test_linear_applies_gelu_to_what_it_would_store(rows: int) -> None:
+    a, w = (torch.randint(-127, 128, (count, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8) for count in (rows, 48))
+    scales = random(rows, 1).abs() * 1e-3, random(48, 1, seed=1).abs() * 1e-2, random(48, seed=2)
+    plain, bent = poisoned((rows, 48), torch.float32), poisoned((rows, 48), torch.float32)
+    quantized_linear(a, scales[0], w, scales[1], scales[2], plain)
+    quantized_linear(a, scales[0], w, scales[1], scales[2], bent, gelu=True)
+    assert torch.equal(bent, gelu_tanh(plain))
+    assert torch.allclose(bent.double(), torch.nn.functional.gelu(plain.double(), approximate="tanh"), rtol=2e-5, atol=1e-6)
+    with pytest.raises(UnsupportedError, match="not both"):
+        quantized_linear(a, scales[0], w, scales[1], None, bent, gelu=True, accumulate=True)
+
+
 def test_fp8_linear_sums_without_rounding_whatever_the_rows() -> None:
     a = (random(64, 512) * 40).to(torch.float8_e4m3fn)
     w = (random(96, 512, seed=1) * 40).to(torch.float8_e4m3fn)
@@ -215,6 +243,57 @@ def test_smoothing_helps() -> None:
     expected = exact_attention(q, k, v)
     smoothed, plain = (float((run_attention(q, k, v, s).double() - expected).norm()) for s in (smoothing, None))
     assert smoothed < plain
+
+
+@pytest.mark.parametrize(("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("fp8", 0.045)])
+def test_attention_of_a_long_clip_with_outlier_channels(pv: str, largest: float) -> None:
+    """4,096 keys, four of the model's heads, all ops as a block calls them."""
+    ops = cases.AttentionOps(rms_rope_quantize, quantize_values, attention_int8)
+    assert cases.attention_error(ops, 128, 4096, 4, dtype=PV_DTYPES[pv]) <= largest
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_attention_of_harder_data(rope: bool) -> None:
+    """For the record: RoPE turns a bias of the keys from token to token, so that smoothing takes less of it away; channels of v that are
+    20 times as large weigh as much in the error as all others together."""
+    turned = RopeTable((4, 32, 32), 128, torch.device("cpu")).at(torch.arange(4096)) if rope else None
+    ops = cases.AttentionOps(rms_rope_quantize, quantize_values, attention_int8)
+    error = cases.attention_error(ops, 128, 4096, 4, dtype=torch.int8, rope=turned, value_outliers=1.0 if rope else 20.0)
+    assert error <= (0.017 if rope else 0.009)
+
+
+@pytest.mark.parametrize("pv", ["fp16", "fp8"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_query_depends_on_no_other_query_in_a_float_product(pv: str, threads: int) -> None:
+    case = cases.attention(100, 130, 2, pv=pv)
+    whole, before = case.run("reference")["out"], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for start, end in ((0, 1), (1, 64), (3, 18), (64, 100)):
+            part = {name: case.inputs[name][:, start:end] for name in ("q", "q_scale")}
+            out = poisoned((end - start, 256), torch.float32)
+            attention_int8(**(case.inputs | part), out=out)
+            assert torch.equal(out, whole[start:end])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "relative", "absolute"),
+    [(torch.int8, 0, 1 / 254), (torch.float16, 2**-11, 2**-25), (torch.float8_e4m3fn, 2**-4, 2**-10 / 2.25)],
+)
+def test_values_are_stored_to_half_a_step(dtype: torch.dtype, relative: float, absolute: float) -> None:
+    """absolute: of the largest value of a tile and channel."""
+    v = with_outliers(random(130, 256)) * 1e5  # past the range of fp16
+    out, scale = poisoned((2, 128, 192), dtype), poisoned((2, 128, 3), torch.float32)
+    quantize_values(v, out, scale)
+    stored = (out.float().unflatten(-1, (3, 64)) * scale.unsqueeze(-1)).flatten(-2)
+    exact = v.t().reshape(2, 128, 130)
+    largest = (scale * VALUE_MAX[dtype]).repeat_interleave(64, dim=-1)[..., :130]
+    assert ((stored[..., :130] - exact).abs() <= (exact.abs() * relative + largest * absolute) * 1.001).all()
+    assert (stored[..., 130:] == 0).all()
+    with pytest.raises(UnsupportedError, match=r"values are torch\.int8 or torch\.float16 or torch\.float8_e4m3fn, not torch\.int16"):
+        quantize_values(v, torch.empty(2, 128, 192, dtype=torch.int16), scale)
 
 
 def test_values_need_whole_tiles() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 import triton.language as tl
 from lowvram_kernels import attention_int8_triton, common_triton, rms_rope_quantize_triton
+from lowvram_kernels.attention_int8 import VALUE_MAX
 from lowvram_kernels.attention_int8_triton import attention_int8, quantize_values
-from lowvram_kernels.rms_rope_quantize import rms_rope
+from lowvram_kernels.common_triton import e4m3_bytes
 from lowvram_kernels.rms_rope_quantize_triton import rms_rope_quantize
+from lowvram_kernels.tuning import PV_DTYPES
 
 from tests.kernels import cases
 
@@ -30,42 +33,54 @@ def test_p19_a_fault_in_rms_rope_shows(fault: cases.Callable[[cases.Inputs], cas
     assert cases.rms_rope(5, 3).mismatch(fault)
 
 
+@pytest.mark.parametrize("pv", PV_DTYPES)
 @pytest.mark.parametrize(("n", "heads", "head_dim"), [(1, 1, 128), (65, 2, 128), (200, 3, 64)])
-def test_p18_values_agree_with_the_reference(n: int, heads: int, head_dim: int) -> None:
-    assert not cases.values(n, heads, head_dim=head_dim).mismatch()
+def test_p18_values_agree_with_the_reference(n: int, heads: int, head_dim: int, pv: str) -> None:
+    assert not cases.values(n, heads, head_dim=head_dim, code=PV_DTYPES[pv]).mismatch()
 
 
-def test_p19_a_fault_in_the_values_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cases.values(65, 2).mismatch(cases.rolled("v"))
-    assert cases.values(65, 2).mismatch(cases.rolled("v", 1))
+@pytest.mark.parametrize("pv", PV_DTYPES)
+def test_p19_a_fault_in_the_values_shows(monkeypatch: pytest.MonkeyPatch, pv: str) -> None:
+    case = cases.values(65, 2, code=PV_DTYPES[pv])
+    assert case.mismatch(cases.rolled("v"))
+    assert case.mismatch(cases.rolled("v", 1))
+    monkeypatch.setattr(attention_int8_triton, "value_max", lambda _: 0.99 * VALUE_MAX[PV_DTYPES[pv]])
+    assert "out_scale" in case.mismatch()
+
+
+def test_p19_truncated_values_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common_triton, "ROUND", tl.constexpr(0.0))
     assert cases.values(65, 2).mismatch()
 
 
+@pytest.mark.parametrize("pv", PV_DTYPES)
 @pytest.mark.parametrize(("m", "n", "heads", "head_dim"), [(1, 1, 1, 128), (33, 64, 2, 128), (70, 130, 2, 128), (100, 200, 1, 64)])
-def test_p18_attention_agrees_with_the_reference(m: int, n: int, heads: int, head_dim: int) -> None:
-    assert not cases.attention(m, n, heads, head_dim=head_dim).mismatch()
+def test_p18_attention_agrees_with_the_reference(m: int, n: int, heads: int, head_dim: int, pv: str) -> None:
+    assert not cases.attention(m, n, heads, head_dim=head_dim, pv=pv).mismatch()
 
 
-def test_p18_attention_in_bf16() -> None:
-    case = cases.attention(33, 130, 2, out=torch.bfloat16)
+@pytest.mark.parametrize("pv", PV_DTYPES)
+def test_p18_attention_in_bf16(pv: str) -> None:
+    case = cases.attention(33, 130, 2, out=torch.bfloat16, pv=pv)
     expected, actual = case.run("reference")["out"][:-1].float(), case.run("triton")["out"][:-1].float()
     assert float((expected - actual).norm() / expected.norm()) < 2**-9
 
 
+@pytest.mark.parametrize("pv", PV_DTYPES)
 @pytest.mark.parametrize(
     "fault",
     [
         cases.rolled("q_scale", 1), cases.rolled("k_scale", 1), cases.rolled("v_scale", 2), cases.rolled("v_scale", 1),
-        cases.rolled("k", 1), cases.rolled("v", 2), cases.rolled("q", 1),
+        cases.rolled("k", 1), cases.rolled_bytes("v", 2), cases.rolled("q", 1),
     ],
 )  # fmt: skip
-def test_p19_a_fault_in_the_inputs_of_attention_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
-    assert cases.attention(40, 130, 2).mismatch(fault)
+def test_p19_a_fault_in_the_inputs_of_attention_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs], pv: str) -> None:
+    assert cases.attention(40, 130, 2, pv=pv).mismatch(fault)
 
 
-def test_p19_a_key_left_out_or_read_past_the_end_shows() -> None:
-    case = cases.attention(40, 130, 2)
+@pytest.mark.parametrize("pv", PV_DTYPES)
+def test_p19_a_key_left_out_or_read_past_the_end_shows(pv: str) -> None:
+    case = cases.attention(40, 130, 2, pv=pv)
     shorter = cases.changed(k=case.inputs["k"][:, :129].contiguous(), k_scale=case.inputs["k_scale"][:, :129].contiguous())
     assert case.mismatch(shorter)
 
@@ -76,8 +91,33 @@ def test_p19_a_wrong_offset_of_the_probabilities_shows(monkeypatch: pytest.Monke
     assert cases.attention(40, 130, 2).mismatch()
 
 
-def test_a_query_depends_on_no_other_query() -> None:
-    case = cases.attention(100, 130, 2)
+@triton.jit
+def _scales_of_the_first_tile(v_scale_ptrs, tile, T, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.load(v_scale_ptrs)
+
+
+@triton.jit
+def _shrunk(x):  # type: ignore[no-untyped-def]
+    return e4m3_bytes(x * 0.95)
+
+
+@pytest.mark.parametrize(
+    ("pv", "name", "fault"),
+    [
+        *((pv, "tile_scales", _scales_of_the_first_tile) for pv in PV_DTYPES),
+        ("int8", "LOG2_255", tl.constexpr(7.9)), ("fp8", "LOG2_448", tl.constexpr(9.5)), ("fp8", "e4m3_bytes", _shrunk),
+    ],
+)  # fmt: skip
+def test_p19_a_fault_inside_attention_shows(monkeypatch: pytest.MonkeyPatch, pv: str, name: str, fault: object) -> None:
+    """Another tile's scales, probabilities that are as large as others at the maximum, or too small."""
+    case = cases.attention(40, 200, 2, pv=pv)
+    monkeypatch.setattr(attention_int8_triton, name, fault)
+    assert case.mismatch()
+
+
+@pytest.mark.parametrize("pv", PV_DTYPES)
+def test_a_query_depends_on_no_other_query(pv: str) -> None:
+    case = cases.attention(100, 130, 2, pv=pv)
     whole = case.run("triton")["out"][:-1]
     for start, end in ((0, 1), (1, 64), (3, 18), (64, 100)):
         part = {name: case.inputs[name][:, start:end] for name in ("q", "q_scale")}
@@ -86,23 +126,19 @@ def test_a_query_depends_on_no_other_query() -> None:
         assert torch.equal(out, whole[start:end])
 
 
-def test_attention_of_keys_with_outliers_is_close_to_exact_attention() -> None:
-    """Relative RMSE of 0.8 % at most through all three kernels, keys with outlier channels, smoothed by their mean."""
-    m, n, ones = 64, 200, torch.ones(256)
-    q, k, v = (cases.random(rows, 256, seed=seed) for seed, rows in enumerate((m, n, n)))
-    k[:, ::32] += 15
-    heads = [rms_rope(x, ones, None, None, num_heads=2, eps=0.0) for x in (q, k)]
-    q8, qs = torch.empty(2, m, 128, dtype=torch.int8), torch.empty(2, m)
-    k8, ks = torch.empty(2, n, 128, dtype=torch.int8), torch.empty(2, n)
-    v8, vs = torch.empty(2, 128, 256, dtype=torch.int8), torch.empty(2, 128, 4)
-    rms_rope_quantize(q, ones, None, None, None, q8, qs, eps=0.0)
-    rms_rope_quantize(k, ones, None, None, heads[1].mean(1), k8, ks, eps=0.0)
-    quantize_values(v, v8, vs)
-    out = torch.full((m, 256), float("nan"))
-    attention_int8(q8, qs, k8, ks, v8, vs, out)
-    split = v.double().view(n, 2, 128).transpose(0, 1)
-    expected = torch.nn.functional.scaled_dot_product_attention(heads[0].double(), heads[1].double(), split).transpose(0, 1).flatten(1)
-    assert float((out.double() - expected).norm() / expected.norm()) <= 0.008
+@pytest.mark.parametrize(("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("fp8", 0.045)])
+@pytest.mark.parametrize(("m", "n", "heads"), [(64, 200, 2), (40, 333, 3)])
+def test_attention_of_data_with_outliers_is_close_to_exact_attention(m: int, n: int, heads: int, pv: str, largest: float) -> None:
+    """All three kernels one after the other, as a block calls them."""
+    assert cases.attention_error(triton_ops(), m, n, heads, dtype=PV_DTYPES[pv]) <= largest
+
+
+def test_p19_keys_that_are_not_smoothed_show() -> None:
+    assert cases.attention_error(triton_ops(), 64, 200, 2, dtype=torch.int8, smoothed=False) > 0.008
+
+
+def triton_ops() -> cases.AttentionOps:
+    return cases.AttentionOps(rms_rope_quantize, quantize_values, attention_int8)
 
 
 def test_heads_and_values_past_2_to_the_31_elements() -> None:

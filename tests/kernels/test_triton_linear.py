@@ -26,6 +26,30 @@ def test_p18_int8_linear_adds_to_the_residual_with_the_bits_of_the_reference(m: 
     assert not cases.linear_add(m, n, k).mismatch()
 
 
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+def test_p18_int8_linear_with_gelu_has_the_bits_of_the_reference(m: int, n: int, k: int, out: torch.dtype) -> None:
+    assert not cases.linear_gelu(m, n, k, out=out).mismatch()
+
+
+def test_p18_e4m3_linear_with_gelu_is_close() -> None:
+    """Sums of e4m3 differ in their last bits; GELU amplifies none of it where it is not flat."""
+    case = cases.linear_gelu(33, 65, 96, code=cases.E4M3)
+    expected, actual = (case.run(backend)["out"][1:-1, :65] for backend in ("reference", "triton"))
+    assert torch.allclose(expected, actual, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("fault", [cases.changed(gelu=False), cases.rolled("bias"), cases.rolled("weight_scale")])
+def test_p19_a_fault_before_gelu_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
+    assert cases.linear_gelu(33, 65, 96).mismatch(fault)
+
+
+@pytest.mark.parametrize(("name", "value"), [("C5", 0.00134), ("GELU_EXPONENT", -2.3022), ("ROUND", 12582911.0)])
+def test_p19_a_wrong_constant_of_gelu_shows(monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> None:
+    monkeypatch.setattr(quantized_linear_triton, name, tl.constexpr(value))
+    assert cases.linear_gelu(33, 65, 96).mismatch()
+
+
 def test_int8_linear_without_bias() -> None:
     case = cases.linear(33, 65, 96)
     assert not cases.Case(case.op, case.inputs | {"bias": None}, case.outputs).mismatch()
