@@ -89,7 +89,7 @@ class BlockFile:
         self._read_parts(block, parts)
         if not self.direct and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # advice: where it is refused, the cache keeps what it likes
-                os.posix_fadvise(self._fd, start, nbytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # the whole file: what was read ahead, too
         return buffer[at + lead : at + lead + nbytes]
 
     def _read_parts(self, block: int, parts: list[tuple[int, memoryview, int, int]]) -> None:
@@ -107,7 +107,9 @@ class BlockFile:
         """Fills target[:needed] from `offset`; what lies behind `needed` only makes the read a whole number of pages."""
         page = PAGE_BYTES if self.direct else 1
         done = failures = 0
-        while done < needed and not self._stopped.is_set():
+        while done < needed:
+            if self._stopped.is_set():
+                raise CheckpointError(f"{self.path}: reading block {block} was stopped at byte {offset + done}")
             problem = ""
             try:
                 count = self._pread(target[done:], offset + done)

@@ -15,6 +15,7 @@ from lowvram.pipeline import Pipeline
 from lowvram.progress import Progress
 from lowvram.sampling.state import load_state
 from tests.runs import digest, expert_velocities, pipeline_of, plan_of, request_of
+from tests.runtime.staged import PROCESS_BYTES, StagedPipeline, staged_plan
 
 StoreOf = Callable[[str], Store]
 CLIP = {"width": 112, "height": 80, "num_frames": 13}  # 140 tokens: ragged in chunks, in key tiles and in vectors
@@ -36,6 +37,37 @@ def test_p17_no_plan_changes_a_bit(tiny_store: StoreOf, format: str) -> None:
     assert len(set(digests.values())) == 1, digests
     other = pipeline.generate(request_of(pipeline, steps=3, shift=8.0, seed=1, **CLIP))
     assert digest(other.frames) not in digests.values(), "another seed must give another video"
+
+
+# plan, and how many blocks pass from pageable RAM to staging in three steps of two branches of two blocks
+TIERS = {
+    "disk only": (Choice(64, 2, 0, 0, False), 0),
+    "pageable RAM": (Choice(64, 1, 0, 2, False), 12),
+    "pinned RAM": (Choice(64, 1, 0, 2, False, pinned_blocks=2), 0),
+    "one block pinned, one pageable, one slot": (Choice(128, 1, 0, 2, False, pinned_blocks=1), 6),
+    "one block resident, one pinned": (Choice(64, 1, 1, 1, False, pinned_blocks=1), 0),
+    "one block resident, one pageable, shared visits": (Choice(64, 1, 1, 1, True), 2),
+}
+
+
+def test_p17_no_tier_changes_a_bit(tiny_store: StoreOf) -> None:
+    """The path of a GPU (staging, pinned and pageable RAM, three workers) gives the bits of reads straight into the slots."""
+    store = tiny_store("int8")
+    direct = pipeline_of(store)
+    request = request_of(direct, steps=3, shift=8.0)
+    expected = digest(direct.generate(request, plan=plan_of(direct, request, PLANS["two slots"])).frames)
+    for name, (choice, staged) in TIERS.items():
+        pipeline = StagedPipeline(store)
+        plan = staged_plan(pipeline, request, choice)
+        video = pipeline.generate(request, plan=plan)
+        assert digest(video.frames) == expected, name
+        assert pipeline.transport.staged_blocks == staged, name
+        assert pipeline.transport.pinned_copies > 0, name
+        assert pipeline.transport.pageable_copies == 0, name
+        assert not pipeline.transport.locked, "pages are unlocked at the end"
+        buffers = choice.host_blocks + plan.staging_buffers
+        assert video.peak_bytes["ram"] == PROCESS_BYTES + max(buffers * plan.slot_bytes, plan.staging_buffers * plan.text_slot_bytes), name
+        assert video.peak_bytes["ram"] <= plan.peak_ram_bytes, name
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp32"])

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,7 @@ def conflicts(uses: list[Use]) -> list[str]:
     found = []
     for buffer in {use.buffer for use in uses}:
         mine = sorted((use for use in uses if use.buffer == buffer), key=lambda use: (use.start_s, use.end_s))
-        for first, second in zip(mine, mine[1:], strict=False):
+        for first, second in pairwise(mine):
             writes = {"read", "stage", "copy"} & {first.what, second.what}
             if writes and second.start_s < first.end_s - 1e-9:
                 found.append(f"{second.what} at {second.start_s:.3f} s while {first.what} runs until {first.end_s:.3f} s")
@@ -295,7 +296,7 @@ def test_the_disk_reads_ahead_of_the_link_as_far_as_staging_allows() -> None:
     for staging, period_s in ((1, 2.0), (2, 1.0)):
         trace = simulate(streamed(slow_link, staging=staging), seed=staging)
         reads = [use.start_s for use in trace.uses if use.what == "read"]
-        assert [b - a for a, b in zip(reads[1:], reads[2:], strict=False)] == pytest.approx([period_s] * (len(reads) - 2))
+        assert [b - a for a, b in pairwise(reads[1:])] == pytest.approx([period_s] * (len(reads) - 2))
 
 
 def test_pageable_blocks_are_staged_while_the_disk_reads_others() -> None:
