@@ -10,6 +10,14 @@ LARGE_BYTES = 1 << 20
 _M_MMAP_THRESHOLD = -3
 
 
+def trim_heap() -> None:
+    """Gives back what small objects have left free, such as the hundreds of megabytes of a tokenizer of 256,384 pieces."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def return_freed_memory() -> bool:
     """Buffers of `LARGE_BYTES` and more go back to the system the moment they are freed; False where the C library has no such switch.
 

@@ -14,6 +14,8 @@ from lowvram.memory.workspace import QUANTIZED_FORMATS, SMOOTHING_TOKENS, elemen
 
 # The torch references work on this many rows at a time (`lowvram_kernels.slices`), the unquantized yardstick on `PLAIN_ROWS`.
 REFERENCE_ROWS = 256
+# Of one piece of the vocabulary, once the `tokenizers` library has read it: 2.3 kB were measured.
+TOKENIZER_BYTES = 2560
 PLAIN_ROWS = 1024
 TEXT_HEADS_AT_ONCE = 8
 FP32 = 4
@@ -186,7 +188,8 @@ def text_bytes(config: ModelConfig, format: str, slot_bytes: int, staging: int) 
         x + 3 * length * text.d_model * FP32,  # RMSNorm
     )
     rows = 2 * length * text.d_model * compute
-    return 2 * slot_bytes + streams + max(stages), staging * slot_bytes + rows
+    tokenizer = text.vocab_size * TOKENIZER_BYTES  # handed back before the encoder's memory is taken
+    return 2 * slot_bytes + streams + max(stages), max(staging * slot_bytes + rows, tokenizer)
 
 
 def vae_tile_pixels(width: int, height: int) -> int:
