@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,16 +130,17 @@ def generate(
     out: Annotated[Path, typer.Option(help="The video to write, .mp4.")] = Path("clip.mp4"),
     scale: Annotated[int, typer.Option(help="Enlarge each pixel of the saved video this many times.", min=1, max=16)] = 1,
     overwrite: Overwrite = False,
+    prompt_cache: Annotated[bool, typer.Option("--prompt-cache/--no-prompt-cache", help="Keep encoded prompts for the next run.")] = True,
     as_json: Json = False,
 ) -> None:
     """Generate a video within the budgets you name."""
     from lowvram.pipeline import load
-    from lowvram.terminal import generation_progress, plan_line
+    from lowvram.terminal import PhaseTimer, compared_times, generation_progress, plan_line, times_table
     from lowvram.video import check_output
 
     check_output(out, overwrite)
     text = _prompt(prompt, prompt_file)
-    pipeline = load(model, vram, ram, device)
+    pipeline = load(model, vram, ram, device, prompt_cache)
     settings = {
         "negative_prompt": negative_prompt,
         "size": None if size is None else parse_size(size),
@@ -154,13 +156,18 @@ def generate(
     plan = pipeline.plan(request)
     console.print(plan_line(plan))
     with generation_progress(console) as listener:
-        video = _resumable(pipeline, request, plan, out, resume, listener)
+        timer = PhaseTimer(listener)
+        video = _resumable(pipeline, request, plan, out, resume, timer)
         video.save(out, overwrite=overwrite, scale=scale)
     _forget_state(out)
+    times = compared_times(plan.prediction, timer)
     if as_json:
-        print(json.dumps({"out": str(out), "request": video.request.__dict__, "peak_bytes": video.peak_bytes, "plan": plan.to_dict()}))
-    else:
-        print(out)
+        facts = {"out": str(out), "request": video.request.__dict__, "peak_bytes": video.peak_bytes, "plan": plan.to_dict()}
+        print(json.dumps(facts | {"seconds": times, "prompt_tokens": pipeline.prompt_tokens(request)}))
+        return
+    if plan.prediction is not None:
+        console.print(times_table(plan.prediction, times))
+    print(out)
 
 
 def _resumable(pipeline: Pipeline, request: Any, plan: Any, out: Path, resume: bool, listener: Any) -> Video:
@@ -199,23 +206,35 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Folder of a quantized model, or a variant such as t2v-a14b.")],
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; without one, a matrix of sizes and lengths.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 4n+1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    vram: Vram = "8GiB",
-    ram: Ram = "16GiB",
+    vram: Annotated[str | None, typer.Option(help="VRAM budget: 8GiB, 8GB, 8192MiB; by default what auto takes of --gpu, or 8GiB.")] = None,
+    ram: Annotated[str, typer.Option(help="RAM budget: 16GiB, 16GB.")] = "16GiB",
     format: Format = "int8",
+    gpu: Annotated[
+        str | None, typer.Option(help='A card whose time is predicted, such as "RTX 3060 12GB"; this machine\'s by default.')
+    ] = None,
+    link: Annotated[str | None, typer.Option(help='Its link, such as "PCIe 3.0 x8" or 12GB a second.')] = None,
+    disk: Annotated[str | None, typer.Option(help="The disk's speed, such as 3.5GB a second.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Peak memory of a run, computed without a GPU."""
-    from lowvram.api import plan as make
-    from lowvram.terminal import plan_table
+    """Peak memory and predicted time of a run, computed without a GPU; without --size, what fits at all."""
+    from lowvram import api, terminal
 
-    made = make(model, size=size, frames=frames, steps=steps, vram=vram, ram=ram, format=format)
+    if size is None:
+        matrix = api.plan_matrix(model, frames=frames, steps=steps, vram=vram, ram=ram, format=format, gpu=gpu, link=link, disk=disk)
+        _show(matrix.to_dict(), lambda: terminal.matrix_table(matrix), as_json)
+        return
+    made = api.plan(model, size=size, frames=frames, steps=steps, vram=vram, ram=ram, format=format, gpu=gpu, link=link, disk=disk)
+    _show(made.to_dict(), lambda: terminal.plan_table(made), as_json)
+
+
+def _show(data: dict[str, Any], table: Callable[[], Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(made.to_dict()))
+        print(json.dumps(data))
     else:
-        Console().print(plan_table(made))
+        Console().print(table())
 
 
 @app.command()
@@ -240,16 +259,15 @@ def inspect(
 def doctor(
     as_json: Json = False,
     path: Annotated[Path, typer.Option(help="The folder whose disk is looked at.")] = Path("."),
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure the machine's speeds again.")] = False,
 ) -> None:
-    """GPU, Triton, disk, memory: what is there, what is missing and how to get it."""
-    from lowvram.memory.probe import doctor_report
+    """GPU, Triton, disk, memory, speeds: what is there, what is missing and how to get it."""
+    from lowvram.memory.probe import doctor_report, measured_speeds, probe_machine
     from lowvram.terminal import doctor_table
 
-    report = doctor_report(path)
-    if as_json:
-        print(json.dumps(report))
-    else:
-        Console().print(doctor_table(report))
+    machine = probe_machine(path, measure=True)
+    report = doctor_report(path, machine, measured_speeds(path, machine, refresh))
+    _show(report, lambda: doctor_table(report), as_json)
 
 
 def main() -> None:

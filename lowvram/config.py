@@ -122,7 +122,13 @@ class ModelConfig:
 
 
 T2V_A14B = ModelConfig("t2v-a14b", DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40))
-VARIANTS = {T2V_A14B.variant: T2V_A14B}
+# Image to video: 16 channels of noise, 4 of mask and 16 of the image (spec sections 1 and 6.1). Planned, not yet generated.
+I2V_A14B = ModelConfig(
+    "i2v-a14b",
+    DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36),
+    sampling=SamplingDefaults(shift=5.0, guidance_high=3.5, guidance_low=3.5, boundary=0.9),
+)
+VARIANTS = {config.variant: config for config in (T2V_A14B, I2V_A14B)}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from lowvram.config import format_bytes
 if TYPE_CHECKING:
     from lowvram_quantize.progress import Progress as QuantizeProgress
 
+    from lowvram.memory.matrix import Matrix
     from lowvram.memory.plan import MemoryPlan
+    from lowvram.memory.predict import Prediction
 
 LABELS = {
     "text": "reading the prompt",
@@ -61,8 +64,60 @@ def generation_progress(console: Console) -> Iterator[progress.Listener]:
         yield listen
 
 
+class PhaseTimer:
+    """A listener that passes every event on and keeps when each phase began and last reported, and how many units were done between."""
+
+    def __init__(self, listener: progress.Listener) -> None:
+        self._listener = listener
+        self._spans: dict[str, tuple[float, float, int, int]] = {}
+
+    def __call__(self, event: progress.Progress) -> None:
+        now = time.monotonic()
+        began, _, first, _ = self._spans.get(event.phase, (now, now, event.done, event.done))
+        self._spans[event.phase] = (began, now, first, event.done)
+        self._listener(event)
+
+    @property
+    def phase_s(self) -> dict[str, float]:
+        """Seconds from a phase's first event to its last."""
+        return {phase: last - began for phase, (began, last, _, _) in self._spans.items()}
+
+    @property
+    def step_s(self) -> float | None:
+        """Mean seconds of the denoising steps made here."""
+        began, last, first, done = self._spans.get("denoise", (0.0, 0.0, 0, 0))
+        return (last - began) / (done - first) if done > first else None
+
+
+def compared_times(prediction: Prediction | None, timer: PhaseTimer) -> dict[str, Any]:
+    """{"actual": {phase: seconds, "step": …}, "predicted": the same or None}: what was measured in this run, and what the plan foretold."""
+    actual = {**timer.phase_s, "step": timer.step_s}
+    predicted = None if prediction is None else {**prediction.phase_s, "step": prediction.step_s}
+    return {"actual": actual, "predicted": predicted}
+
+
+def times_table(prediction: Prediction, times: dict[str, Any]) -> Table:
+    """Predicted and actual seconds side by side."""
+    table = Table(title=f"time; predicted from the {_BASES[prediction.basis]} of {prediction.machine}")
+    for name, justify in (("phase", "left"), ("predicted", "right"), ("actual", "right"), ("actual / predicted", "right")):
+        table.add_column(name, justify="left" if justify == "left" else "right")
+    labels = {**LABELS, "step": "one denoising step"}
+    for phase, predicted in times["predicted"].items():
+        actual = times["actual"].get(phase)
+        ratio = f"{actual / predicted:.2f}" if actual and predicted > 0 else "-"
+        table.add_row(labels[phase], _precise(predicted), "-" if actual is None else _precise(actual), ratio)
+    return table
+
+
+_BASES = {"measured": "measured speeds", "table": "table's assumptions", "given": "given speeds"}
+
+
+def _precise(seconds: float) -> str:
+    return duration(seconds) if seconds >= 60 else f"{seconds:.3g} s"
+
+
 def plan_table(plan: MemoryPlan) -> Table:
-    """The denoising phase's VRAM item by item, then the peak of every phase."""
+    """The denoising phase's VRAM item by item, then the peak of every phase, then the predicted time."""
     choice = plan.choice
     table = Table(title=f"{plan.variant} {plan.format}, {plan.width}x{plan.height} x {plan.num_frames} frames, {plan.num_tokens:,} tokens")
     table.add_column("VRAM while denoising")
@@ -82,8 +137,44 @@ def plan_table(plan: MemoryPlan) -> Table:
         table.add_row(f"peak of the {phase.phase} phase", peak)
     table.add_row("peak of the run", f"{format_bytes(plan.peak_vram_bytes)} VRAM, {format_bytes(plan.peak_ram_bytes)} RAM", style="bold")
     streamed = plan.num_blocks - choice.resident_blocks
-    where = f"{choice.resident_blocks} in VRAM, {choice.host_blocks} in RAM, {streamed - choice.host_blocks} from disk"
+    _add_prediction(table, plan.prediction)
+    in_ram = f"{choice.host_blocks} in RAM" + (f" ({choice.pinned_blocks} of them page-locked)" if choice.pinned_blocks else "")
+    where = f"{choice.resident_blocks} in VRAM, {in_ram}, {streamed - choice.host_blocks} from disk"
     table.caption = f"blocks of the expert at work: {where}" + ("; both guidance branches share a visit" if choice.joint_guidance else "")
+    return table
+
+
+def _add_prediction(table: Table, prediction: Prediction | None) -> None:
+    if prediction is None:
+        table.add_section()
+        table.add_row("predicted time", "name a card with --gpu, or run `lowvram doctor`")
+        return
+    table.add_section()
+    table.add_row(f"predicted from the {_BASES[prediction.basis]}", prediction.machine)
+    table.add_row("a denoising step, predicted", f"{_precise(prediction.step_s)}, {prediction.overhead:.1%} more than if all were resident")
+    for phase, seconds in prediction.phase_s.items():
+        table.add_row(f"{LABELS[phase]}, predicted", _precise(seconds))
+    table.add_row("the video, predicted", _precise(prediction.video_s), style="bold")
+
+
+def matrix_table(matrix: Matrix) -> Table:
+    """Sizes and lengths against VRAM budgets: the predicted time of a video, or that it does not fit."""
+    source = {"measured": "its measured speeds", "table": "the table of cards"}.get(matrix.basis, "given speeds")
+    what = f"{matrix.variant} {matrix.format}, {format_bytes(matrix.ram_bytes)} of RAM"
+    title = f"{what}: time of a video, predicted for {matrix.machine}, {source}"
+    table = Table(title=title)
+    budgets = list(dict.fromkeys(cell.vram_bytes for cell in matrix.cells))
+    table.add_column("size x frames")
+    for budget in budgets:
+        table.add_column(f"VRAM {format_bytes(budget)}", justify="right")
+    rows: dict[tuple[int, int, int], dict[int, str]] = {}
+    for cell in matrix.cells:
+        prediction = cell.plan.prediction if cell.plan else None
+        text = "does not fit" if cell.plan is None else duration(prediction.video_s) if prediction else "fits"
+        rows.setdefault((cell.width, cell.height, cell.num_frames), {})[cell.vram_bytes] = text
+    for (width, height, frames), texts in rows.items():
+        table.add_row(f"{width}x{height} x {frames}", *(texts[budget] for budget in budgets))
+    table.caption = "all times are predictions; --size WIDTHxHEIGHT --frames N --vram … shows one of them in full"
     return table
 
 
@@ -92,7 +183,7 @@ def plan_line(plan: MemoryPlan) -> str:
     return (
         f"plan: {format_bytes(plan.peak_vram_bytes)} VRAM and {format_bytes(plan.peak_ram_bytes)} RAM at most, "
         f"{choice.resident_blocks} of {plan.num_blocks} blocks resident, {choice.host_blocks} in RAM, "
-        f"chunks of {choice.chunk_tokens} tokens"
+        f"chunks of {choice.chunk_tokens} tokens" + (f"; predicted: {_precise(plan.prediction.video_s)}" if plan.prediction else "")
     )
 
 

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from lowvram.checkpoint.store_layout import component_layout
@@ -25,6 +27,7 @@ from lowvram.memory.phases import (
     text_bytes,
     vae_tile_pixels,
 )
+from lowvram.memory.predict import Prediction
 from lowvram.memory.workspace import KEY_TILE, READ_SLACK_BYTES, Workspace, dit_workspace
 
 CHUNK_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)
@@ -33,6 +36,11 @@ JOINT_BELOW_TOKENS = 12_000
 CUDA_CONTEXT_BYTES = 600 * 10**6
 PROCESS_BYTES = 900 * 10**6
 STAGING_BUFFERS = 2
+RING_SLOTS = (2, 3, 4)
+# Of the RAM that a run may use, no more than this share is page-locked where nobody says otherwise.
+PINNED_SHARE = 0.5
+# Plans whose predicted times differ by less are equally fast: the simplest of them is taken.
+SAME_TIME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class MemoryPlan:
     workspace: Workspace
     items: dict[str, int]
     phases: tuple[PhasePeak, ...]
+    prediction: Prediction | None = None
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -87,7 +96,12 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         del data["workspace"]
+        data["prediction"] = self.prediction.to_dict() if self.prediction else None
         return data | {"peak_vram_bytes": self.peak_vram_bytes, "peak_ram_bytes": self.peak_ram_bytes}
+
+
+# What predicts a plan's time; None where it cannot.
+Clock = Callable[[MemoryPlan], Prediction | None]
 
 
 @dataclass(frozen=True)
@@ -115,9 +129,9 @@ def describe_plan(
     """The plan that follows from `choice`, whatever it takes. size: (width, height) in pixels."""
     width, height = size
     latents = latent_shape(config, width, height, num_frames)
-    layout = component_layout(EXPERTS[0], config, format)
+    layout = _layout(EXPERTS[0], config, format)
     slot_bytes = layout.block_bytes + READ_SLACK_BYTES
-    text_slot_bytes = component_layout("text_encoder", config, format).block_bytes + READ_SLACK_BYTES
+    text_slot_bytes = _layout("text_encoder", config, format).block_bytes + READ_SLACK_BYTES
     branches = 2 if choice.joint_guidance else 1
     workspace = dit_workspace(config.dit, format, latents.num_tokens, choice.chunk_tokens, branches)
     slots = choice.resident_blocks + choice.ring_slots
@@ -153,6 +167,7 @@ def describe_plan(
     )  # fmt: skip
 
 
+_layout = cache(component_layout)
 _KEYS_AND_VALUES = ("keys", "values", "key_scales", "value_scales")
 
 
@@ -166,29 +181,85 @@ def choose_plan(
     vram_bytes: int,
     ram_bytes: int,
     guided: bool = True,
+    clock: Clock | None = None,
+    pinned_limit_bytes: int | None = None,
 ) -> MemoryPlan:
-    """The largest chunk that fits beside two slots, then as many resident blocks as VRAM and as many cached blocks as RAM allow.
+    """The fastest plan that fits, by the clock's prediction; the simplest of equals: separate branches, few slots, large chunks.
+
+    Without a clock: the largest chunk that fits beside two slots. In either case then as many resident blocks as VRAM and as many cached
+    blocks as RAM allow, of which the first are page-locked up to the limit (None: half of the RAM budget).
 
     guided: whether a second, negative branch runs at all. Raises `BudgetError` naming the smallest budgets that would do.
     """
     tokens = latent_shape(config, *size, num_frames).num_tokens
     padded = -(-tokens // KEY_TILE) * KEY_TILE
+    limit = int(ram_bytes * PINNED_SHARE) if pinned_limit_bytes is None else pinned_limit_bytes
 
     def plan_of(choice: Choice) -> MemoryPlan:
         return describe_plan(config, format, size, num_frames, steps, choice, host)
 
-    candidates = sorted({min(chunk, padded) for chunk in CHUNK_TOKENS}, reverse=True)
-    smallest = plan_of(Choice(candidates[-1], 1, 0, 0, False))
+    def completed(base: MemoryPlan) -> Choice:
+        return _add_host_blocks(base, _add_residents(base, vram_bytes), ram_bytes, limit if host.staged else 0)
+
+    chunks = sorted({min(chunk, padded) for chunk in CHUNK_TOKENS}, reverse=True)
+    smallest = plan_of(Choice(chunks[-1], 1, 0, 0, False))
     if smallest.peak_vram_bytes > vram_bytes or smallest.peak_ram_bytes > ram_bytes:
         raise BudgetError(_refusal(smallest, vram_bytes, ram_bytes))
+    if clock is not None:
+        fitting = (
+            choice
+            for shared in (False, True)[: 1 + guided]
+            for slots in RING_SLOTS
+            for choice in _undominated((plan_of(Choice(chunk, slots, 0, 0, shared)) for chunk in chunks), vram_bytes, completed)
+        )
+        fastest = _fastest(map(plan_of, _distinct(fitting)), clock) or _fastest([plan_of(completed(smallest))], clock)
+        if fastest is not None:
+            return fastest
     joint = guided and tokens < JOINT_BELOW_TOKENS
-    plans = [plan_of(Choice(chunk, 2, 0, 0, shared)) for shared in ((True, False) if joint else (False,)) for chunk in candidates]
-    base = next((plan for plan in plans if plan.peak_vram_bytes <= vram_bytes), smallest)
-    chosen = _add_residents(base, vram_bytes)
-    others = next(phase.ram_bytes for phase in base.phases if phase.phase == "denoise")
-    spare = max(0, ram_bytes - others) // base.slot_bytes
-    chosen = replace(chosen, host_blocks=min(spare, base.num_blocks - chosen.resident_blocks))
-    return plan_of(chosen)
+    plans = [plan_of(Choice(chunk, 2, 0, 0, shared)) for shared in ((True, False) if joint else (False,)) for chunk in chunks]
+    return plan_of(completed(next((plan for plan in plans if plan.peak_vram_bytes <= vram_bytes), smallest)))
+
+
+def _undominated(bases: Iterable[MemoryPlan], vram_bytes: int, completed: Callable[[MemoryPlan], Choice]) -> Iterator[Choice]:
+    """Choices that fit, of falling chunk length: a shorter chunk is worth a look only where it makes room for another block."""
+    most = -1
+    for choice in (completed(base) for base in bases if base.peak_vram_bytes <= vram_bytes):
+        if choice.resident_blocks > most:
+            most = choice.resident_blocks
+            yield choice
+
+
+def _distinct(choices: Iterable[Choice]) -> Iterator[Choice]:
+    seen: set[Choice] = set()
+    for choice in choices:
+        if choice not in seen:
+            seen.add(choice)
+            yield choice
+
+
+def _fastest(plans: Iterable[MemoryPlan], clock: Clock) -> MemoryPlan | None:
+    """The first plan whose predicted time is within `SAME_TIME` of the shortest; None where nothing can be predicted.
+
+    The first plan has the longest chunk that fits: where its computing alone takes as long as all of it, nothing can be faster.
+    """
+    timed: list[tuple[float, MemoryPlan]] = []
+    for plan in plans:
+        prediction = clock(plan)
+        if prediction is not None:
+            timed.append((prediction.denoise_s, replace(plan, prediction=prediction)))
+            if len(timed) == 1 and prediction.denoise_s <= prediction.compute_s * (1 + SAME_TIME):
+                break
+    shortest = min((seconds for seconds, _ in timed), default=0.0)
+    return next((plan for seconds, plan in timed if seconds <= shortest * (1 + SAME_TIME)), None)
+
+
+def _add_host_blocks(base: MemoryPlan, choice: Choice, ram_bytes: int, pinned_limit_bytes: int) -> Choice:
+    """Spends what is left of the denoising phase's RAM on cached blocks; the first of them are page-locked beside the staging buffers."""
+    denoise = next(phase.ram_bytes for phase in base.phases if phase.phase == "denoise")
+    spare = max(0, ram_bytes - denoise) // base.slot_bytes
+    host_blocks = min(spare, base.num_blocks - choice.resident_blocks)
+    pinned = max(0, pinned_limit_bytes // base.slot_bytes - base.staging_buffers)
+    return replace(choice, host_blocks=host_blocks, pinned_blocks=min(host_blocks, pinned))
 
 
 def _add_residents(base: MemoryPlan, vram_bytes: int) -> Choice:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.config import format_bytes
+from lowvram.errors import LowvramError
 from lowvram.memory.limits import host_memory
 from lowvram.memory.machine import Machine, probe_machine
+from lowvram.memory.measure import machine_profile
+from lowvram.memory.profile import MachineProfile
 
-__all__ = ["Finding", "Machine", "doctor_report", "free_ram_bytes", "probe_machine", "total_ram_bytes"]
+__all__ = ["Finding", "Machine", "Speeds", "doctor_report", "free_ram_bytes", "measured_speeds", "probe_machine", "total_ram_bytes"]
 
 MIN_VRAM_BYTES = 5 << 30  # of the A14B models, at 480p
 MIN_RAM_BYTES = 6 << 30
@@ -40,13 +43,45 @@ def total_ram_bytes() -> int:
     return host_memory().total_bytes
 
 
-def doctor_report(path: Path, machine: Machine | None = None) -> dict[str, Any]:
-    """{"ok": nothing is missing, "findings": […], "machine": {…}}; disk room and speed are those of `path`."""
+@dataclass(frozen=True)
+class Speeds:
+    """The machine's profile, and whether it was measured now; or why there is none."""
+
+    profile: MachineProfile | None
+    measured_now: bool = False
+    reason: str = ""
+
+
+def measured_speeds(path: Path, machine: Machine, refresh: bool = False) -> Speeds:
+    """The cached profile of this machine and the disk of `path`, else (or with `refresh`) measured now and cached."""
+    link = machine.gpu.link_bytes_s if machine.gpu else None
+    try:
+        profile, fresh = machine_profile(path, refresh=refresh, link_bytes_s=link, disk_bytes_s=machine.disk_read_bytes_s)
+    except (LowvramError, ImportError) as error:
+        return Speeds(None, reason=str(error))
+    return Speeds(profile, fresh)
+
+
+def doctor_report(path: Path, machine: Machine | None = None, speeds: Speeds | None = None) -> dict[str, Any]:
+    """{"ok": nothing is missing, "findings": […], "machine": {…}, "profile": {…} or None}; disk room and speed are those of `path`."""
     machine = machine or probe_machine(path, measure=True)
     findings = [_gpu(machine), _triton(machine), _ram(machine), _disk_room(machine, path), _disk_speed(machine)]
+    findings += [_speeds(speeds)] if speeds else []
     findings += [_packages(machine), _encoder()]
     ok = all(finding.status != "missing" for finding in findings)
-    return {"ok": ok, "findings": [asdict(finding) for finding in findings], "machine": machine.to_dict()}
+    profile = speeds.profile.to_dict() if speeds and speeds.profile else None
+    return {"ok": ok, "findings": [asdict(finding) for finding in findings], "machine": machine.to_dict(), "profile": profile}
+
+
+def _speeds(speeds: Speeds) -> Finding:
+    profile = speeds.profile
+    if profile is None:
+        return Finding("speeds", "warn", speeds.reason, "plans are then made without predicted times: close what uses the GPU, try again")
+    rates = f"int8 GEMM {profile.gemm_int8_ops_s / 1e12:.3g} TOPS, attention {profile.attention_ops_s / 1e12:.3g} TOPS"
+    moved = f"element-wise {format_bytes(profile.elementwise_bytes_s)}/s, link {format_bytes(profile.link_bytes_s)}/s"
+    when = "measured now" if speeds.measured_now else "measured before"
+    advice = "" if speeds.measured_now else "measure again with --refresh"
+    return Finding("speeds", "ok", f"{rates}, {moved}, disk {format_bytes(profile.disk_bytes_s)}/s; {when}", advice)
 
 
 def _gpu(machine: Machine) -> Finding:

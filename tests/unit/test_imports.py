@@ -20,7 +20,7 @@ PACKAGES = {
 BASE = {"errors", "config"}
 STREAMING = BASE | {"checkpoint", "memory"}
 MODELS = STREAMING | {"streaming", "lowvram_kernels"}
-PIPELINE = MODELS | {"models", "sampling", "prompt", "video", "progress"}
+PIPELINE = MODELS | {"models", "sampling", "prompt", "prompt_cache", "video", "progress"}
 API = PIPELINE | {"pipeline", "lowvram_quantize"}
 # Each part of the program -> the parts that it may import, beside itself; imports inside functions count too.
 MAY_IMPORT = {
@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "progress": BASE,
     "prompt": BASE,
     "video": BASE | {"disk"},
+    "prompt_cache": STREAMING | {"disk"},
     "checkpoint": BASE | {"disk"},
     "lowvram_quantize": BASE | {"checkpoint", "disk"},
     "lowvram_kernels": {"errors"},
-    "memory": BASE | {"checkpoint"},
-    "streaming": STREAMING,
+    "memory": BASE | {"checkpoint", "disk", "lowvram_kernels"},
+    "streaming": STREAMING | {"disk"},
     "models": MODELS,
     "sampling": MODELS | {"models", "disk"},
     "pipeline": PIPELINE,
@@ -62,7 +63,10 @@ WITHOUT_TORCH = [
     "lowvram.checkpoint.names",
     "lowvram.checkpoint.store_layout",
     "lowvram.memory.plan",
+    "lowvram.memory.cards",
+    "lowvram.memory.measure",
     "lowvram.memory.probe",
+    "lowvram.streaming.forecast",
     "lowvram.cli",
 ]
 

@@ -1,0 +1,192 @@
+"""The machine's profile: measured, kept, and never trusted where it is damaged or another machine's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import stat
+from pathlib import Path
+
+import pytest
+
+from lowvram.errors import LowvramError, UsageError
+from lowvram.memory import measure
+from lowvram.memory.cards import find_card
+from lowvram.memory.measure import ProbeShape, machine_key, machine_profile, measure_profile, this_machine
+from lowvram.memory.probe import doctor_report, measured_speeds, probe_machine
+from lowvram.memory.profile import MachineProfile, ProfileKey, cache_folder, load_profile, save_profile
+
+KEY = ProfileKey("NVIDIA GeForce RTX 3060", "570.86.10", "2.13.0", "0.1.0")
+PROFILE = find_card("RTX 3060").profile()
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes that take milliseconds."""
+    monkeypatch.setattr(measure, "SHAPES", dict.fromkeys(measure.SHAPES, ProbeShape(64, 256, 64, 4, 2, 8)))
+    monkeypatch.setattr(measure, "HOST_COPY_BYTES", 1 << 16)
+    monkeypatch.setattr("lowvram.memory.machine.DISK_PROBE_BYTES", 1 << 20)
+
+
+def test_what_is_kept_comes_back(tmp_path: Path) -> None:
+    path = save_profile(PROFILE, KEY, tmp_path / "made" / "here")
+    assert path is not None
+    assert load_profile(KEY, path.parent) == PROFILE
+    assert [file.name for file in path.parent.iterdir()] == [KEY.file_name]
+
+
+@pytest.mark.parametrize("changes", [{"gpu": "other"}, {"driver": "580"}, {"torch": "2.14"}, {"lowvram": "0.2"}])
+def test_another_machine_or_version_has_no_profile(tmp_path: Path, changes: dict[str, str]) -> None:
+    save_profile(PROFILE, KEY, tmp_path)
+    other = dataclasses.replace(KEY, **changes)
+    assert load_profile(other, tmp_path) is None
+    (tmp_path / KEY.file_name).rename(tmp_path / other.file_name)  # a copied or renamed file is not believed either
+    assert load_profile(other, tmp_path) is None
+
+
+def kept(folder: Path) -> dict[str, object]:
+    path = save_profile(PROFILE, KEY, folder)
+    assert path is not None
+    data: dict[str, object] = json.loads(path.read_text())
+    return data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b'{"version": 1}', b"[" * 100_000, b'{"version": 1, "key": {}, "profile": {}}'],
+)
+def test_a_damaged_cache_is_no_profile(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / KEY.file_name).write_bytes(content)
+    assert load_profile(KEY, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"link_bytes_s": -1.0},
+        {"disk_bytes_s": 0},
+        {"gemm_int8_ops_s": "fast"},
+        {"attention_ops_s": float("nan")},
+        {"conv_ops_s": float("inf")},
+        {"ram_total_bytes": -5},
+        {"vram_total_bytes": True},
+        {"name": 7},
+        {"sources": 3},
+        {"unknown": 1},
+        {"link_bytes_s": None},
+    ],
+)
+def test_impossible_numbers_are_no_profile(tmp_path: Path, change: dict[str, object]) -> None:
+    data = kept(tmp_path)
+    assert isinstance(data["profile"], dict)
+    data["profile"].update(change)
+    (tmp_path / KEY.file_name).write_text(json.dumps(data))
+    assert load_profile(KEY, tmp_path) is None
+
+
+def test_a_missing_field_is_no_profile(tmp_path: Path) -> None:
+    data = kept(tmp_path)
+    assert isinstance(data["profile"], dict)
+    del data["profile"]["link_bytes_s"]
+    (tmp_path / KEY.file_name).write_text(json.dumps(data))
+    assert load_profile(KEY, tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_written_costs_the_cache_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert save_profile(PROFILE, KEY, tmp_path / "file") is None
+
+
+def test_a_profile_refuses_what_no_machine_has() -> None:
+    with pytest.raises(UsageError, match="link_bytes_s"):
+        dataclasses.replace(PROFILE, link_bytes_s=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("platform", "environment", "folder"),
+    [
+        ("linux", {"HOME": "/home/a"}, "/home/a/.cache/lowvram"),
+        ("linux", {"HOME": "/home/a", "XDG_CACHE_HOME": "/caches"}, "/caches/lowvram"),
+        ("linux", {"HOME": "/home/a", "XDG_CACHE_HOME": "relative"}, "/home/a/.cache/lowvram"),
+        ("darwin", {"HOME": "/Users/a"}, "/Users/a/Library/Caches/lowvram"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/lowvram/cache"),
+    ],
+)
+def test_the_cache_lies_where_the_system_wants_it(platform: str, environment: dict[str, str], folder: str) -> None:
+    assert cache_folder(environment, platform).as_posix() == folder
+
+
+@pytest.mark.usefixtures("tiny")
+def test_every_speed_of_this_machine_is_measured(tmp_path: Path) -> None:
+    profile = measure_profile("cpu", tmp_path)
+    assert profile.device == "cpu"
+    rates = [name for name in profile.to_dict() if name.endswith("_s")]
+    assert all(profile.sources[name] == "measured" for name in rates if name != "disk_bytes_s")
+    assert all(getattr(profile, name) > 0 for name in rates)
+    assert list(tmp_path.iterdir()) == []
+    assert MachineProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lowvram"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_doctor_measures_once(tmp_path: Path, own_cache: Path) -> None:
+    assert this_machine("cpu") is None
+    first, measured = machine_profile(tmp_path)
+    assert measured
+    assert stat.S_ISREG((own_cache / machine_key("cpu").file_name).stat().st_mode)
+    assert this_machine("cpu") == first
+    assert machine_profile(tmp_path) == (first, False)
+    again, measured = machine_profile(tmp_path, refresh=True, disk_bytes_s=123e6)
+    assert measured
+    assert again.disk_bytes_s == 123e6
+    assert this_machine("cpu") == again
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_damaged_profile_is_measured_anew(tmp_path: Path, own_cache: Path) -> None:
+    machine_profile(tmp_path)
+    (own_cache / machine_key("cpu").file_name).write_text("garbage")
+    profile, measured = machine_profile(tmp_path)
+    assert measured
+    assert this_machine("cpu") == profile
+
+
+@pytest.mark.usefixtures("tiny", "own_cache")
+def test_another_disk_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_profile(tmp_path)
+    monkeypatch.setattr(measure, "_same_disk", lambda one, other: False)
+    assert machine_profile(tmp_path)[1]
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_kernel_that_fails_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUDA error:\nout of memory")
+
+    monkeypatch.setattr(measure, "measure_profile", fails)
+    with pytest.raises(LowvramError, match="CUDA error: out of memory"):
+        machine_profile(tmp_path)
+    machine = probe_machine(tmp_path)
+    report = doctor_report(tmp_path, machine, measured_speeds(tmp_path, machine))
+    found = next(finding for finding in report["findings"] if finding["name"] == "speeds")
+    assert found["status"] == "warn"
+    assert "out of memory" in found["detail"]
+    assert report["profile"] is None
+
+
+@pytest.mark.usefixtures("tiny", "own_cache")
+def test_the_doctor_shows_speeds_and_says_whether_they_are_new(tmp_path: Path) -> None:
+    machine = probe_machine(tmp_path)
+    for word in ("measured now", "measured before"):
+        report = doctor_report(tmp_path, machine, measured_speeds(tmp_path, machine))
+        found = next(finding for finding in report["findings"] if finding["name"] == "speeds")
+        assert found["status"] == "ok"
+        assert word in found["detail"]
+    assert report["profile"]["gemm_int8_ops_s"] > 0
+    json.dumps(report)
