@@ -2,6 +2,7 @@
 
     python scripts/bench.py kernels [--tokens 8192 32760 75600] [--only attention]
     python scripts/bench.py block [--size 832x480]
+    python scripts/bench.py stream [--layers 40] [--vram 24 12 8 6] [--ram 40 16 6]
 
 The tests on the GPU run first: no speed is reported where a kernel is wrong. Writes the raw numbers as CSV and a plot into
 docs/benchmarks, named after the GPU. Medians of 20 calls after 3 to warm up, random data, inputs in rotation.
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from bench_stream import add_arguments, stream
 from bench_timing import ROOT, machine, peaks, require_cuda, table, write_csv, write_plot
 
 OUTPUT = ROOT / "docs" / "benchmarks"
@@ -69,6 +71,10 @@ def block(options: argparse.Namespace) -> int:
     return 0
 
 
+def streamed(options: argparse.Namespace) -> int:
+    return stream(options, OUTPUT / f"stream-{gpu_name()}")
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -78,13 +84,15 @@ def main(arguments: list[str]) -> int:
     two = commands.add_parser("block", help="a whole A14B block against diffusers'")
     two.add_argument("--size", default="832x480")
     two.add_argument("--frames", type=int, default=81)
+    three = commands.add_parser("stream", help="denoising steps within capped budgets, at true A14B shapes")
+    add_arguments(three)
     options = parser.parse_args(arguments)
     if not require_cuda(f"bench.py {options.command}"):
         return 1
     if not gate():
         return 1
     with torch.no_grad():
-        return {"kernels": kernels, "block": block}[options.command](options)
+        return {"kernels": kernels, "block": block, "stream": streamed}[options.command](options)
 
 
 if __name__ == "__main__":

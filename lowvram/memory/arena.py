@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowvram.config import format_bytes
 from lowvram.errors import InternalLimitError, OutOfMemoryError
+from lowvram.memory.heap import trim_heap
 from lowvram.memory.workspace import Workspace
 
 
@@ -78,6 +79,7 @@ def short_budget(error: BaseException) -> str:
 def hand_back(device: torch.device) -> None:
     """Returns what nothing refers to any more: Python's cycles, and what torch's allocator keeps of the device for later."""
     gc.collect()
+    trim_heap()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

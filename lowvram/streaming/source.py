@@ -80,7 +80,7 @@ class BlockFile:
             raise InternalLimitError(
                 f"a buffer of {buffer.numel()} bytes has no room for block {block} of {nbytes} and the slack of its read"
             )
-        target = memoryview(buffer.numpy())[at : at + length]
+        target = buffer.numpy().data[at : at + length]
         parts = []
         for first in range(0, length, self._part_bytes):
             needed = min(self._part_bytes, lead + nbytes - first)

@@ -1,0 +1,575 @@
+"""Real denoising steps of a random model of true A14B shapes within capped budgets, beside everything resident and beside diffusers.
+
+The store is written by the project's own writer: one block's random codes, shifted by another amount in every block. Steps run across the
+expert switch. A row says what was measured and what was planned; where a budget is too small for any plan, it says that and no number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import hashlib
+import re
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import psutil
+import torch
+from bench_timing import ROOT, machine
+from torch import Tensor
+
+from lowvram.checkpoint.manifest import TOKENIZER_NAME, ComponentManifest, Manifest, component_file
+from lowvram.checkpoint.store import Store, open_store
+from lowvram.checkpoint.store_layout import StoredTensor, component_layout, marker_bytes
+from lowvram.checkpoint.tensors import TORCH_DTYPES
+from lowvram.checkpoint.writer import StoreWriter, remove_leftovers
+from lowvram.config import COMPONENTS, EXPERTS, T2V_A14B, ModelConfig, Request, VAEConfig, format_bytes, latent_shape, parse_size
+from lowvram.disk import check_room
+from lowvram.errors import BudgetError
+from lowvram.memory.arena import Ledger
+from lowvram.memory.budget import PROCESS_GROWTH_BYTES
+from lowvram.memory.plan import Host, MemoryPlan
+from lowvram.pipeline import Pipeline
+from lowvram.progress import Progress
+from lowvram.sampling.schedule import make_schedule
+from lowvram.streaming.source import BlockFile
+from lowvram.streaming.transport import CudaTransport, HostTransport, Transport
+
+GB = 10**9
+FORMAT = "int8"
+SHIFT = 5.0
+PROMPT_TOKENS = 64
+INT8_STD = 73.3  # of codes drawn evenly from -127 .. 127
+RSS_PERIOD_S = 0.02
+TIMELINE_BLOCKS = 60
+
+
+@dataclass(frozen=True)
+class StreamRow:
+    """One provider under one pair of budgets at one size. Empty: not measured, or of no meaning there; `note` says why.
+
+    overhead: of the median step against lowvram with everything resident; switch_s: the first step of the second expert.
+    """
+
+    provider: str
+    size: str
+    frames: int
+    tokens: int
+    layers: int
+    vram_budget_gb: float | None = None
+    ram_budget_gb: float | None = None
+    resident: int | None = None
+    ring: int | None = None
+    host: int | None = None
+    pinned: int | None = None
+    chunk: int | None = None
+    joint: bool | None = None
+    step_s: float | None = None
+    steps_s: str = ""
+    switch_s: float | None = None
+    overhead: float | None = None
+    peak_vram_gb: float | None = None
+    planned_vram_gb: float | None = None
+    peak_rss_gb: float | None = None
+    planned_ram_gb: float | None = None
+    disk_gb_s: float | None = None
+    latents_sha256: str = ""
+    gpu: str = ""
+    torch: str = ""
+    commit: str = ""
+    note: str = ""
+
+
+@dataclass
+class Timeline:
+    """When copies and computations of one run began and ended, in seconds from its first event."""
+
+    copies: list[tuple[float, float]] = field(default_factory=list)
+    computations: list[tuple[float, float]] = field(default_factory=list)
+
+
+def bench_config(layers: int) -> ModelConfig:
+    """Experts of A14B's shapes; the parts that no step uses are as small as their code allows."""
+    text = replace(T2V_A14B.text_encoder, vocab_size=256, num_layers=1, d_ff=256)
+    vae = VAEConfig(base_dim=8, num_res_blocks=1)
+    return replace(T2V_A14B, variant="t2v-custom", dit=replace(T2V_A14B.dit, num_layers=layers), text_encoder=text, vae=vae)
+
+
+def write_random_store(path: Path, config: ModelConfig) -> Store:
+    """A store whose weights have the variance of a trained model's, so that latents stay finite. Raises `DiskFullError`."""
+    layouts = {component: component_layout(component, config, FORMAT) for component in COMPONENTS}
+    path.mkdir(parents=True, exist_ok=True)
+    check_room(path / TOKENIZER_NAME, sum(layout.total_bytes for layout in layouts.values()))
+    base: dict[tuple[object, ...], Tensor] = {}
+    widths: dict[str, int] = {}
+    generator = torch.Generator().manual_seed(0)
+    files = {}
+    for component, layout in layouts.items():
+        with StoreWriter(path / component_file(component), layout.tensors, layout.metadata(), {}, resume=False) as writer:
+            for number, tensor in enumerate(layout.tensors):
+                if tensor.role == "weight":
+                    widths[tensor.name] = tensor.shape[1]
+                kind = re.sub(r"^blocks\.\d+\.", "", tensor.name), tensor.dtype, tensor.shape
+                if kind not in base:
+                    base[kind] = _random(tensor, layout.format, widths.get(tensor.source, 1), generator)
+                codes = base[kind]
+                writer.write(codes.flatten().roll(number).view(codes.shape) if tensor.role == "weight" else codes)
+            files[component] = ComponentManifest(component_file(component), writer.header_sha256, writer.finish())
+    tokenizer = b"{}"
+    (path / TOKENIZER_NAME).write_bytes(tokenizer)
+    digest = hashlib.sha256(tokenizer).hexdigest()
+    Manifest(config, FORMAT, {"format": FORMAT}, {"layout": "random"}, files, digest, "0").write(path)
+    remove_leftovers(path)
+    return open_store(path)
+
+
+def _random(tensor: StoredTensor, format: str, width: int, generator: torch.Generator) -> Tensor:
+    if tensor.role == "marker":
+        return torch.frombuffer(bytearray(marker_bytes(format)), dtype=torch.uint8)
+    if tensor.role == "weight":
+        return torch.randint(-127, 128, tensor.shape, generator=generator, dtype=torch.int8)
+    dtype = TORCH_DTYPES[tensor.dtype]
+    if tensor.role == "scale":
+        return torch.full(tensor.shape, width**-0.5 / INT8_STD, dtype=dtype)
+    if "norm" in tensor.name or tensor.name.endswith("gamma"):
+        return torch.ones(tensor.shape, dtype=dtype)
+    values = torch.randn(tensor.shape, generator=generator)
+    return (values * (0.02 if values.ndim == 1 else values[0].numel() ** -0.5)).to(dtype)
+
+
+class TimedCuda(CudaTransport):
+    """Events with times around every copy and at the start of every block's computation."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.copied: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.computed: list[torch.cuda.Event] = []
+
+    def copy(self, host: Tensor, slot: Tensor, after: object | None) -> torch.cuda.Event:
+        start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+        with torch.cuda.stream(self._stream):
+            if isinstance(after, torch.cuda.Event):
+                self._stream.wait_event(after)
+            start.record(self._stream)
+            slot[: host.numel()].copy_(host, non_blocking=True)
+            end.record(self._stream)
+        self.copied.append((start, end))
+        return end
+
+    def wait(self, event: object | None) -> None:
+        super().wait(event)
+        start = torch.cuda.Event(enable_timing=True)
+        start.record(self._computing)
+        self.computed.append(start)
+
+    def timeline(self) -> Timeline:
+        torch.cuda.synchronize()
+        if not self.copied or not self.computed:
+            return Timeline()
+        origin = self.copied[0][0]
+        starts = [origin.elapsed_time(event) / 1e3 for event in self.computed]
+        copies = [(origin.elapsed_time(start) / 1e3, origin.elapsed_time(end) / 1e3) for start, end in self.copied]
+        return Timeline(copies, list(pairwise(starts)))
+
+
+class TimedHost(HostTransport):
+    """The same on a CPU, through staging buffers as on a GPU; copies run in line."""
+
+    staged = True
+
+    def __init__(self) -> None:
+        self._times = Timeline()
+        self._starts: list[float] = []
+
+    def copy(self, host: Tensor, slot: Tensor, after: object | None) -> None:
+        start_s = time.perf_counter()
+        super().copy(host, slot, after)
+        self._times.copies.append((start_s, time.perf_counter()))
+
+    def wait(self, event: object | None) -> None:
+        self._starts.append(time.perf_counter())
+
+    def timeline(self) -> Timeline:
+        begun = min([start for start, _ in self._times.copies] + self._starts, default=0.0)
+        starts = [start - begun for start in self._starts]
+        return Timeline([(a - begun, b - begun) for a, b in self._times.copies], list(pairwise(starts)))
+
+
+class BenchPipeline(Pipeline):
+    """A pipeline whose prompts are random features, and whose device is reached through staging buffers also where it is the host."""
+
+    def __init__(self, store: Store, device: torch.device, vram_bytes: int, ram_bytes: int, process_bytes: int, context_bytes: int) -> None:
+        super().__init__(store, device, vram_bytes, ram_bytes, process_bytes)
+        self.host = Host(staged=True, context_bytes=context_bytes, process_bytes=process_bytes)
+        self.timed: TimedCuda | TimedHost | None = None
+
+    def _encode_prompts(self, *arguments: Any, **more: Any) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randn(PROMPT_TOKENS, self.store.config.dit.text_dim, generator=generator) for _ in range(2)]
+
+    def _transport(self) -> Transport:
+        self.timed = TimedCuda(self.device) if self.device.type == "cuda" else TimedHost()
+        return self.timed
+
+
+class PeakRss:
+    """The largest resident size of this process while the context is open, sampled every 20 ms."""
+
+    def __enter__(self) -> PeakRss:
+        self.nbytes = psutil.Process().memory_info().rss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while not self._stop.wait(RSS_PERIOD_S):
+            self.nbytes = max(self.nbytes, process.memory_info().rss)
+
+
+@contextmanager
+def vram_cap(device: torch.device, nbytes: int) -> Iterator[None]:
+    """Torch's allocator refuses more than `nbytes` on a CUDA device."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.empty_cache()
+
+
+def request_of(pipeline: Pipeline, size: tuple[int, int], frames: int, steps: int) -> Request:
+    """`steps` steps, whose second half is the second expert's."""
+    times = make_schedule("unipc", steps, SHIFT).timesteps.tolist()
+    middle = steps // 2
+    boundary = (times[middle - 1] + times[middle]) / 2 / 1000
+    return pipeline.request("random features", size=size, frames=frames, steps=steps, shift=SHIFT, boundary=boundary)
+
+
+def disk_speed(store: Store) -> float:
+    """GB/s of the reader that the streamer uses, over the first blocks of one expert."""
+    file = store.files[EXPERTS[0]]
+    reader = BlockFile(file.path, [(block.start, block.nbytes) for block in file.blocks[:8]])
+    buffer = torch.empty(file.blocks[0].nbytes + 3 * 4096, dtype=torch.uint8)
+    begin = time.perf_counter()
+    done = sum(reader.read_into(block, buffer).numel() for block in range(len(reader.ranges)))
+    seconds = time.perf_counter() - begin
+    reader.close()
+    return done / GB / seconds
+
+
+def context_bytes(device: torch.device) -> int:
+    """What the driver keeps of the device beside torch's allocator, with nothing else on it."""
+    if device.type != "cuda":
+        return 0
+    torch.zeros(1, device=device)
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free - torch.cuda.memory_reserved(device))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size with its pairs of budgets in bytes (vram, ram); the first pair holds everything on the device."""
+
+    size: tuple[int, int]
+    frames: int
+    steps: int
+    budgets: Sequence[tuple[int, int]]
+
+
+def lowvram_rows(store: Store, case: Case, device: torch.device) -> Iterator[tuple[StreamRow, Timeline]]:
+    resident_s: float | None = None
+    speed = disk_speed(store)
+    for vram, ram in case.budgets:
+        gc.collect()
+        process = psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES
+        pipeline = BenchPipeline(store, device, vram, ram, process, context_bytes(device))
+        request = request_of(pipeline, case.size, case.frames, case.steps)
+        row = _row(f"lowvram {FORMAT}", store.config, case, vram, ram)
+        try:
+            plan = pipeline.plan(request)
+        except BudgetError as error:
+            yield replace(row, note=f"not measured: {error}"), Timeline()
+            continue
+        measured, timeline = _measure(pipeline, request, plan, device)
+        resident_s = resident_s or measured["step_s"]
+        yield replace(row, overhead=measured["step_s"] / resident_s - 1, disk_gb_s=speed, **measured), timeline
+
+
+def _row(provider: str, config: ModelConfig, case: Case, vram: int | None, ram: int | None) -> StreamRow:
+    tokens = latent_shape(config, *case.size, case.frames).num_tokens
+    budgets = (None if amount is None else amount / GB for amount in (vram, ram))
+    row = StreamRow(provider, "x".join(map(str, case.size)), case.frames, tokens, config.dit.num_layers, *budgets)
+    name, version, commit = machine()
+    return replace(row, gpu=name, torch=version, commit=commit)
+
+
+def _measure(pipeline: BenchPipeline, request: Request, plan: MemoryPlan, device: torch.device) -> tuple[dict[str, Any], Timeline]:
+    ends: list[float] = []
+
+    def listen(event: Progress) -> None:
+        if event.phase == "denoise":
+            ends.append(time.perf_counter())
+
+    ledgers = {"vram": Ledger("VRAM", plan.peak_vram_bytes), "ram": Ledger("RAM", plan.peak_ram_bytes)}
+    ledgers["vram"].charge("the driver's context", pipeline.host.context_bytes)
+    ledgers["ram"].charge("the process", pipeline.host.process_bytes)
+    with PeakRss() as rss, vram_cap(device, plan.peak_vram_bytes - pipeline.host.context_bytes), torch.no_grad():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        latents = pipeline._latents(request, plan, ledgers, None, None, False, listen)
+        # The device's own peak; on a CPU, where nobody counts it, the ledger's.
+        reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else ledgers["vram"].peak_bytes
+    steps = [after - before for before, after in pairwise(ends)]
+    choice = plan.choice
+    denoise = next(phase for phase in plan.phases if phase.phase == "denoise")
+    return {
+        "resident": choice.resident_blocks,
+        "ring": choice.ring_slots,
+        "host": choice.host_blocks,
+        "pinned": choice.pinned_blocks,
+        "chunk": choice.chunk_tokens,
+        "joint": choice.joint_guidance,
+        "step_s": statistics.median(steps[1:] or steps),  # the first step also fills the slots
+        "steps_s": " ".join(f"{seconds:.4f}" for seconds in steps),
+        "switch_s": steps[request.steps // 2],
+        "peak_vram_gb": (reserved + pipeline.host.context_bytes) / GB,
+        "planned_vram_gb": max(denoise.vram_bytes, plan.phases[1].vram_bytes) / GB,
+        "peak_rss_gb": rss.nbytes / GB,
+        "planned_ram_gb": max(phase.ram_bytes for phase in plan.phases) / GB,
+        "latents_sha256": hashlib.sha256(latents.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
+    }, pipeline.timed.timeline() if pipeline.timed is not None else Timeline()  # fmt: skip
+
+
+def baseline_rows(config: ModelConfig, case: Case, device: torch.device) -> Iterator[StreamRow]:
+    """diffusers' model of the same shapes, one expert with both guidance branches per step: bf16 resident and offloaded, quanto int8."""
+    providers: dict[str, Callable[[Any], None]] = {"diffusers bf16 resident": lambda model: None}
+    providers["diffusers bf16 group offloading, stream"] = lambda model: _offload(model, device)
+    providers["diffusers optimum-quanto int8"] = _quantize
+    for name, prepare in providers.items():
+        row = _row(name, config, case, None, None)
+        if "offloading" in name and device.type != "cuda":
+            yield replace(row, note="not measured: group offloading with a stream needs a CUDA device")
+            continue
+        gc.collect()
+        try:
+            with PeakRss() as rss, torch.no_grad():
+                model = _diffusers_model(config, device)
+                prepare(model)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats(device)
+                steps = _diffusers_steps(model, config, case, device)
+                peak = torch.cuda.max_memory_reserved(device) + context_bytes(device) if device.type == "cuda" else None
+            note = "one expert; a run holds two"
+            yield replace(
+                row, step_s=statistics.median(steps[1:] or steps), steps_s=" ".join(f"{seconds:.4f}" for seconds in steps),
+                peak_vram_gb=None if peak is None else peak / GB, peak_rss_gb=rss.nbytes / GB, note=note,
+            )  # fmt: skip
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            yield replace(row, note=f"not measured: out of memory: {str(error).splitlines()[0] if str(error) else 'MemoryError'}")
+        with suppress(UnboundLocalError):
+            del model
+
+
+def _diffusers_model(config: ModelConfig, device: torch.device) -> Any:
+    from diffusers import WanTransformer3DModel
+
+    dit, before = config.dit, torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return WanTransformer3DModel(
+                patch_size=dit.patch_size, num_attention_heads=dit.num_heads, attention_head_dim=dit.head_dim, in_channels=dit.in_dim,
+                out_channels=dit.out_dim, text_dim=dit.text_dim, freq_dim=dit.freq_dim, ffn_dim=dit.ffn_dim, num_layers=dit.num_layers,
+            ).eval()  # fmt: skip
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _offload(model: Any, device: torch.device) -> None:
+    model.to("cpu")
+    model.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=True)
+
+
+def _quantize(model: Any) -> None:
+    from optimum.quanto import freeze, qint8, quantize
+
+    quantize(model, weights=qint8)
+    freeze(model)
+
+
+def _diffusers_steps(model: Any, config: ModelConfig, case: Case, device: torch.device) -> list[float]:
+    shape = latent_shape(config, *case.size, case.frames)
+    latents = torch.randn(1, *shape.shape, device=device, dtype=torch.bfloat16)
+    text = torch.randn(1, config.dit.text_len, config.dit.text_dim, device=device, dtype=torch.bfloat16)
+    seconds = []
+    for step in range(case.steps):
+        begin = time.perf_counter()
+        timestep = torch.tensor([900 - step], device=device)
+        positive, negative = (model(latents, timestep, branch, return_dict=False)[0] for branch in (text, -text))
+        bool(torch.isfinite(negative + 3 * (positive - negative)).all())  # waits for the device, as the sampling loop does
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def run(store: Store, cases: Sequence[Case], device: torch.device, output: Path, baselines: bool = True) -> list[StreamRow]:
+    """Measures every case, writing rows as they come: OUTPUT.csv, OUTPUT.svg (seconds per step against budget), a timeline per size."""
+    rows: list[StreamRow] = []
+    for case in cases:
+        last = Timeline()
+        for row, timeline in lowvram_rows(store, case, device):
+            rows.append(row)
+            last = timeline if timeline.copies else last
+            _report(output, rows)
+        if last.copies:
+            _write(output.with_name(f"{output.name}-timeline-{rows[-1].size}.svg"), timeline_plot(last, f"{rows[-1].size} x {case.frames}"))
+        for row in baseline_rows(store.config, case, device) if baselines else ():
+            rows.append(row)
+            _report(output, rows)
+    return rows
+
+
+def _report(output: Path, rows: list[StreamRow]) -> None:
+    row = rows[-1]
+    took = f"{row.step_s:.3f} s per step" if row.step_s is not None else row.note
+    budgets = f" within {row.vram_budget_gb:.1f} and {row.ram_budget_gb:.1f} GB" if row.vram_budget_gb and row.ram_budget_gb else ""
+    print(f"{row.provider} {row.size} x {row.frames}{budgets}: {took}", flush=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [item.name for item in fields(StreamRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(item) for item in rows)
+    _write(output.with_suffix(".svg"), budget_plot(rows))
+
+
+def _write(path: Path, svg: str) -> None:
+    path.write_text(svg + "\n", encoding="utf-8")
+
+
+def budget_plot(rows: Sequence[StreamRow]) -> str:
+    """A bar of seconds per step for each row that was measured, grouped by size."""
+    lines, top, size = [], 30, ""
+    longest = max((row.step_s for row in rows if row.step_s is not None), default=1.0)
+    for row in rows:
+        if row.step_s is None:
+            continue
+        if row.size != size:
+            size, top = row.size, top + 22
+            lines.append(f'<text x="10" y="{top - 6}" font-weight="bold">{size} x {row.frames}, seconds per step</text>')
+        name = (
+            f"{row.provider}, {row.vram_budget_gb:.0f} + {row.ram_budget_gb:.0f} GB"
+            if row.vram_budget_gb and row.ram_budget_gb
+            else row.provider
+        )
+        colour = "#2266cc" if row.provider.startswith("lowvram") else "#999999"
+        lines.append(f'<text x="290" y="{top + 12}" text-anchor="end">{escape(name)}</text>')
+        lines.append(f'<rect x="300" y="{top + 1}" width="{400 * row.step_s / longest:.1f}" height="14" fill="{colour}"/>')
+        lines.append(f'<text x="{306 + 400 * row.step_s / longest:.1f}" y="{top + 12}">{row.step_s:.3f}</text>')
+        top += 18
+    title = f"{rows[0].gpu}, torch {rows[0].torch}, {rows[0].commit}" if rows else ""
+    return _svg(800, top + 20, [f'<text x="10" y="20">{escape(title)}</text>', *lines])
+
+
+def timeline_plot(timeline: Timeline, title: str) -> str:
+    """Copies (above) and computations (below) of the last blocks of a run, on one axis of seconds."""
+    copies, computations = timeline.copies[-TIMELINE_BLOCKS:], timeline.computations[-TIMELINE_BLOCKS:]
+    spans = copies + computations
+    first = min(start for start, _ in spans)
+    scale = 960 / max(1e-9, max(end for _, end in spans) - first)
+    lines = [f'<text x="10" y="20">{escape(title)}: copies above, blocks computing below; {1 / scale * 960:.3f} s in all</text>']
+    for row, (label, parts) in enumerate((("copy", copies), ("compute", computations))):
+        lines.append(f'<text x="10" y="{52 + 30 * row}">{label}</text>')
+        for number, (start, end) in enumerate(parts):
+            colour = (("#2266cc", "#77aaee"), ("#cc6622", "#eeaa77"))[row][number % 2]
+            x, width = 70 + (start - first) * scale, max(0.3, (end - start) * scale)
+            lines.append(f'<rect x="{x:.2f}" y="{40 + 30 * row}" width="{width:.2f}" height="18" fill="{colour}"/>')
+    return _svg(1050, 110, lines)
+
+
+def _svg(width: int, height: int, lines: Sequence[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *lines, "</svg>"])
+
+
+def disagreements(rows: Sequence[StreamRow]) -> list[str]:
+    """Sizes whose latents differ between budgets."""
+    digests: dict[str, set[str]] = {}
+    for row in rows:
+        if row.latents_sha256:
+            digests.setdefault(row.size, set()).add(row.latents_sha256)
+    return [f"{size}: the budgets changed the latents: {', '.join(sorted(found))}" for size, found in digests.items() if len(found) > 1]
+
+
+def exceeded(rows: Sequence[StreamRow]) -> list[str]:
+    """Rows whose measured peak lies above the plan's."""
+    pairs = (("VRAM", "peak_vram_gb", "planned_vram_gb"), ("RAM", "peak_rss_gb", "planned_ram_gb"))
+    found = []
+    for row in rows:
+        for label, peak, planned in pairs:
+            measured, allowed = getattr(row, peak), getattr(row, planned)
+            if measured is not None and allowed is not None and measured > allowed:
+                found.append(
+                    f"{row.size} within {row.vram_budget_gb} + {row.ram_budget_gb} GB: {label} {measured:.3f} GB of {allowed:.3f} planned"
+                )
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "stream", help="where the random store is written, 30 GB; kept for the next run"
+    )
+    parser.add_argument("--layers", type=int, default=T2V_A14B.dit.num_layers, help="fewer blocks per expert: less disk, shorter steps")
+    parser.add_argument("--sizes", nargs="+", default=["832x480", "1280x720"])
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--steps", type=int, default=4, help="at least 2; the second half is the second expert's")
+    parser.add_argument("--vram", nargs="*", type=float, default=[24, 12, 8, 6], help="GB, beside everything resident")
+    parser.add_argument("--ram", nargs="+", type=float, default=[40, 16, 6], help="GB")
+    parser.add_argument("--no-baselines", action="store_true", help="lowvram alone")
+
+
+def budgets_of(options: argparse.Namespace, total_vram: int) -> list[tuple[int, int]]:
+    """Everything on the device with the largest RAM budget, then every pair."""
+    largest = int(max(options.ram) * GB)
+    return [(total_vram, largest)] + [(int(vram * GB), int(ram * GB)) for vram in options.vram for ram in options.ram]
+
+
+def stream(options: argparse.Namespace, output: Path) -> int:
+    """The benchmark on a CUDA machine; 1 where budgets changed the latents or a peak exceeded its plan."""
+    if options.steps < 2:
+        print("bench.py stream: --steps must be at least 2, so that the expert switch is among them", file=sys.stderr)
+        return 2
+    device, folder = torch.device("cuda"), options.work / f"a14b-{options.layers}"
+    torch.zeros(1, device=device)
+    store = open_store(folder) if (folder / "lowvram.json").exists() else write_random_store(folder, bench_config(options.layers))
+    free, _ = torch.cuda.mem_get_info(device)
+    budgets = budgets_of(options, free)
+    cases = [Case(parse_size(size), options.frames, options.steps, budgets) for size in options.sizes]
+    with store:
+        print(f"random store at {folder}, disk {disk_speed(store):.2f} GB/s, {format_bytes(free)} of VRAM free")
+        rows = run(store, cases, device, output, not options.no_baselines)
+    problems = disagreements(rows) + exceeded(rows)
+    for problem in problems:
+        print(f"bench.py stream: {problem}", file=sys.stderr)
+    return 1 if problems else 0
