@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from unittest import mock
 
 import torch
 from bench_timing import measure
@@ -30,7 +33,10 @@ UNLIMITED = 2**62
 
 @dataclass(frozen=True)
 class BlockResult:
-    """A block in one format; `cosine` and `update_cosine` are of its output, and of what it adds to its input, against fp32."""
+    """A block in one format. peak_gb: its weights and everything that the call allocates, its input as it takes it included.
+
+    `cosine` and `update_cosine` are of its output, and of what it adds to its input, against fp32.
+    """
 
     provider: str
     tokens: int
@@ -128,27 +134,39 @@ def lowvram_block(view: BlockView, config: ModelConfig, format: str, inputs: Inp
     return run
 
 
-def results(config: ModelConfig, grid: tuple[int, int, int], formats: tuple[str, ...], device: str) -> Iterator[BlockResult]:
+def results(
+    config: ModelConfig, grid: tuple[int, int, int], formats: tuple[str, ...], device: str, pvs: tuple[str, ...] = ("int8",)
+) -> Iterator[BlockResult]:
+    """diffusers' block in bf16, then lowvram's in each format, and in the first one with each other product of attention in `pvs`."""
     config = replace(config, dit=replace(config.dit, num_layers=1))
     inputs = make_inputs(config, grid, device)
     with torch.no_grad():
         block = make_block(config, device)
         views = {format: stored_block(block, config, format, device) for format in formats}
         exact = diffusers_block(block, inputs, torch.float32)().float()
-        yield _result("diffusers bf16", diffusers_block(block, inputs, torch.bfloat16), inputs, exact)
+        block = block.to(torch.bfloat16)
+        weights = sum(parameter.nbytes for parameter in block.parameters())
+        yield _result("diffusers bf16", partial(diffusers_block, block, inputs, torch.bfloat16), inputs, exact, weights)
         del block
-        for format, view in views.items():
-            yield _result(f"lowvram {format}", lowvram_block(view, config, format, inputs), inputs, exact)
+        rows = [(format, "int8") for format in formats] + [(formats[0], pv) for pv in pvs if pv != "int8"]
+        for format, pv in rows:
+            name = f"lowvram {format}" if pv == "int8" else f"lowvram {format}, PV {pv}"
+            weights = component_layout("high_noise", config, format).block_bytes
+            with mock.patch.dict(os.environ, {"LOWVRAM_PV": pv}):
+                yield _result(name, partial(lowvram_block, views[format], config, format, inputs), inputs, exact, weights)
 
 
-def _result(name: str, run: Callable[[], Tensor], inputs: Inputs, exact: Tensor) -> BlockResult:
+def _result(name: str, prepare: Callable[[], Callable[[], Tensor]], inputs: Inputs, exact: Tensor, weight_bytes: int) -> BlockResult:
     cuda = exact.is_cuda
     gc.collect()
+    before = 0
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    run = prepare()
     out = run().float()
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+    peak = (torch.cuda.max_memory_allocated() - before + weight_bytes) / 1e9 if cuda else 0.0
     median = measure(lambda _: run(), repeats=5, device="cuda")[1] if cuda else 0.0
     return BlockResult(
         name, inputs.latents.num_tokens, median, peak,

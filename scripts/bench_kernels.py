@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 
 import lowvram_kernels.dispatch as ops
 import torch
 import torch.nn.functional as F
 from bench_timing import Row, machine, measure
+from lowvram_kernels.tuning import INTERPRETER, PV_DTYPES, architecture, pv_choices
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -58,15 +59,15 @@ def linear_bench(name: str, m: int, n: int, k: int, device: str = "cuda") -> Ben
     add = name.endswith("+=")
 
     def quantized(code: torch.dtype) -> Run:
-        inputs = [(_codes(m, k, device, code), _scales(m, device)) for _ in range(SETS)]
-        weight, scale, bias, gate = _codes(n, k, device, code), _scales(n, device), *_vectors(n, device)
+        inputs = [(codes_of(m, k, device, code), scales_of(m, device)) for _ in range(SETS)]
+        weight, scale, bias, gate = codes_of(n, k, device, code), scales_of(n, device), *_vectors(n, device)
         out = torch.zeros(m, n, device=device, dtype=torch.float32 if add else BF16)
         kwargs = {"gate": gate, "accumulate": True} if add else {}
         return lambda i: ops.quantized_linear(*inputs[i % SETS], weight, scale, bias, out, **kwargs)
 
     def library(multiply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor], code: torch.dtype) -> Run:
-        inputs = [(_codes(m, k, device, code), _scales(m, device)) for _ in range(SETS)]
-        weight, scale, bias, gate = _codes(n, k, device, code), _scales(n, device), *_vectors(n, device)
+        inputs = [(codes_of(m, k, device, code), scales_of(m, device)) for _ in range(SETS)]
+        weight, scale, bias, gate = codes_of(n, k, device, code), scales_of(n, device), *_vectors(n, device)
         x = torch.zeros(m, n if add else 0, device=device)
         return lambda i: _add(multiply(*inputs[i % SETS], weight, scale, bias), x, gate, add)
 
@@ -74,14 +75,16 @@ def linear_bench(name: str, m: int, n: int, k: int, device: str = "cuda") -> Ben
         inputs = [torch.randn(m, k, device=device, dtype=BF16) for _ in range(SETS)]
         weight, bias, gate = torch.randn(n, k, device=device, dtype=BF16), *_vectors(n, device)
         x = torch.zeros(m, n if add else 0, device=device)
-        return lambda i: _add(F.linear(inputs[i % SETS], weight, bias.to(BF16)), x, gate, add)
+        narrow = bias.to(BF16)
+        return lambda i: _add(F.linear(inputs[i % SETS], weight, narrow), x, gate, add)
 
     def comfy() -> Run:
         kitchen = import_module("comfy_kitchen")
         inputs = [torch.randn(m, k, device=device, dtype=BF16) for _ in range(SETS)]
-        weight, scale, (bias, gate) = _codes(n, k, device), _scales(n, device), _vectors(n, device)
+        weight, scale, (bias, gate) = codes_of(n, k, device), scales_of(n, device), _vectors(n, device)
         x = torch.zeros(m, n if add else 0, device=device)
-        return lambda i: _add(kitchen.int8_linear(inputs[i % SETS], weight, scale, bias.to(BF16), out_dtype=BF16), x, gate, add)
+        narrow = bias.to(BF16)
+        return lambda i: _add(kitchen.int8_linear(inputs[i % SETS], weight, scale, narrow, out_dtype=BF16), x, gate, add)
 
     providers: dict[str, Callable[[], Run]] = {
         "lowvram int8": lambda: quantized(torch.int8),
@@ -91,8 +94,44 @@ def linear_bench(name: str, m: int, n: int, k: int, device: str = "cuda") -> Ben
         "torch._scaled_mm": lambda: library(_scaled_mm, E4M3),
     }
     if find_spec("comfy_kitchen"):
-        providers["comfy-kitchen int8 (quantizes x too)"] = comfy
+        providers[f"comfy-kitchen {version('comfy-kitchen')} int8 (quantizes x too)"] = comfy
     return Bench(f"linear {name}", f"M={m} N={n} K={k}", 2.0 * m * n * k, "TOPS", "bf16", providers)
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def gelu_bench(m: int, n: int = 13824, k: int = 5120, device: str = "cuda") -> Bench:
+    """From the rows of ffn.0 to the rows of ffn.2: GELU in the product and then `quantize_rows`, or after it in `gelu_quantize`."""
+
+    def quantized(in_product: bool) -> Run:
+        inputs = [(codes_of(m, k, device), scales_of(m, device)) for _ in range(SETS)]
+        weight, scale, (bias, _) = codes_of(n, k, device), scales_of(n, device), _vectors(n, device)
+        hidden, codes = torch.empty(m, n, device=device, dtype=BF16), torch.empty(m, n, device=device, dtype=torch.int8)
+        code_scale = torch.empty(m, 1, device=device)
+        quantize = ops.quantize_rows if in_product else ops.gelu_quantize
+
+        def run(i: int) -> None:
+            ops.quantized_linear(*inputs[i % SETS], weight, scale, bias, hidden, gelu=in_product)
+            quantize(hidden, codes, code_scale, rotated=True)
+
+        return run
+
+    def bf16() -> Run:
+        inputs = [torch.randn(m, k, device=device, dtype=BF16) for _ in range(SETS)]
+        weight, bias = torch.randn(n, k, device=device, dtype=BF16), _vectors(n, device)[0].to(BF16)
+        return lambda i: F.gelu(F.linear(inputs[i % SETS], weight, bias), approximate="tanh")
+
+    providers: dict[str, Callable[[], Run]] = {
+        "lowvram int8, GELU with the rows": lambda: quantized(False),
+        "lowvram int8, GELU in the product": lambda: quantized(True),
+        "torch bf16": bf16,
+    }
+    return Bench("ffn.0, GELU, rows of ffn.2", f"M={m} N={n} K={k}", 2.0 * m * n * k, "TOPS", "bf16", providers)
 
 
 def _int_mm(a: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -108,12 +147,14 @@ def _add(y: Tensor, x: Tensor, gate: Tensor, add: bool) -> Tensor:
 
 
 def attention_bench(m: int, n: int, heads: int = HEADS, device: str = "cuda") -> Bench:
-    def codes() -> Run:
-        q, k, v = (_codes(heads * rows, HEAD_DIM, device).view(heads, rows, HEAD_DIM) for rows in (m, n, math.ceil(n / 64) * 64))
-        q_scale, k_scale = (_scales(heads * rows, device).view(heads, rows) for rows in (m, n))
-        v_scale = _scales(heads * HEAD_DIM * math.ceil(n / 64), device).view(heads, HEAD_DIM, -1)
+    def codes(pv: str) -> Run:
+        q, k, v = (codes_of(heads * rows, HEAD_DIM, device).view(heads, rows, HEAD_DIM) for rows in (m, n, math.ceil(n / 64) * 64))
+        q_scale, k_scale = (scales_of(heads * rows, device).view(heads, rows) for rows in (m, n))
+        v_scale = scales_of(heads * HEAD_DIM * math.ceil(n / 64), device).view(heads, HEAD_DIM, -1)
         out = torch.empty(m, heads * HEAD_DIM, device=device, dtype=BF16)
         v = v.view(heads, HEAD_DIM, -1)
+        if pv != "int8":
+            v = (v.to(torch.float16) / 127).to(PV_DTYPES[pv])
         return lambda _: ops.attention_int8(q, q_scale, k, k_scale, v, v_scale, out)
 
     def floats() -> tuple[Tensor, Tensor, Tensor]:
@@ -134,12 +175,13 @@ def attention_bench(m: int, n: int, heads: int = HEADS, device: str = "cuda") ->
         q, k, v = floats()
         return lambda _: attend(q, k, v, tensor_layout="HND", is_causal=False)
 
-    providers: dict[str, Callable[[], Run]] = {"lowvram int8": codes}
+    arch = architecture(torch.device(device)) if device == "cuda" else INTERPRETER
+    providers: dict[str, Callable[[], Run]] = {f"lowvram int8, PV {pv}": lambda pv=pv: codes(pv) for pv in pv_choices(arch)}
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
         backend = getattr(SDPBackend, name)
         providers[f"SDPA {name.split('_')[0].lower()}"] = lambda backend=backend: sdpa(backend)
     if find_spec("sageattention"):
-        providers["sageattention"] = sage
+        providers[f"sageattention {version('sageattention')}"] = sage
     return Bench("attention", f"{m} queries, {n} keys, {heads} heads", 4.0 * m * n * heads * HEAD_DIM, "TOPS", "bf16", providers)
 
 
@@ -188,13 +230,13 @@ def _values(m: int, dim: int, device: str) -> Run:
     return lambda i: ops.quantize_values(inputs[i % SETS], out, scale)
 
 
-def _codes(rows: int, columns: int, device: str, code: torch.dtype = torch.int8) -> Tensor:
+def codes_of(rows: int, columns: int, device: str, code: torch.dtype = torch.int8) -> Tensor:
     if code == torch.int8:
         return torch.randint(-127, 128, (rows, columns), device=device, dtype=torch.int8)
     return (torch.randn(rows, columns, device=device, dtype=BF16) * 100).clamp_(-448, 448).to(E4M3)
 
 
-def _scales(rows: int, device: str) -> Tensor:
+def scales_of(rows: int, device: str) -> Tensor:
     return torch.rand(rows, 1, device=device) * 0.01 + 0.001
 
 
@@ -202,12 +244,13 @@ def _vectors(width: int, device: str) -> tuple[Tensor, Tensor]:
     return torch.randn(width, device=device), torch.randn(width, device=device)
 
 
-def all_benches(tokens: tuple[int, ...] = TOKENS) -> Iterator[Bench]:
+def all_benches(tokens: tuple[int, ...] = TOKENS, device: str = "cuda") -> Iterator[Bench]:
     for m in tokens:
         for name, (n, k) in LINEARS.items():
-            yield linear_bench(name, m, n, k)
+            yield linear_bench(name, m, n, k, device)
+        yield gelu_bench(m, device=device)
     for n in tokens[-2:]:
-        yield attention_bench(n, n)
-    yield attention_bench(tokens[-1], 512)
+        yield attention_bench(n, n, device=device)
+    yield attention_bench(tokens[-1], 512, device=device)
     for m in tokens[-2:]:
-        yield from row_benches(m)
+        yield from row_benches(m, device=device)

@@ -73,8 +73,14 @@ def attend_tile(
         logits = tl.where((key < left)[None, :], logits, float("-inf"))
     tile_maximum = tl.max(logits, axis=1) * query_scale  # a scale is positive: the largest stays the largest
     if v_ptrs.dtype.element_ty == tl.int8:
-        return add_int8(result, total, maximum, logits, query_scale, tile_maximum, v_ptrs, v_scale_ptrs, tile, T, HEAD_DIM)
-    return add_float(result, total, maximum, logits, query_scale, tile_maximum, v_ptrs, v_scale_ptrs, tile, T, HEAD_DIM, HALF_SUM)
+        result, total, maximum = add_int8(
+            result, total, maximum, logits, query_scale, tile_maximum, v_ptrs, v_scale_ptrs, tile, T, HEAD_DIM
+        )
+    else:
+        result, total, maximum = add_float(
+            result, total, maximum, logits, query_scale, tile_maximum, v_ptrs, v_scale_ptrs, tile, T, HEAD_DIM, HALF_SUM
+        )
+    return result, total, maximum
 
 
 @triton.jit

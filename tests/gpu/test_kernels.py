@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from lowvram_kernels import dispatch
+from lowvram_kernels.tuning import PV_DTYPES, architecture, pv_choices
 
 from tests.kernels import cases
 
@@ -25,6 +26,12 @@ def test_p18_int8_linear_has_the_bits_of_the_reference(m: int, n: int, k: int, o
 @pytest.mark.parametrize(("m", "n", "k"), LINEARS)
 def test_p18_int8_linear_adds_to_the_residual_with_the_bits_of_the_reference(m: int, n: int, k: int) -> None:
     assert not cases.linear_add(m, n, k, device=CUDA).mismatch()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), LINEARS)
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+def test_p18_int8_linear_with_gelu_has_the_bits_of_the_reference(m: int, n: int, k: int, out: torch.dtype) -> None:
+    assert not cases.linear_gelu(m, n, k, out=out, device=CUDA).mismatch()
 
 
 @pytest.mark.parametrize(("m", "n", "k"), LINEARS)
@@ -52,18 +59,45 @@ def test_p18_rms_rope_agrees_with_the_reference(rope: bool, smoothing: bool, m: 
     assert not cases.rms_rope(m, heads, rope=rope, smoothing=smoothing, head_dim=head_dim, device=CUDA).mismatch()
 
 
-@pytest.mark.parametrize(("n", "heads"), [(1, 1), (65, 2), (1000, HEADS)])
-def test_p18_values_agree_with_the_reference(n: int, heads: int) -> None:
-    assert not cases.values(n, heads, device=CUDA).mismatch()
+@pytest.mark.parametrize("pv", PV_DTYPES)
+@pytest.mark.parametrize(("n", "heads", "head_dim"), [(1, 1, 128), (65, 2, 64), (1000, HEADS, 128)])
+def test_p18_values_agree_with_the_reference(n: int, heads: int, head_dim: int, pv: str) -> None:
+    assert not cases.values(n, heads, head_dim=head_dim, code=PV_DTYPES[pv], device=CUDA).mismatch()
 
 
-@pytest.mark.parametrize(("m", "n", "heads"), [(1, 1, 1), (33, 64, 2), (70, 130, 3), (300, 1000, HEADS), (257, 4097, 2)])
-def test_p18_attention_agrees_with_the_reference(m: int, n: int, heads: int) -> None:
-    assert not cases.attention(m, n, heads, device=CUDA).mismatch()
+@pytest.mark.parametrize("pv", PV_DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "heads", "head_dim"), [(1, 1, 1, 128), (33, 64, 2, 64), (70, 130, 3, 128), (300, 1000, HEADS, 128), (257, 4097, 2, 128)]
+)
+def test_p18_attention_agrees_with_the_reference(m: int, n: int, heads: int, head_dim: int, pv: str) -> None:
+    needs(pv)
+    assert not cases.attention(m, n, heads, head_dim=head_dim, pv=pv, device=CUDA).mismatch()
 
 
-def test_a_query_depends_on_no_other_query() -> None:
-    case = cases.attention(300, 1000, 2, device=CUDA)
+@pytest.mark.parametrize(("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("fp8", 0.045)])
+def test_attention_of_data_with_outliers_is_close_to_exact_attention(pv: str, largest: float) -> None:
+    needs(pv)
+    ops = cases.AttentionOps(dispatch.rms_rope_quantize, dispatch.quantize_values, dispatch.attention_int8)
+    assert cases.attention_error(ops, 512, 4096, 4, dtype=PV_DTYPES[pv], device=CUDA) <= largest
+
+
+def test_fp8_values_are_refused_with_a_reason_where_no_tensor_core_takes_them() -> None:
+    if "fp8" in pv_choices(architecture(torch.device(CUDA))):
+        pytest.skip("this GPU multiplies e4m3")
+    case = cases.attention(33, 64, 2, pv="fp8", device=CUDA)
+    out = {name: output.cut(output.whole) for name, output in case.outputs.items()}
+    assert "begin with sm_89" in str(dispatch.OPS[case.op].constraint(**case.inputs, **out))
+
+
+def needs(pv: str) -> None:
+    if pv not in pv_choices(architecture(torch.device(CUDA))):
+        pytest.skip(f"no tensor cores for {pv} here")
+
+
+@pytest.mark.parametrize("pv", PV_DTYPES)
+def test_a_query_depends_on_no_other_query(pv: str) -> None:
+    needs(pv)
+    case = cases.attention(300, 1000, 2, pv=pv, device=CUDA)
     whole = case.run("triton")["out"][:-1]
     for start, end in ((0, 1), (1, 128), (3, 218), (128, 300)):
         part = {name: case.inputs[name][:, start:end] for name in ("q", "q_scale")}
@@ -83,6 +117,8 @@ def test_a_query_depends_on_no_other_query() -> None:
         (lambda: cases.values(130, 2, device=CUDA), cases.rolled("v")),
         (lambda: cases.attention(70, 130, 2, device=CUDA), cases.rolled("k_scale", 1)),
         (lambda: cases.attention(70, 130, 2, device=CUDA), cases.rolled("v_scale", 2)),
+        (lambda: cases.attention(70, 130, 2, pv="fp16", device=CUDA), cases.rolled("v_scale", 2)),
+        (lambda: cases.linear_gelu(33, 65, 96, device=CUDA), cases.changed(gelu=False)),
     ],
 )
 def test_p19_a_fault_shows(case: cases.Callable[[], cases.Case], fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
-from lowvram_kernels import constraints, dispatch
+from lowvram_kernels import constraints, dispatch, tuning
 from lowvram_kernels.tuning import ARCHITECTURES, linear_kind, linear_tile, nvidia_row
 
 from lowvram.errors import UnsupportedError
+from lowvram.memory.plan import Choice
+from lowvram.memory.workspace import dit_workspace
+from tests.checkpoints import tiny_config
 from tests.kernels import cases
+from tests.runs import expert_velocities, make_store
 
 ALL = [
     cases.linear(3, 32, 32), cases.linear_add(3, 32, 32), cases.rms_rope(2, 2), cases.values(5, 1), cases.attention(3, 5, 1),
@@ -98,9 +104,82 @@ def test_each_refusal_has_its_reason() -> None:
         "cos is torch.float64": refusal(rope, cos=rope.inputs["cos"].double()),
         "5 keys do not fill 128": refusal(values, out=torch.zeros(1, 128, 128, dtype=torch.int8), out_scale=torch.zeros(1, 128, 2)),
         "5 keys do not fill 128 value columns": refusal(attention, v=torch.zeros(1, 128, 128, dtype=torch.int8)),
+        "GELU(y) or adds gate": refusal(add, gelu=True),
+        "v is torch.float32": refusal(attention, v=attention.inputs["v"].float()),
+        "q is torch.float16": refusal(attention, q=attention.inputs["q"].half()),
         "tokens of q and k": refusal(attention, q=torch.zeros(1, 6, 128, dtype=torch.int8)[:, ::2]),
     }
     assert {want: got for want, got in wrong.items() if want not in got} == {}
+
+
+@pytest.mark.parametrize("make", [cases.rms_rope, cases.values, cases.attention])
+def test_p19_heads_of_another_width_take_the_reference_with_a_reason(
+    make: Callable[..., cases.Case], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The Triton kernels take heads of 64 and 128; on a GPU, where nothing else refuses them, others fall back and say why."""
+    monkeypatch.setattr(constraints, "wrong_device", lambda tensor: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.delenv("LOWVRAM_BACKEND", raising=False)
+    sizes = (5, 64, 2) if make is cases.attention else (5, 2)
+    for width in (64, 128):
+        assert refusal(make(*sizes, head_dim=width)) == "None"
+    case = make(*sizes, head_dim=96)
+    with caplog.at_level(logging.INFO, "lowvram_kernels.dispatch"):
+        assert choose(case) is dispatch.OPS[case.op].reference
+    assert caplog.messages == [f"{case.op} runs on the torch reference: triton: heads of 96 channels: the kernels take 64 or 128"]
+
+
+def test_p19_fp8_values_need_tensor_cores_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
+    case = cases.attention(3, 5, 1, pv="fp8")
+    for arch, taken in (("sm_86", False), ("sm_89", True), ("gfx1100", False), ("sm_120", True)):
+        constraints._no_e4m3.cache_clear()
+        monkeypatch.setattr(tuning, "architecture", lambda device, arch=arch: arch)
+        said = refusal(case)
+        assert said == ("None" if taken else f"{arch} has no tensor cores for float8_e4m3fn values: they begin with sm_89")
+    constraints._no_e4m3.cache_clear()
+
+
+def test_the_product_of_attention_is_int8_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.delenv("LOWVRAM_PV", raising=False)
+    for arch in ARCHITECTURES:
+        monkeypatch.setattr(tuning, "architecture", lambda device, arch=arch: arch)
+        assert tuning.pv_dtype(cuda) == torch.int8
+    monkeypatch.setenv("LOWVRAM_PV", "fp8")
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_86")
+    with pytest.raises(UnsupportedError, match=r"LOWVRAM_PV=fp8 on sm_86: use one of int8, fp16$"):
+        tuning.pv_dtype(cuda)
+    assert tuning.pv_dtype(cpu) == torch.float8_e4m3fn
+    monkeypatch.setenv("LOWVRAM_PV", "fp4")
+    with pytest.raises(UnsupportedError, match=r"LOWVRAM_PV=fp4 on .*: use one of int8, fp16, fp8"):
+        tuning.pv_dtype(cpu)
+
+
+def test_a_model_with_values_in_fp16_or_fp8_has_room_for_them_and_the_same_bits_in_every_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path, tiny_config(num_layers=1), "int8")
+    latents, features = cases.random(16, 3, 8, 14), [cases.random(9, store.config.dit.text_dim)]
+
+    def velocity(pv: str, chunk: int) -> torch.Tensor:
+        monkeypatch.setenv("LOWVRAM_PV", pv)
+        return expert_velocities(store, "low_noise", (112, 64), 9, latents, 500, features, Choice(chunk, 1, 0, 0, False))[0]
+
+    exact = velocity("int8", 128)
+    for pv in ("fp16", "fp8"):
+        other = velocity(pv, 128)
+        assert torch.equal(other, velocity(pv, 64))
+        assert not torch.equal(other, exact)
+        assert float((other - exact).norm() / exact.norm()) < 0.02
+    monkeypatch.setenv("LOWVRAM_PV", "fp16")
+    wide = dit_workspace(store.config.dit, "int8", 130, 64, 1).regions
+    monkeypatch.setenv("LOWVRAM_PV", "fp8")
+    narrow = dit_workspace(store.config.dit, "int8", 130, 64, 1).regions
+    assert wide["values"][1] == 2 * narrow["values"][1]
+    assert wide["keys"][1] == narrow["keys"][1]
 
 
 def test_tiles_of_every_architecture() -> None:
