@@ -18,19 +18,22 @@ from lowvram.checkpoint.tensors import TORCH_DTYPES
 from lowvram.config import DEFAULT_NEGATIVE_PROMPT, EXPERTS, LatentShape, Request, format_bytes, latent_shape
 from lowvram.errors import CheckpointError, OutOfMemoryError, UsageError
 from lowvram.memory.arena import Arena, Ledger, hand_back, is_out_of_memory, short_budget
-from lowvram.memory.heap import return_freed_memory
+from lowvram.memory.heap import return_freed_memory, trim_heap
 from lowvram.memory.ladder import RAM, Ladder
 from lowvram.memory.limits import host_memory
 from lowvram.memory.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
+from lowvram.memory.profile import MachineProfile
 from lowvram.models.text_encoder import TextEncoder
 from lowvram.models.vae import WanVAE
 from lowvram.models.wan import WanTransformer, compute_dtype, condition, load_ends
 from lowvram.progress import Listener, PhaseClock, silent
 from lowvram.prompt import Tokenizer
+from lowvram.prompt_cache import PromptCache, features_key
 from lowvram.sampling.denoise import Expert, block_schedule, branches_of, denoise
 from lowvram.sampling.schedule import Schedule, make_schedule
 from lowvram.sampling.solvers import Solver, make_solver
 from lowvram.sampling.state import RunState, load_state, save_state
+from lowvram.streaming.forecast import Forecast
 from lowvram.streaming.ring import Slots
 from lowvram.streaming.source import BlockFile
 from lowvram.streaming.streamer import StreamedComponent, Streamer
@@ -70,8 +73,23 @@ class Pipeline:
     On a CPU the VRAM budget bounds the loop's workspace, which then lies in host memory beside the RAM budget.
     """
 
-    def __init__(self, store: Store, device: torch.device, vram_bytes: int, ram_bytes: int, process_bytes: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        device: torch.device,
+        vram_bytes: int,
+        ram_bytes: int,
+        process_bytes: int,
+        profile: MachineProfile | None = None,
+        prompt_cache: PromptCache | None = None,
+    ) -> None:
+        """profile: this machine's speeds, by which plans are chosen and their time predicted; None where they were not measured.
+
+        prompt_cache: where prompts' features are kept between runs; None keeps none.
+        """
+        self.prompt_cache = prompt_cache
         self.store = store
+        self.profile = profile
         self.device = device
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
         self.host = Host.of(device.type, process_bytes)
@@ -79,8 +97,13 @@ class Pipeline:
 
     def plan(self, request: Request) -> MemoryPlan:
         """Raises `BudgetError` naming the smallest budgets that would do, `UsageError` for an impossible size."""
+        config, profile, branches = self.store.config, self.profile, [branches_of(expert, request) for expert in EXPERTS]
+        clock = None
+        if profile is not None:
+            steps, shift, boundary = request.steps, request.shift, request.boundary
+            clock = Forecast(config, self.store.format, profile, steps, shift, boundary, (branches[0], branches[1]))
         return choose_plan(
-            self.store.config,
+            config,
             self.store.format,
             (request.width, request.height),
             request.num_frames,
@@ -88,7 +111,9 @@ class Pipeline:
             self.host,
             self.vram_bytes,
             self.ram_bytes,
-            guided=any(branches_of(expert, request) == 2 for expert in EXPERTS),
+            guided=2 in branches,
+            clock=clock,
+            pinned_limit_bytes=profile.pinned_limit_bytes if profile else None,
         )
 
     def request(self, prompt: str, **changes: Any) -> Request:
@@ -310,17 +335,51 @@ class Pipeline:
     def _encode_prompts(self, request: Request, ledgers: dict[str, Ledger], plan: MemoryPlan, listener: Listener) -> list[Tensor]:
         """Features of the prompt and the negative prompt, [L, d_model] each, on the host."""
         clock = PhaseClock(listener, "text", 1)
-        config, file = self.store.config, self.store.files["text_encoder"]
-        tokenizer = Tokenizer(self.store.tokenizer)
-        prompts = [tokenizer.encode(text, config.dit.text_len) for text in (request.prompt, request.negative_prompt)]
-        encoder = TextEncoder(config.text_encoder, compute_dtype(self.store.format), self.device)
-        schedule = [("text_encoder", index) for index in range(config.text_encoder.num_layers)]
+        config, dtype = self.store.config.text_encoder, compute_dtype(self.store.format)
+        prompts = self._token_ids(request)
+        hashes = self.store.manifest.components["text_encoder"].tensors
+        keys = [features_key(hashes, config, ids, dtype, self.device) for ids in prompts]
+        shapes = [(len(ids), config.d_model) for ids in prompts]
+        cache = self.prompt_cache
+        features = [cache and cache.load(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+        missing = [number for number, rows in enumerate(features) if rows is None]
+        if missing:
+            encoded = self._encode([prompts[number] for number in missing], ledgers, plan)
+            for number, rows in zip(missing, encoded, strict=True):
+                features[number] = rows
+                if cache is not None:
+                    cache.save(keys[number], rows)
+        clock.report(1)
+        return [rows for rows in features if rows is not None]
+
+    def _encode(self, prompts: list[list[int]], ledgers: dict[str, Ledger], plan: MemoryPlan) -> list[Tensor]:
+        config, file = self.store.config.text_encoder, self.store.files["text_encoder"]
+        encoder = TextEncoder(config, compute_dtype(self.store.format), self.device)
+        schedule = [("text_encoder", index) for index in range(config.num_layers)]
         with self._streamer(schedule, ledgers, plan.text_slot_bytes, 0, 2, 0, plan.staging_buffers) as streamer:
             features = encoder.encode(
                 prompts, lambda ids: file.read_rows("token_embedding.weight", ids), file.read("norm.weight"), streamer
             )
-        clock.report(1)
         return [rows.cpu() for rows in features]
+
+    def _token_ids(self, request: Request) -> list[list[int]]:
+        """Ids of the prompt and the negative prompt; a warning for each that is longer than the model reads."""
+        tokenizer, limit = Tokenizer(self.store.tokenizer), self.store.config.dit.text_len
+        ids = []
+        for name, text in _prompts(request).items():
+            ids.append(tokenizer.encode(text, limit))
+            tokens = tokenizer.length(text)
+            if tokens > limit:
+                _log.warning("the %s has %d tokens, the model reads %d of them: what follows is cut off", name, tokens, limit)
+        del tokenizer
+        trim_heap()
+        return ids
+
+    def prompt_tokens(self, request: Request) -> dict[str, dict[str, int]]:
+        """`tokens` of each prompt, its end included, and how many of them are `kept`: no model reads more than its `text_len`."""
+        tokenizer, limit = Tokenizer(self.store.tokenizer), self.store.config.dit.text_len
+        counts = {name.replace(" ", "_"): tokenizer.length(text) for name, text in _prompts(request).items()}
+        return {name: {"tokens": tokens, "kept": min(tokens, limit)} for name, tokens in counts.items()}
 
     def _condition(self, request: Request, schedule: Schedule, features: list[Tensor], listener: Listener) -> dict[str, Expert]:
         clock = PhaseClock(listener, "conditioning", len(EXPERTS))
@@ -352,20 +411,31 @@ class Pipeline:
         return frames
 
 
+def _prompts(request: Request) -> dict[str, str]:
+    return {"prompt": request.prompt, "negative prompt": request.negative_prompt}
+
+
 def load(
     model: str | Path,
     vram: str | int = "auto",
     ram: str | int = "auto",
     device: str = "auto",
+    prompt_cache: bool = True,
 ) -> Pipeline:
     """Opens a quantized model. vram, ram: bytes, or text like `8GiB`, or `auto` for what is free now.
+
+    prompt_cache: whether prompts' features are kept in the user's cache folder, so that a repeated prompt loads no text encoder.
 
     Raises `CheckpointError` where MODEL is not a store, `UsageError` for a budget or device that cannot be read.
     """
     from lowvram.memory.budget import resolve_budgets
+    from lowvram.memory.measure import this_machine
 
     path = Path(model)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: make it with `lowvram quantize SOURCE {path}`")
     budgets = resolve_budgets(vram, ram, device)
-    return Pipeline(open_store(path), torch.device(budgets.device), budgets.vram_bytes, budgets.ram_bytes, budgets.process_bytes)
+    target = torch.device(budgets.device)
+    profile = this_machine(target.type)
+    cache = PromptCache() if prompt_cache else None
+    return Pipeline(open_store(path), target, budgets.vram_bytes, budgets.ram_bytes, budgets.process_bytes, profile, cache)
