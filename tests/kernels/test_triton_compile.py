@@ -31,9 +31,12 @@ store = variant("linear int8 store", "sm_86")
 wide = dataclasses.replace(store, constants=store.constants | {{"BLOCK_M": 256}}, options=store.options | {{"num_stages": 3}})
 for fault in check.compiled(wide, "sm_86").faults + check.compiled(store, "sm_86", alignment=1).faults:
     print(fault)
-fused = dataclasses.replace(store, options=store.options | {{"enable_fp_fusion": True}})
-print(check.compiled(fused, "sm_86").faults)
+for name, arch in (("linear int8 store", "sm_86"), ("linear int8 gelu", "sm_86"), ("linear int8 gelu", "gfx1100")):
+    one = variant(name, arch)
+    fused = dataclasses.replace(one, options=one.options | {{"enable_fp_fusion": True}})
+    print("fused", name, arch, check.compiled(fused, arch).faults)
 print(check.faults(store, "sm_86", 0, 100 * 1024, "", 16, 0))
+print(check.faults(variant("attention fp16", "sm_86"), "sm_86", 0, 0, "mma.m16n8k32.s32.s8.s8.s32", 16, 0))
 """
 
 
@@ -46,7 +49,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_kernel_compiles_within_the_limits_of(target: str) -> None:
     result = run(str(SCRIPT), "--arch", target)
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in ("adaln int8 rotated", "gelu int8 rotated", "rows fp8", "rms_rope k", "values", "attention", "linear int8 += gate * y"):
+    names = ["adaln int8 rotated", "gelu int8 rotated", "rows fp8", "rms_rope k", "linear int8 += gate * y", "linear int8 gelu"]
+    names += [f"{name} {pv}" for name in ("values", "attention") for pv in ("int8", "fp16")]
+    names += ["attention fp8", "attention fp8, heads of 64"] if target in ("sm_89", "sm_90", "sm_120") else []
+    for name in names:
         assert f"| {name} | {target} |" in result.stdout
 
 
@@ -56,5 +62,8 @@ def test_spills_narrow_loads_fused_sums_shared_memory_and_missing_instructions_a
     assert "bytes spilled" in result.stdout
     assert "operands are loaded" in result.stdout
     assert "of shared memory, the limit is 99 KB" in result.stdout
-    assert "fused multiply-adds" in result.stdout
+    fused = [line for line in result.stdout.splitlines() if line.startswith("fused")]
+    assert len(fused) == 3
+    assert all("fused multiply-adds" in line for line in fused), fused
     assert "no int8 matrix instruction" in result.stdout
+    assert "no fp16 matrix instruction" in result.stdout
