@@ -214,6 +214,7 @@ class Pipeline:
         """The loop; where memory that the plan counts on is gone, with less of it from the last finished step on, down the ladder."""
         ladder = Ladder(plan, lambda choice: self._describe(request, choice), shared=self.device.type == "cpu")
         state = solver.state_dict()
+        hand_back(self.device)
 
         def keep(finished: int, current: Tensor) -> None:
             nonlocal latents, state
@@ -268,6 +269,7 @@ class Pipeline:
 
     def _with_memory(self, phase: str, plan: MemoryPlan, run: Callable[[], T]) -> T:
         """`run`, and once more with everything handed back that is not in use where it ran out of memory."""
+        hand_back(self.device)  # what the phase before has left in torch's allocator
         for attempt in range(2):
             try:
                 return run()

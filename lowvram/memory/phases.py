@@ -22,6 +22,7 @@ FP32 = 4
 INT64 = 8
 VAE_TILE_PIXELS = 256
 VAE_TILE_OVERLAP_PIXELS = 64
+VAE_TILE_MARGIN_PIXELS = 16
 # Latents alive beside a block at work: those that the run began with, the current ones, the solver's sample and two clean samples, the
 # velocities of the step before and one new one. The solver, when no block is at work, holds five more.
 LATENTS_IN_BLOCK = 8
@@ -95,6 +96,8 @@ def loop_temporaries_bytes(config: ModelConfig, format: str, latents: LatentShap
     `references`: ops run as torch code, on fp32 copies of `REFERENCE_ROWS` rows; kernels keep theirs on the chip.
     """
     operations = _shared_operations(config, latents, chunk_tokens)
+    if references:  # the device's memory is the host's
+        operations["saved state"] = _saved_state_bytes(latents)
     if format not in QUANTIZED_FORMATS:
         operations |= _plain_operations(config, format, latents, chunk_tokens)
     elif references:
@@ -109,7 +112,6 @@ def _shared_operations(config: ModelConfig, latents: LatentShape, chunk_tokens: 
     smoothed = min(latents.num_tokens, SMOOTHING_TOKENS)
     return {
         "solver": LATENTS_IN_SOLVER * latent_bytes(latents),
-        "saved state": _saved_state_bytes(latents),
         "patches": latents.num_tokens * PATCH_VALUES * dit.in_dim * FP32 + 3 * REFERENCE_ROWS * row,
         "head": latents.num_tokens * PATCH_VALUES * dit.out_dim * FP32 + 3 * REFERENCE_ROWS * row,
         "mean key": _rms_rope_values(dit.head_dim) * smoothed * row + _angles_bytes(config, smoothed),

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from lowvram.checkpoint.store_layout import component_layout
@@ -119,7 +120,7 @@ class Host:
     @classmethod
     def of(cls, device_type: str, process_bytes: int = PROCESS_BYTES) -> Host:
         cuda = device_type == "cuda"
-        references = not cuda or os.environ.get("LOWVRAM_BACKEND") == "reference"
+        references = not cuda or os.environ.get("LOWVRAM_BACKEND") == "reference" or find_spec("triton") is None
         return cls(cuda, CUDA_CONTEXT_BYTES if cuda else 0, process_bytes, references)
 
 

@@ -11,7 +11,10 @@ from torch import Tensor
 from lowvram.checkpoint.names import diffusers_vae_from_official
 from lowvram.config import VAEConfig
 from lowvram.errors import CheckpointError
-from lowvram.memory.phases import VAE_TILE_OVERLAP_PIXELS
+from lowvram.memory.phases import VAE_TILE_MARGIN_PIXELS, VAE_TILE_OVERLAP_PIXELS
+
+# At the picture's own border, where no other tile is, it is divided out.
+SMALLEST_WEIGHT = 1e-6
 
 
 class Piece(NamedTuple):
@@ -72,7 +75,7 @@ class WanVAE:
             yield pixels[0].float().clamp_(-1, 1).cpu()
 
     def _decode_tiles(self, latents: Tensor, tile_pixels: int, progress: Progress) -> Iterator[Piece]:
-        """Tiles overlap and fade into one another linearly; the weights of all tiles over a pixel are divided out.
+        """Tiles overlap and fade into one another in the middle of the overlap; the weights of all tiles over a pixel are divided out.
 
         One row of tiles is held as floats; what no later row touches is finished and handed on.
         """
@@ -118,9 +121,13 @@ def tile_starts(length: int, tile: int, step: int) -> list[int]:
 
 
 def _fade(length: int, overlap: int) -> Tensor:
-    """[length] weights that rise over `overlap` pixels at both ends and never reach zero."""
+    """[length] weights that rise over the middle of `overlap` pixels at both ends and never reach zero.
+
+    The outermost `VAE_TILE_MARGIN_PIXELS`, whose neighbours the tile does not see, count for nothing where another tile covers them.
+    """
     position = torch.arange(length, dtype=torch.float32) + 0.5
-    return torch.minimum(position, length - position).div(overlap).clamp(max=1)
+    inward = torch.minimum(position, length - position) - VAE_TILE_MARGIN_PIXELS
+    return inward.div(overlap - 2 * VAE_TILE_MARGIN_PIXELS).clamp(SMALLEST_WEIGHT, 1)
 
 
 def _build(config: VAEConfig) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -89,3 +90,20 @@ def test_a_failed_decode_costs_no_sampling(tiny_store: StoreOf, tmp_path: Path, 
     again = pipeline.generate(request, state_file=state, resume=True, listener=listen)
     assert digest(again.frames) == expected
     assert phases == {"decode"}
+
+
+@pytest.mark.slow
+def test_seams_are_invisible_in_a_drawn_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained VAE, four tiles against one piece: no pixel is two of 255 levels off, and no line of a tile's edge stands out.
+
+    A viewer sees steps between neighbours; one level is the smallest that a frame can hold. The last line shows what would be seen
+    where one tile simply covers the other: the measure can fail.
+    """
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    found = importlib.import_module("vae_tiles").measure()
+    assert found["psnr_of_tiles_against_one_piece_db"] > 70
+    assert abs(found["psnr_of_tiles_against_the_drawing_db"] - found["psnr_of_one_piece_against_the_drawing_db"]) < 0.05
+    assert found["largest_difference_in_overlaps"] < 2
+    assert found["step_at_edges_of_tiles"] < 0.1
+    assert found["step_at_edges_of_tiles"] <= 2 * found["step_elsewhere"]
+    assert found["step_where_one_tile_covers_the_other"] > 10 * found["step_at_edges_of_tiles"]
