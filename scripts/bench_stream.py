@@ -38,7 +38,9 @@ from lowvram.disk import check_room
 from lowvram.errors import BudgetError
 from lowvram.memory.arena import Ledger
 from lowvram.memory.budget import PROCESS_GROWTH_BYTES
+from lowvram.memory.measure import measure_profile
 from lowvram.memory.plan import Host, MemoryPlan
+from lowvram.memory.profile import MachineProfile
 from lowvram.pipeline import Pipeline
 from lowvram.progress import Progress
 from lowvram.sampling.schedule import make_schedule
@@ -58,7 +60,8 @@ TIMELINE_BLOCKS = 60
 class StreamRow:
     """One provider under one pair of budgets at one size. Empty: not measured, or of no meaning there; `note` says why.
 
-    overhead: of the median step against lowvram with everything resident; switch_s: the first step of the second expert.
+    overhead: of the median step against lowvram with everything resident; switch_s: the first step of the second expert;
+    predicted_s: the plan's prediction of a step, from `rates` "measured" here or of a "table".
     """
 
     provider: str
@@ -82,6 +85,9 @@ class StreamRow:
     planned_vram_gb: float | None = None
     peak_rss_gb: float | None = None
     planned_ram_gb: float | None = None
+    predicted_s: float | None = None
+    predicted_switch_stall_s: float | None = None
+    rates: str = ""
     disk_gb_s: float | None = None
     latents_sha256: str = ""
     gpu: str = ""
@@ -208,9 +214,11 @@ class TimedHost(HostTransport):
 class BenchPipeline(Pipeline):
     """A pipeline whose prompts are random features, and whose device is reached through staging buffers also where it is the host."""
 
-    def __init__(self, store: Store, device: torch.device, vram_bytes: int, ram_bytes: int, process_bytes: int, context_bytes: int) -> None:
-        super().__init__(store, device, vram_bytes, ram_bytes, process_bytes)
-        self.host = Host(staged=True, context_bytes=context_bytes, process_bytes=process_bytes)
+    def __init__(
+        self, store: Store, device: torch.device, vram_bytes: int, ram_bytes: int, host: Host, profile: MachineProfile | None = None
+    ) -> None:
+        super().__init__(store, device, vram_bytes, ram_bytes, host.process_bytes, profile)
+        self.host = replace(host, staged=True)
         self.timed: TimedCuda | TimedHost | None = None
 
     def _encode_prompts(self, *arguments: Any, **more: Any) -> list[Tensor]:
@@ -297,13 +305,15 @@ class Case:
     budgets: Sequence[tuple[int, int]]
 
 
-def lowvram_rows(store: Store, case: Case, device: torch.device) -> Iterator[tuple[StreamRow, Timeline]]:
+def lowvram_rows(
+    store: Store, case: Case, device: torch.device, profile: MachineProfile | None = None
+) -> Iterator[tuple[StreamRow, Timeline]]:
     resident_s: float | None = None
     speed = disk_speed(store)
     for vram, ram in case.budgets:
         gc.collect()
-        process = psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES
-        pipeline = BenchPipeline(store, device, vram, ram, process, context_bytes(device))
+        host = Host(True, context_bytes(device), psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES)
+        pipeline = BenchPipeline(store, device, vram, ram, host, profile)
         request = request_of(pipeline, case.size, case.frames, case.steps)
         row = _row(f"lowvram {FORMAT}", store.config, case, vram, ram)
         try:
@@ -350,6 +360,7 @@ def _measure(pipeline: BenchPipeline, request: Request, plan: MemoryPlan, device
         "pinned": choice.pinned_blocks,
         "chunk": choice.chunk_tokens,
         "joint": choice.joint_guidance,
+        **_predicted(plan),
         "step_s": statistics.median(steps[1:] or steps),  # the first step also fills the slots
         "steps_s": " ".join(f"{seconds:.4f}" for seconds in steps),
         "switch_s": steps[request.steps // 2],
@@ -359,6 +370,13 @@ def _measure(pipeline: BenchPipeline, request: Request, plan: MemoryPlan, device
         "planned_ram_gb": max(phase.ram_bytes for phase in plan.phases) / GB,
         "latents_sha256": hashlib.sha256(latents.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
     }, pipeline.timed.timeline() if pipeline.timed is not None else Timeline()  # fmt: skip
+
+
+def _predicted(plan: MemoryPlan) -> dict[str, Any]:
+    found = plan.prediction
+    if found is None:
+        return {}
+    return {"predicted_s": found.step_s, "predicted_switch_stall_s": found.switch_stall_s, "rates": found.basis}
 
 
 def baseline_rows(config: ModelConfig, case: Case, device: torch.device) -> Iterator[StreamRow]:
@@ -434,12 +452,19 @@ def _diffusers_steps(model: Any, config: ModelConfig, case: Case, device: torch.
     return seconds
 
 
-def run(store: Store, cases: Sequence[Case], device: torch.device, output: Path, baselines: bool = True) -> list[StreamRow]:
+def run(
+    store: Store,
+    cases: Sequence[Case],
+    device: torch.device,
+    output: Path,
+    baselines: bool = True,
+    profile: MachineProfile | None = None,
+) -> list[StreamRow]:
     """Measures every case, writing rows as they come: OUTPUT.csv, OUTPUT.svg (seconds per step against budget), a timeline per size."""
     rows: list[StreamRow] = []
     for case in cases:
         last = Timeline()
-        for row, timeline in lowvram_rows(store, case, device):
+        for row, timeline in lowvram_rows(store, case, device, profile):
             rows.append(row)
             last = timeline if timeline.copies else last
             _report(output, rows)
@@ -568,7 +593,7 @@ def stream(options: argparse.Namespace, output: Path) -> int:
     cases = [Case(parse_size(size), options.frames, options.steps, budgets) for size in options.sizes]
     with store:
         print(f"random store at {folder}, disk {disk_speed(store):.2f} GB/s, {format_bytes(free)} of VRAM free")
-        rows = run(store, cases, device, output, not options.no_baselines)
+        rows = run(store, cases, device, output, not options.no_baselines, measure_profile("cuda", options.work))
     problems = disagreements(rows) + exceeded(rows)
     for problem in problems:
         print(f"bench.py stream: {problem}", file=sys.stderr)

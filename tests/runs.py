@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -84,6 +85,6 @@ def expert_velocities(
     slots = Slots("slot", choice.resident_blocks + choice.ring_slots, plan.slot_bytes, ledger, CPU)
     host = Slots("cached", choice.host_blocks, plan.slot_bytes, Ledger("RAM", plan.peak_ram_bytes), CPU)
     staging = Slots("staging", 0, plan.slot_bytes, ledger, CPU)
-    with Streamer({expert: streamed}, visits, slots, host, staging, make_transport(CPU)) as streamer:
+    with closing(streamed.file), Streamer({expert: streamed}, visits, slots, host, staging, make_transport(CPU)) as streamer:
         model = WanTransformer(config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU)
         return model.velocities(latents, 0, conditioning, load_ends(file.read, store.format, CPU), streamer, expert)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lowvram.config import T2V_A14B
-from lowvram.memory.plan import Choice
+from lowvram.memory.cards import find_card
+from lowvram.memory.plan import Choice, Host
 from tests.checkpoints import tiny_config
 from tests.runs import CPU
 
@@ -24,6 +25,7 @@ import bench_stream
 from bench_stream import BenchPipeline, Case
 
 MIB, GIB = 2**20, 2**30
+HOST = Host(staged=True, context_bytes=0, process_bytes=GIB)
 LAYERS = 24  # their slots take more than decoding does
 
 
@@ -33,11 +35,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[bench_stream.St
     folder = tmp_path_factory.mktemp("bench")
     config = tiny_config(num_layers=LAYERS)
     with bench_stream.write_random_store(folder / "store", config) as store:
-        everything = BenchPipeline(store, CPU, 2 * GIB, 16 * GIB, GIB, 0)
+        everything = BenchPipeline(store, CPU, 2 * GIB, 16 * GIB, HOST)
         request = bench_stream.request_of(everything, (64, 64), 9, 4)
         least = everything._describe(request, Choice(64, 2, 0, 0, False))
         budgets = [(2 * GIB, 16 * GIB), (least.peak_vram_bytes, 16 * GIB), (MIB, 16 * GIB)]
-        found = bench_stream.run(store, [Case((64, 64), 9, 4, budgets)], CPU, folder / "stream-cpu")
+        found = bench_stream.run(
+            store, [Case((64, 64), 9, 4, budgets)], CPU, folder / "stream-cpu", profile=find_card("RTX 3060 12GB").profile()
+        )
     return found, folder
 
 
@@ -51,6 +55,9 @@ def test_rows_hold_times_peaks_and_one_digest(rows: tuple[list[bench_stream.Stre
         assert row.step_s is not None
         assert row.step_s > 0
         assert len(row.steps_s.split()) == 4
+        assert row.predicted_s is not None
+        assert row.predicted_s > 0
+        assert row.rates == "table"
         assert row.disk_gb_s is not None
         assert row.disk_gb_s > 0
         assert row.peak_vram_gb is not None
@@ -88,7 +95,7 @@ def test_the_switch_is_in_the_middle_of_the_steps(rows: tuple[list[bench_stream.
     from lowvram.sampling.schedule import make_schedule
 
     with bench_stream.write_random_store(tmp_path / "store", tiny_config()) as store:
-        pipeline = BenchPipeline(store, CPU, 2 * GIB, 16 * GIB, GIB, 0)
+        pipeline = BenchPipeline(store, CPU, 2 * GIB, 16 * GIB, HOST)
         for steps in (2, 3, 4, 8):
             request = bench_stream.request_of(pipeline, (64, 64), 9, steps)
             visits = block_schedule(make_schedule("unipc", steps, request.shift), request, 1, True, 0)

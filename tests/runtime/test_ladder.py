@@ -258,6 +258,14 @@ def test_a_run_that_steps_down_reports_each_step_once(pipeline: StagedPipeline, 
     assert seen == [0, 1, 2, 3]
 
 
+def test_nothing_is_allocated_between_the_first_step_and_the_last(pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, counts = Memory(monkeypatch), []
+    run(pipeline, Choice(64, 1, 0, 1, False), lambda event: counts.append(memory.count) if event.phase == "denoise" else None)
+    before, *steps = counts
+    assert len(steps) == 3
+    assert set(steps) == {before + 1 + 2 + 1 + 1}  # one slot, two staging buffers, one cached block, the arena
+
+
 def a14b(vram_gib: float, ram_gib: float, device: str = "cuda") -> tuple[MemoryPlan, Callable[[Choice], MemoryPlan]]:
     host = Host.of(device)
     plan = choose_plan(T2V_A14B, "int8", (1280, 720), 81, 40, host, int(vram_gib * GIB), int(ram_gib * GIB))
