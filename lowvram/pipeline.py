@@ -343,7 +343,8 @@ class Pipeline:
         keys = [features_key(hashes, config, ids, dtype, self.device) for ids in prompts]
         shapes = [(len(ids), config.d_model) for ids in prompts]
         cache = self.prompt_cache
-        features = [cache and cache.load(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+        wanted = list(zip(keys, shapes, strict=True))
+        features = [None if cache is None else cache.load(key, shape, dtype) for key, shape in wanted]
         missing = [number for number, rows in enumerate(features) if rows is None]
         if missing:
             encoded = self._encode([prompts[number] for number in missing], ledgers, plan)

@@ -1,6 +1,6 @@
 """What each phase of a run allocates beside blocks and workspace, in bytes: pure arithmetic, no torch.
 
-The formulas follow the code line by line: which tensors live at the moment of a phase's peak. tests/runtime/test_memory.py holds them
+The formulas follow the code line by line: which tensors live at the moment of a phase's peak. tests/runtime/test_allocations.py holds them
 against every allocation that a run makes.
 """
 
@@ -18,6 +18,8 @@ REFERENCE_ROWS = 256
 TOKENIZER_BYTES = 2560
 PLAIN_ROWS = 1024
 TEXT_HEADS_AT_ONCE = 8
+# fp32 values per channel that `rms_rope` holds: input, normalised, rotated, and halves of pairs in the making.
+RMS_ROPE_VALUES = 4.5
 FP32 = 4
 INT64 = 8
 VAE_TILE_PIXELS = 256
@@ -114,7 +116,7 @@ def _shared_operations(config: ModelConfig, latents: LatentShape, chunk_tokens: 
         "solver": LATENTS_IN_SOLVER * latent_bytes(latents),
         "patches": latents.num_tokens * PATCH_VALUES * dit.in_dim * FP32 + 3 * REFERENCE_ROWS * row,
         "head": latents.num_tokens * PATCH_VALUES * dit.out_dim * FP32 + 3 * REFERENCE_ROWS * row,
-        "mean key": _rms_rope_values(dit.head_dim) * smoothed * row + _angles_bytes(config, smoothed),
+        "mean key": int(RMS_ROPE_VALUES * smoothed * row) + _angles_bytes(config, smoothed),
         "mean key of the text": 3 * dit.text_len * row,
         "angles": _angles_bytes(config, min(chunk_tokens, latents.num_tokens)) * 2,
     }
@@ -123,11 +125,6 @@ def _shared_operations(config: ModelConfig, latents: LatentShape, chunk_tokens: 
 def _angles_bytes(config: ModelConfig, tokens: int) -> int:
     """cos and sin of a chunk of tokens."""
     return tokens * config.dit.head_dim * FP32
-
-
-def _rms_rope_values(head_dim: int) -> float:
-    """fp32 values per channel that `rms_rope` holds: input, normalised, rotated and two halves in the making."""
-    return 4.5
 
 
 def _reference_operations(config: ModelConfig, format: str, latents: LatentShape, chunk_tokens: int) -> dict[str, int]:
@@ -144,7 +141,7 @@ def _reference_operations(config: ModelConfig, format: str, latents: LatentShape
         "quantize the tokens of the mean key": int((1 + quantized) * smoothed * row),
         "gelu": 7 * rows * dit.ffn_dim * FP32,
         "project": 2 * text_rows * 2 * row,
-        "heads": int(4.5 * rows * row) + angles,
+        "heads": int(RMS_ROPE_VALUES * rows * row) + angles,
         "attention": int((6 + 64 / REFERENCE_ROWS) * rows * row) + 2 * scores + 9 * rows * dit.num_heads * FP32,
     }
     if format == "fp8":
@@ -164,7 +161,7 @@ def _plain_operations(config: ModelConfig, format: str, latents: LatentShape, ch
         "adaln": 2 * rows * row,
         "gelu": rows * dit.ffn_dim * compute,
         "add": rows * dit.dim * (compute + FP32 if compute != FP32 else FP32),
-        "heads": int(4.5 * min(PLAIN_ROWS, max(chunk, dit.text_len)) * row) + _angles_bytes(config, chunk),
+        "heads": int(RMS_ROPE_VALUES * min(PLAIN_ROWS, max(chunk, dit.text_len)) * row) + _angles_bytes(config, chunk),
         "attention": rows * dit.dim * compute,
     }
 
