@@ -156,14 +156,59 @@ def test_quantize_says_what_it_lost(tmp_path: Path) -> None:
     refused(run("inspect", model, "--verify"), 1, "low_noise blocks.1.")
 
 
+def test_plan_answers_for_a_card_of_the_table() -> None:
+    card = ["--gpu", "rtx 3060", "--ram", "16GiB"]
+    plan = json.loads(run("plan", "t2v-a14b", "--size", "832x480", *card, "--link", "PCIe 3.0 x8", "--disk", "7GB", "--json").stdout)
+    assert plan["prediction"]["machine"] == "RTX 3060 12GB"
+    assert plan["prediction"]["basis"] == "table"
+    assert plan["peak_vram_bytes"] <= 12 * 2**30
+    table = run("plan", "t2v-a14b", "--size", "832x480", *card).stdout
+    for text in ("RTX 3060 12GB", "a denoising step, predicted", "the video, predicted"):
+        assert text in table
+    refused(run("plan", "t2v-a14b", "--gpu", "RTX 3080"), 2, "RTX 3080 10GB, RTX 3080 12GB")
+    refused(run("plan", "t2v-a14b", "--gpu", "RTX 3060", "--link", "PCIe 9 x16"), 2, "PCIe", "x8")
+
+
+def test_plan_without_a_size_says_what_fits() -> None:
+    asked = ["plan", "i2v-a14b", "--frames", "81", "--vram", "3GB", "--ram", "8GB"]
+    matrix = json.loads(run(*asked, "--json").stdout)
+    assert matrix["times_are"] == "predicted"
+    assert matrix["machine"] == "RTX 4090"
+    fits = {(cell["width"], cell["height"]): cell["fits"] for cell in matrix["cells"]}
+    assert fits == {(640, 384): True, (832, 480): True, (1280, 720): False}
+    assert all(("prediction" in cell) == cell["fits"] for cell in matrix["cells"])
+    table = " ".join(run(*asked).stdout.split())
+    for text in ("does not fit", "predicted for RTX 4090", "all times are predictions"):
+        assert text in table
+
+
+def test_generate_sets_predicted_beside_actual_times(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor's profile is found by the run that follows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = ["generate", model, "--prompt", "a circle", *CLIP]
+    assert json.loads(run(*asked, "--out", tmp_path / "a.mp4", "--json").stdout)["seconds"]["predicted"] is None
+    report = json.loads(run("doctor", "--path", tmp_path, "--json").stdout)
+    assert report["profile"]["device"] == "cpu"
+    told = json.loads(run(*asked, "--out", tmp_path / "b.mp4", "--json").stdout)
+    actual, predicted = told["seconds"]["actual"], told["seconds"]["predicted"]
+    assert set(predicted) == {"text", "conditioning", "denoise", "decode", "step"}
+    assert all(actual[phase] > 0 for phase in predicted)
+    assert all(predicted[phase] > 0 for phase in predicted)
+    assert told["plan"]["prediction"]["basis"] == "measured"
+    shown = run(*asked, "--out", tmp_path / "c.mp4").stderr
+    for text in ("predicted:", "actual / predicted", "one denoising step"):
+        assert text in shown
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()  # another plan perhaps, the same video
+
+
 def test_plan_and_doctor_speak_json() -> None:
     plan = json.loads(run("plan", "t2v-a14b", "--size", "1280x720", "--frames", "81", "--json").stdout)
     assert plan["num_tokens"] == 75_600
     assert plan["peak_vram_bytes"] <= 8 * 2**30
-    table = run("plan", "t2v-a14b", "--vram", "24GiB").stdout
+    table = run("plan", "t2v-a14b", "--size", "1280x720", "--vram", "24GiB").stdout
     for text in ("x, fp32", "1.55 GB", "K and V", "chunk workspace", "block slots", "peak of the decode phase"):
         assert text in table
-    refused(run("plan", "t2v-a14b", "--vram", "2GiB"), 1, "use --vram", "MiB or more")
+    refused(run("plan", "t2v-a14b", "--size", "1280x720", "--vram", "2GiB"), 1, "use --vram", "MiB or more")
     assert {finding["name"] for finding in json.loads(run("doctor", "--json").stdout)["findings"]} >= {"GPU", "Triton", "RAM"}
 
 

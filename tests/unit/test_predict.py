@@ -1,0 +1,181 @@
+"""Predictions: operations against the facts and against torch's own count, few simulated steps against all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowvram.config import EXPERTS, I2V_A14B, T2V_A14B, VAEConfig, latent_shape
+from lowvram.memory.cards import find_card
+from lowvram.memory.plan import Choice, Host, MemoryPlan, describe_plan
+from lowvram.memory.predict import attention_ops, block_seconds, decode_ops, decode_seconds, elementwise_bytes, linear_ops, text_ops
+from lowvram.memory.profile import MachineProfile
+from lowvram.models.vae import _build
+from lowvram.sampling.schedule import expert_of, make_schedule
+from lowvram.streaming import forecast
+from lowvram.streaming.forecast import Forecast, high_noise_steps
+
+DIT, HD = T2V_A14B.dit, (1280, 720)
+CARD = find_card("RTX 4090").profile(16 * 2**30)
+
+
+def profile(**changes: float) -> MachineProfile:
+    return dataclasses.replace(CARD, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("tokens", "tera"), [(75_600, 163.1), (32_760, 41.96)])
+def test_a_block_is_the_work_that_the_facts_count(tokens: int, tera: float) -> None:
+    """kernels 5."""
+    ops = linear_ops(DIT, tokens) + text_ops(DIT) + attention_ops(DIT, tokens, tokens) + attention_ops(DIT, tokens, DIT.text_len)
+    assert ops / 1e12 == pytest.approx(tera, rel=1e-3)
+
+
+def test_element_wise_work_is_what_the_facts_count() -> None:
+    """kernels 5: a fused block moves about 25.5 times its tokens in bf16, +- 15 %."""
+    assert elementwise_bytes(DIT, "int8") / (2 * DIT.dim) == pytest.approx(25.5, rel=0.15)
+
+
+def test_seconds_of_a_block_follow_from_the_rates() -> None:
+    tokens, rate = 8192 * 4, 1e12
+    bare = profile(gemm_int8_ops_s=rate, attention_ops_s=rate, elementwise_bytes_s=1e30, launch_s=1e-12)
+    ops = linear_ops(DIT, tokens) + text_ops(DIT) + attention_ops(DIT, tokens, tokens + DIT.text_len)
+    assert block_seconds(DIT, "int8", tokens, 8192, bare) == pytest.approx(ops / rate)
+    moved = profile(gemm_int8_ops_s=1e30, attention_ops_s=1e30, elementwise_bytes_s=1e9, launch_s=1e-12)
+    seconds = block_seconds(DIT, "int8", tokens, 8192, moved)
+    assert seconds is not None
+    assert seconds > tokens * elementwise_bytes(DIT, "int8") / 1e9
+
+
+def test_short_chunks_cost_time_and_launches_bound_tiny_ones() -> None:
+    seconds = [block_seconds(DIT, "int8", 32_760, chunk, CARD) for chunk in (8192, 2048, 512, 64)]
+    assert seconds == sorted(seconds, key=lambda value: value or 0)
+    slow = profile(launch_s=1e-3)
+    assert block_seconds(DIT, "int8", 128, 64, slow) == pytest.approx((2 * 20 + 12) * 1e-3)
+    host = dataclasses.replace(slow, device="cpu")
+    assert (block_seconds(DIT, "int8", 128, 64, host) or 0) > (2 * 20 + 12) * 1e-3
+
+
+def test_formats_have_their_own_rates() -> None:
+    ampere = find_card("RTX 3090").profile()
+    assert ampere.gemm_ops_s("fp8") == ampere.gemm_bf16_ops_s  # decoded
+    assert CARD.gemm_ops_s("fp8") == CARD.gemm_fp8_ops_s
+    assert CARD.gemm_ops_s("int8") == CARD.gemm_ops_s("int8-plain") == CARD.gemm_int8_ops_s
+    assert block_seconds(DIT, "fp32", 64, 64, CARD) is None
+
+
+def test_the_decoder_does_the_operations_that_torch_counts() -> None:
+    """The first frame stands for a whole latent one, so short clips do a little more than their share."""
+    config = VAEConfig(base_dim=8)
+    model = _build(config).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        clip = model.decode(torch.randn(1, 16, 4, 4, 4), return_dict=False)[0]
+    counted = sum(ops for op, ops in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
+    pixels = clip.shape[2] * clip.shape[3] * clip.shape[4]
+    assert clip.shape[2:] == (13, 32, 32)
+    assert counted / pixels == pytest.approx(decode_ops(config), rel=0.06)
+
+
+def test_tiles_decode_their_overlaps_twice() -> None:
+    latents = latent_shape(T2V_A14B, *HD, 81)
+    whole, tiled = (decode_seconds(T2V_A14B, latents, tile, CARD) for tile in (0, 256))
+    assert 1.3 < tiled / whole < 2.2
+
+
+@pytest.mark.parametrize("steps", [1, 4, 30, 40, 50])
+@pytest.mark.parametrize(("shift", "boundary"), [(12.0, 0.875), (5.0, 0.9), (1.0, 0.5), (5.0, 0.0), (5.0, 1.0)])
+def test_experts_work_the_steps_that_the_schedule_gives_them(steps: int, shift: float, boundary: float) -> None:
+    timesteps = make_schedule("unipc", steps, shift).timesteps.tolist()
+    assert high_noise_steps(steps, shift, boundary) == sum(expert_of(timestep, boundary) == EXPERTS[0] for timestep in timesteps)
+
+
+def plan_of(choice: Choice, size: tuple[int, int] = (480, 272), frames: int = 17, device: str = "cuda") -> MemoryPlan:
+    return describe_plan(T2V_A14B, "int8", size, frames, 40, choice, Host.of(device))
+
+
+def clock(steps: int = 40, branches: tuple[int, int] = (2, 2), machine: MachineProfile = CARD) -> Forecast:
+    return Forecast(T2V_A14B, "int8", machine, steps, 12.0, 0.875, branches)
+
+
+CHOICES = [
+    Choice(2560, 2, 0, 0, False),
+    Choice(2560, 3, 12, 10, True, 5),
+    Choice(2560, 4, 5, 35, False, 20),
+    Choice(2560, 0, 40, 0, True),
+    Choice(2560, 1, 3, 0, False),
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("branches", [(2, 2), (1, 2), (1, 1)])
+def test_a_few_simulated_steps_stand_for_all(choice: Choice, branches: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    few = clock(20, branches)(plan_of(choice))
+    monkeypatch.setattr(forecast, "SIMULATED_STEPS", 20)
+    every = clock(20, branches)(plan_of(choice))
+    assert few is not None
+    assert every is not None
+    assert few.denoise_s == pytest.approx(every.denoise_s, rel=0.01)
+    for name in ("read_bytes", "host_copy_bytes", "link_bytes"):
+        assert getattr(few, name) == getattr(every, name)
+
+
+def test_residents_are_read_once_and_streamed_blocks_at_every_visit() -> None:
+    resident, streamed = clock()(plan_of(CHOICES[3])), clock()(plan_of(CHOICES[0]))
+    assert resident is not None
+    assert streamed is not None
+    slot = plan_of(CHOICES[0]).slot_bytes
+    assert resident.read_bytes == resident.link_bytes == 2 * 40 * slot
+    assert streamed.read_bytes == streamed.link_bytes == 2 * 40 * 40 * slot
+    assert streamed.overhead > 1 > 0.01 > resident.overhead
+    assert resident.compute_s < resident.denoise_s < streamed.denoise_s
+
+
+def test_one_branch_is_half_of_the_work() -> None:
+    both, one = clock()(plan_of(CHOICES[3])), clock(branches=(1, 1))(plan_of(CHOICES[3]))
+    assert both is not None
+    assert one is not None
+    assert one.compute_s == pytest.approx(both.compute_s / 2)
+
+
+def test_one_step_has_no_switch() -> None:
+    prediction = clock(1)(plan_of(CHOICES[0]))
+    assert prediction is not None
+    assert prediction.switch_stall_s == 0
+    assert prediction.denoise_s > 0
+
+
+def test_a_host_predicts_too() -> None:
+    machine = dataclasses.replace(CARD, device="cpu")
+    prediction = clock(3, machine=machine)(plan_of(Choice(64, 2, 4, 10, False), device="cpu"))
+    assert prediction is not None
+    assert prediction.video_s == pytest.approx(sum(prediction.phase_s.values()))
+
+
+def test_a_faster_machine_is_never_predicted_to_be_slower() -> None:
+    plans = [plan_of(choice) for choice in CHOICES]
+    faster = profile(link_bytes_s=2 * CARD.link_bytes_s, disk_bytes_s=2 * CARD.disk_bytes_s, gemm_int8_ops_s=2 * CARD.gemm_int8_ops_s)
+    for plan in plans:
+        slow, fast = clock()(plan), clock(machine=faster)(plan)
+        assert slow is not None
+        assert fast is not None
+        assert fast.video_s <= slow.video_s
+
+
+def test_what_is_printed_for_scripts() -> None:
+    prediction = clock()(plan_of(CHOICES[1]))
+    assert prediction is not None
+    data = json.loads(json.dumps(prediction.to_dict()))
+    assert data["machine"] == "RTX 4090"
+    assert data["basis"] == "table"
+    assert data["video_s"] == pytest.approx(sum(data[f"{phase}_s"] for phase in ("text", "conditioning", "denoise", "decode")))
+
+
+def test_image_to_video_is_predicted_with_its_own_schedule() -> None:
+    sampling = I2V_A14B.sampling
+    assert high_noise_steps(40, sampling.shift, sampling.boundary) == 15  # spec 5.1
