@@ -34,7 +34,7 @@ PROMPTS = {"prompt": "a red ball " * 200, "negative_prompt": "a blue ball " * 20
 def medium_config(dim: int, text_len: int, base_dim: int = 8) -> ModelConfig:
     """Large enough that a forgotten tensor shows: two blocks of `dim`."""
     dit = DiTConfig(dim=dim, ffn_dim=dim * 5 // 2, num_heads=dim // 128, num_layers=2, text_dim=512, text_len=text_len)
-    text = TextEncoderConfig(vocab_size=256, d_model=512, num_heads=8, head_dim=64, d_ff=1280, num_layers=2)
+    text = TextEncoderConfig(vocab_size=128, d_model=512, num_heads=8, head_dim=64, d_ff=1280, num_layers=2)
     return ModelConfig("t2v-custom", dit, text, VAEConfig(base_dim=base_dim, num_res_blocks=1))
 
 
