@@ -44,9 +44,9 @@ class Scene:
 def all_scenes() -> list[Scene]:
     """Every scene of one figure, then every scene of two, which differ in colour."""
     figures = [(color, shape) for color in COLORS for shape in SHAPES]
-    pairs = [(first, second) for first in figures for second in figures if first[0] != second[0]]
-    groups = [[(figure,) for figure in figures], pairs]
-    return [Scene(group, ground, motion) for kind in groups for group in kind for ground in GROUNDS for motion in MOTIONS]
+    groups: list[tuple[tuple[str, str], ...]] = [(figure,) for figure in figures]
+    groups += [(first, second) for first in figures for second in figures if first[0] != second[0]]
+    return [Scene(group, ground, motion) for group in groups for ground in GROUNDS for motion in MOTIONS]
 
 
 def split(scene: Scene) -> str:

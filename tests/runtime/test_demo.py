@@ -34,16 +34,23 @@ def test_the_demo_command_writes_a_clip_that_shows_the_prompt(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_held_out_captions_come_out_right_and_shuffled_ones_do_not() -> None:
-    """A part of the recorded judgement, repeated here: same model, same pairs."""
-    score = judge_demo.judge("int8", judge_demo.held_out_pairs(15), [])
-    assert score.right >= 10, score.wrong
+    """A part of the recorded judgement, repeated here; another processor's rounding may tip one clip that is on the edge."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    (recorded,) = (score for score in record["scores"] if score["format"] == "int8")
+    pairs = judge_demo.pairs_of(record["split"], recorded["pairs"], record["figures"])[:15]
+    score = judge_demo.judge("int8", pairs, [])
+    known_wrong = {scene.caption() for scene, _ in pairs} & set(recorded["wrong"])
+    assert score.right >= len(pairs) - len(known_wrong) - 1, score.wrong
     assert score.shuffled_right <= 2
 
 
-def test_the_record_is_of_three_formats_and_quantization_costs_nothing() -> None:
-    """The goal of 90 % in bf16 is not reached (the record says what is); int8 and fp8 lose at most one clip of 50 against bf16."""
-    scores = {score["format"]: score for score in json.loads(RECORD.read_text(encoding="utf-8"))["scores"]}
+def test_the_record_holds_the_goal_and_quantization_costs_nothing() -> None:
+    """90 % of 50 held-out pairs in bf16, at most 2 points less in int8 and fp8."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    scores = {score["format"]: score for score in record["scores"]}
+    assert record["split"] == "test"
     assert set(scores) == {"bf16", "int8", "fp8"}
     assert all(score["pairs"] == 50 for score in scores.values())
+    assert scores["bf16"]["right"] >= 45
     assert all(scores["bf16"]["right"] - score["right"] <= 1 for score in scores.values())
-    assert all(score["right"] >= 40 and score["shuffled_right"] <= 5 for score in scores.values())
+    assert all(score["shuffled_right"] <= 2 for score in scores.values())
