@@ -270,10 +270,13 @@ def train_expert(work: Path, device: torch.device, name: str, low: float, high: 
 
         return loss_of
 
-    first, last = work / f"{name}-all.pt", work / f"{name}.pt"
+    first, then, last = work / f"{name}-all.pt", work / f"{name}-one.pt", work / f"{name}.pt"
     train(first, modules, Schedule(4200, 6e-4, ema=0.998, horizon=6000, shards=1), loss_on(Clips(work, device, EXPERT_BATCH)))
     modules.load_state_dict(averaged(first))
-    train(last, modules, Schedule(5000, 5e-4, ema=0.998, shards=1), loss_on(Clips(work, device, EXPERT_BATCH, of_one_figure=True)))
+    of_one = loss_on(Clips(work, device, EXPERT_BATCH, of_one_figure=True))
+    train(then, modules, Schedule(5000, 5e-4, ema=0.998, shards=1), of_one)
+    modules.load_state_dict(averaged(then))
+    train(last, modules, Schedule(2200, 3e-4, ema=0.998, shards=1), of_one)
 
 
 def export(work: Path, device: torch.device, model: Path = MODEL_FOLDER) -> None:
