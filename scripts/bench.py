@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 from bench_stream import add_arguments, stream
-from bench_timing import ROOT, machine, peaks, require_cuda, table, write_csv, write_plot
+from bench_timing import ROOT, machine, peaks, rate_bars, require_cuda, table, write_csv
+from plots import bars, write_svg
 
 OUTPUT = ROOT / "docs" / "benchmarks"
 CUDA = torch.device("cuda")
@@ -52,7 +53,7 @@ def kernels(options: argparse.Namespace) -> int:
         print("bench: nothing was measured", file=sys.stderr)
         return 1
     write_csv(OUTPUT / f"kernels-{gpu_name()}.csv", rows)
-    write_plot(OUTPUT / f"kernels-{gpu_name()}.svg", rows)
+    write_svg(OUTPUT / f"kernels-{gpu_name()}.svg", bars(f"{rows[0].gpu}, {rows[0].commit}", rate_bars(rows)))
     print(table(rows))
     return 0
 

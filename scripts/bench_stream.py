@@ -1,59 +1,51 @@
 """Real denoising steps of a random model of true A14B shapes within capped budgets, beside everything resident and beside diffusers.
 
-The store is written by the project's own writer: one block's random codes, shifted by another amount in every block. Steps run across the
-expert switch. A row says what was measured and what was planned; where a budget is too small for any plan, it says that and no number.
+Steps run across the expert switch. A row says what was measured and what was planned; where a budget is too small for any plan, it says
+that and no number.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import hashlib
-import re
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 import psutil
 import torch
-from bench_timing import ROOT, machine
+from bench_timing import ROOT, machine, write_csv
+from plots import Bar, bars, timeline_plot, write_svg
+from random_store import FORMAT, bench_config, write_random_store
+from timed_transport import TimedCuda, TimedHost, Timeline
 from torch import Tensor
 
-from lowvram.checkpoint.manifest import TOKENIZER_NAME, ComponentManifest, Manifest, component_file
 from lowvram.checkpoint.store import Store, open_store
-from lowvram.checkpoint.store_layout import StoredTensor, component_layout, marker_bytes
-from lowvram.checkpoint.tensors import TORCH_DTYPES
-from lowvram.checkpoint.writer import StoreWriter, remove_leftovers
-from lowvram.config import COMPONENTS, EXPERTS, T2V_A14B, ModelConfig, Request, VAEConfig, format_bytes, latent_shape, parse_size
-from lowvram.disk import check_room
+from lowvram.config import EXPERTS, T2V_A14B, ModelConfig, Request, format_bytes, latent_shape, parse_size
 from lowvram.errors import BudgetError
-from lowvram.memory.arena import Ledger
 from lowvram.memory.budget import PROCESS_GROWTH_BYTES
 from lowvram.memory.measure import measure_profile
 from lowvram.memory.plan import Host, MemoryPlan
 from lowvram.memory.profile import MachineProfile
 from lowvram.pipeline import Pipeline
 from lowvram.progress import Progress
+from lowvram.run import Run
 from lowvram.sampling.schedule import make_schedule
 from lowvram.streaming.source import BlockFile
-from lowvram.streaming.transport import CudaTransport, HostTransport, Transport
+from lowvram.streaming.transport import Transport
 
 GB = 10**9
-FORMAT = "int8"
 SHIFT = 5.0
 PROMPT_TOKENS = 64
-INT8_STD = 73.3  # of codes drawn evenly from -127 .. 127
 RSS_PERIOD_S = 0.02
-TIMELINE_BLOCKS = 60
 
 
 @dataclass(frozen=True)
@@ -96,121 +88,6 @@ class StreamRow:
     note: str = ""
 
 
-@dataclass
-class Timeline:
-    """When copies and computations of one run began and ended, in seconds from its first event."""
-
-    copies: list[tuple[float, float]] = field(default_factory=list)
-    computations: list[tuple[float, float]] = field(default_factory=list)
-
-
-def bench_config(layers: int) -> ModelConfig:
-    """Experts of A14B's shapes; the parts that no step uses are as small as their code allows."""
-    text = replace(T2V_A14B.text_encoder, vocab_size=256, num_layers=1, d_ff=256)
-    vae = VAEConfig(base_dim=8, num_res_blocks=1)
-    return replace(T2V_A14B, variant="t2v-custom", dit=replace(T2V_A14B.dit, num_layers=layers), text_encoder=text, vae=vae)
-
-
-def write_random_store(path: Path, config: ModelConfig) -> Store:
-    """A store whose weights have the variance of a trained model's, so that latents stay finite. Raises `DiskFullError`."""
-    layouts = {component: component_layout(component, config, FORMAT) for component in COMPONENTS}
-    path.mkdir(parents=True, exist_ok=True)
-    check_room(path / TOKENIZER_NAME, sum(layout.total_bytes for layout in layouts.values()))
-    base: dict[tuple[object, ...], Tensor] = {}
-    widths: dict[str, int] = {}
-    generator = torch.Generator().manual_seed(0)
-    files = {}
-    for component, layout in layouts.items():
-        with StoreWriter(path / component_file(component), layout.tensors, layout.metadata(), {}, resume=False) as writer:
-            for number, tensor in enumerate(layout.tensors):
-                if tensor.role == "weight":
-                    widths[tensor.name] = tensor.shape[1]
-                kind = re.sub(r"^blocks\.\d+\.", "", tensor.name), tensor.dtype, tensor.shape
-                if kind not in base:
-                    base[kind] = _random(tensor, layout.format, widths.get(tensor.source, 1), generator)
-                codes = base[kind]
-                writer.write(codes.flatten().roll(number).view(codes.shape) if tensor.role == "weight" else codes)
-            files[component] = ComponentManifest(component_file(component), writer.header_sha256, writer.finish())
-    tokenizer = b"{}"
-    (path / TOKENIZER_NAME).write_bytes(tokenizer)
-    digest = hashlib.sha256(tokenizer).hexdigest()
-    Manifest(config, FORMAT, {"format": FORMAT}, {"layout": "random"}, files, digest, "0").write(path)
-    remove_leftovers(path)
-    return open_store(path)
-
-
-def _random(tensor: StoredTensor, format: str, width: int, generator: torch.Generator) -> Tensor:
-    if tensor.role == "marker":
-        return torch.frombuffer(bytearray(marker_bytes(format)), dtype=torch.uint8)
-    if tensor.role == "weight":
-        return torch.randint(-127, 128, tensor.shape, generator=generator, dtype=torch.int8)
-    dtype = TORCH_DTYPES[tensor.dtype]
-    if tensor.role == "scale":
-        return torch.full(tensor.shape, width**-0.5 / INT8_STD, dtype=dtype)
-    if "norm" in tensor.name or tensor.name.endswith("gamma"):
-        return torch.ones(tensor.shape, dtype=dtype)
-    values = torch.randn(tensor.shape, generator=generator)
-    return (values * (0.02 if values.ndim == 1 else values[0].numel() ** -0.5)).to(dtype)
-
-
-class TimedCuda(CudaTransport):
-    """Events with times around every copy and at the start of every block's computation."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.copied: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.computed: list[torch.cuda.Event] = []
-
-    def copy(self, host: Tensor, slot: Tensor, after: object | None) -> torch.cuda.Event:
-        start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
-        with torch.cuda.stream(self._stream):
-            if isinstance(after, torch.cuda.Event):
-                self._stream.wait_event(after)
-            start.record(self._stream)
-            slot[: host.numel()].copy_(host, non_blocking=True)
-            end.record(self._stream)
-        self.copied.append((start, end))
-        return end
-
-    def wait(self, event: object | None) -> None:
-        super().wait(event)
-        start = torch.cuda.Event(enable_timing=True)
-        start.record(self._computing)
-        self.computed.append(start)
-
-    def timeline(self) -> Timeline:
-        torch.cuda.synchronize()
-        if not self.copied or not self.computed:
-            return Timeline()
-        origin = self.copied[0][0]
-        starts = [origin.elapsed_time(event) / 1e3 for event in self.computed]
-        copies = [(origin.elapsed_time(start) / 1e3, origin.elapsed_time(end) / 1e3) for start, end in self.copied]
-        return Timeline(copies, list(pairwise(starts)))
-
-
-class TimedHost(HostTransport):
-    """The same on a CPU, through staging buffers as on a GPU; copies run in line."""
-
-    staged = True
-
-    def __init__(self) -> None:
-        self._times = Timeline()
-        self._starts: list[float] = []
-
-    def copy(self, host: Tensor, slot: Tensor, after: object | None) -> None:
-        start_s = time.perf_counter()
-        super().copy(host, slot, after)
-        self._times.copies.append((start_s, time.perf_counter()))
-
-    def wait(self, event: object | None) -> None:
-        self._starts.append(time.perf_counter())
-
-    def timeline(self) -> Timeline:
-        begun = min([start for start, _ in self._times.copies] + self._starts, default=0.0)
-        starts = [start - begun for start in self._starts]
-        return Timeline([(a - begun, b - begun) for a, b in self._times.copies], list(pairwise(starts)))
-
-
 class BenchPipeline(Pipeline):
     """A pipeline whose prompts are random features, and whose device is reached through staging buffers also where it is the host."""
 
@@ -221,7 +98,7 @@ class BenchPipeline(Pipeline):
         self.host = replace(host, staged=True)
         self.timed: TimedCuda | TimedHost | None = None
 
-    def _encode_prompts(self, *arguments: Any, **more: Any) -> list[Tensor]:
+    def _encode_prompts(self, run: Run) -> list[Tensor]:
         generator = torch.Generator().manual_seed(1)
         return [torch.randn(PROMPT_TOKENS, self.store.config.dit.text_dim, generator=generator) for _ in range(2)]
 
@@ -341,15 +218,13 @@ def _measure(pipeline: BenchPipeline, request: Request, plan: MemoryPlan, device
         if event.phase == "denoise":
             ends.append(time.perf_counter())
 
-    ledgers = {"vram": Ledger("VRAM", plan.peak_vram_bytes), "ram": Ledger("RAM", plan.peak_ram_bytes)}
-    ledgers["vram"].charge("the driver's context", pipeline.host.context_bytes)
-    ledgers["ram"].charge("the process", pipeline.host.process_bytes)
+    run = pipeline.new_run(request, plan, listen)
     with PeakRss() as rss, vram_cap(device, plan.peak_vram_bytes - pipeline.host.context_bytes), torch.no_grad():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        latents = pipeline._latents(request, plan, ledgers, None, None, False, listen)
+        latents = pipeline.latents(run)
         # The device's own peak; on a CPU, where nobody counts it, the ledger's.
-        reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else ledgers["vram"].peak_bytes
+        reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else run.vram.peak_bytes
     steps = [after - before for before, after in pairwise(ends)]
     choice = plan.choice
     denoise = next(phase for phase in plan.phases if phase.phase == "denoise")
@@ -469,7 +344,9 @@ def run(
             last = timeline if timeline.copies else last
             _report(output, rows)
         if last.copies:
-            _write(output.with_name(f"{output.name}-timeline-{rows[-1].size}.svg"), timeline_plot(last, f"{rows[-1].size} x {case.frames}"))
+            write_svg(
+                output.with_name(f"{output.name}-timeline-{rows[-1].size}.svg"), timeline_plot(last, f"{rows[-1].size} x {case.frames}")
+            )
         for row in baseline_rows(store.config, case, device) if baselines else ():
             rows.append(row)
             _report(output, rows)
@@ -481,61 +358,21 @@ def _report(output: Path, rows: list[StreamRow]) -> None:
     took = f"{row.step_s:.3f} s per step" if row.step_s is not None else row.note
     budgets = f" within {row.vram_budget_gb:.1f} and {row.ram_budget_gb:.1f} GB" if row.vram_budget_gb and row.ram_budget_gb else ""
     print(f"{row.provider} {row.size} x {row.frames}{budgets}: {took}", flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [item.name for item in fields(StreamRow)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(item) for item in rows)
-    _write(output.with_suffix(".svg"), budget_plot(rows))
+    write_csv(output.with_suffix(".csv"), rows)
+    write_svg(output.with_suffix(".svg"), bars(f"{row.gpu}, torch {row.torch}, {row.commit}", _bars(rows)))
 
 
-def _write(path: Path, svg: str) -> None:
-    path.write_text(svg + "\n", encoding="utf-8")
-
-
-def budget_plot(rows: Sequence[StreamRow]) -> str:
-    """A bar of seconds per step for each row that was measured, grouped by size."""
-    lines, top, size = [], 30, ""
+def _bars(rows: Sequence[StreamRow]) -> list[Bar]:
+    """Seconds per step of each row that was measured, grouped by size."""
     longest = max((row.step_s for row in rows if row.step_s is not None), default=1.0)
+    found = []
     for row in rows:
         if row.step_s is None:
             continue
-        if row.size != size:
-            size, top = row.size, top + 22
-            lines.append(f'<text x="10" y="{top - 6}" font-weight="bold">{size} x {row.frames}, seconds per step</text>')
-        name = (
-            f"{row.provider}, {row.vram_budget_gb:.0f} + {row.ram_budget_gb:.0f} GB"
-            if row.vram_budget_gb and row.ram_budget_gb
-            else row.provider
-        )
-        colour = "#2266cc" if row.provider.startswith("lowvram") else "#999999"
-        lines.append(f'<text x="290" y="{top + 12}" text-anchor="end">{escape(name)}</text>')
-        lines.append(f'<rect x="300" y="{top + 1}" width="{400 * row.step_s / longest:.1f}" height="14" fill="{colour}"/>')
-        lines.append(f'<text x="{306 + 400 * row.step_s / longest:.1f}" y="{top + 12}">{row.step_s:.3f}</text>')
-        top += 18
-    title = f"{rows[0].gpu}, torch {rows[0].torch}, {rows[0].commit}" if rows else ""
-    return _svg(800, top + 20, [f'<text x="10" y="20">{escape(title)}</text>', *lines])
-
-
-def timeline_plot(timeline: Timeline, title: str) -> str:
-    """Copies (above) and computations (below) of the last blocks of a run, on one axis of seconds."""
-    copies, computations = timeline.copies[-TIMELINE_BLOCKS:], timeline.computations[-TIMELINE_BLOCKS:]
-    spans = copies + computations
-    first = min(start for start, _ in spans)
-    scale = 960 / max(1e-9, max(end for _, end in spans) - first)
-    lines = [f'<text x="10" y="20">{escape(title)}: copies above, blocks computing below; {1 / scale * 960:.3f} s in all</text>']
-    for row, (label, parts) in enumerate((("copy", copies), ("compute", computations))):
-        lines.append(f'<text x="10" y="{52 + 30 * row}">{label}</text>')
-        for number, (start, end) in enumerate(parts):
-            colour = (("#2266cc", "#77aaee"), ("#cc6622", "#eeaa77"))[row][number % 2]
-            x, width = 70 + (start - first) * scale, max(0.3, (end - start) * scale)
-            lines.append(f'<rect x="{x:.2f}" y="{40 + 30 * row}" width="{width:.2f}" height="18" fill="{colour}"/>')
-    return _svg(1050, 110, lines)
-
-
-def _svg(width: int, height: int, lines: Sequence[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
-    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *lines, "</svg>"])
+        budgets = f", {row.vram_budget_gb:.0f} + {row.ram_budget_gb:.0f} GB" if row.vram_budget_gb and row.ram_budget_gb else ""
+        group = f"{row.size} x {row.frames}, seconds per step"
+        found.append(Bar(group, row.provider + budgets, row.step_s / longest, f"{row.step_s:.3f}"))
+    return found
 
 
 def disagreements(rows: Sequence[StreamRow]) -> list[str]:

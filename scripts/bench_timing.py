@@ -1,4 +1,4 @@
-"""Timing, the measured peak of a GPU, raw results as CSV and a plot: what the benchmarks share."""
+"""Timing, the measured peak of a GPU, raw results as CSV and as bars: what the benchmarks share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from xml.sax.saxutils import escape
+from typing import TYPE_CHECKING
 
 import torch
+from plots import Bar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
@@ -87,34 +91,22 @@ def machine() -> tuple[str, str, str]:
     return name, torch.__version__, result.stdout.strip()
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: Sequence[DataclassInstance]) -> None:
+    """One line per row, all of one dataclass, whose fields are the columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [item.name for item in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [item.name for item in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
 
 
-def write_plot(path: Path, rows: Sequence[Row]) -> None:
-    """Bars of the rate, grouped by op and shape, as SVG."""
-    height, lines, top = 18, [], 30
+def rate_bars(rows: Sequence[Row]) -> list[Bar]:
+    """Bars of the rate, grouped by op and shape, each of its unit's largest."""
     largest = {unit: max(row.rate for row in rows if row.unit == unit) for unit in {row.unit for row in rows}}
-    group = ""
-    for row in rows:
-        if f"{row.op} {row.shape}" != group:
-            group = f"{row.op} {row.shape}"
-            top += 12
-            lines.append(f'<text x="10" y="{top}" font-weight="bold">{escape(group)}</text>')
-            top += 6
-        width = 480 * row.rate / largest[row.unit]
-        colour = "#2266cc" if row.provider.startswith("lowvram") else "#999999"
-        lines.append(f'<text x="210" y="{top + 13}" text-anchor="end">{escape(row.provider)}</text>')
-        lines.append(f'<rect x="220" y="{top + 2}" width="{width:.1f}" height="{height - 4}" fill="{colour}"/>')
-        lines.append(f'<text x="{228 + width:.1f}" y="{top + 13}">{row.rate:.0f} {row.unit}, {row.median_ms:.2f} ms</text>')
-        top += height
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{top + 20}" font-family="sans-serif" font-size="12">'
-    title = f'<rect width="100%" height="100%" fill="white"/><text x="10" y="20">{escape(rows[0].gpu)}, {escape(rows[0].commit)}</text>'
-    path.write_text("\n".join([head, title, *lines, "</svg>"]) + "\n", encoding="utf-8")
+    return [
+        Bar(f"{row.op} {row.shape}", row.provider, row.rate / largest[row.unit], f"{row.rate:.0f} {row.unit}, {row.median_ms:.2f} ms")
+        for row in rows
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -37,6 +37,7 @@ BATCH = 8  # clips of the shared DiT's half batch
 EXPERT_BATCH = 16  # clips of an expert's batch: one thread each, so that both train side by side in two processes
 DRAWINGS = {1: 24, 2: 2}  # of every training caption, by its figures: a little more than half of all clips show one figure
 NO_CAPTION = 0.1  # share of training clips whose caption is dropped, for classifier-free guidance
+HARD = {"square": 2.0, "triangle": 1.5, "gray": 1.5}  # what the low-noise expert gets right last: corners, most of all at low contrast
 TRAIN_SHIFTS = (2.0, 10.0)  # half the noise levels lie as on a grid of each shift: most are high, where the caption decides
 
 MODEL_FOLDER = Path(scenes.__file__).parent / "model"
@@ -217,20 +218,30 @@ def noise_levels(count: int, low: float, high: float, generator: torch.Generator
 
 
 class Clips:
-    """Random batches of the cached latents and their captions' ids."""
+    """Random batches of the cached latents and their captions' ids; each word of `weights` makes its clips so many times as frequent."""
 
-    def __init__(self, work: Path, device: torch.device, count: int, of_one_figure: bool = False) -> None:
+    def __init__(
+        self, work: Path, device: torch.device, count: int, of_one_figure: bool = False, weights: dict[str, float] | None = None
+    ) -> None:
         self.count = count
         cache = torch.load(work / "latents.pt", weights_only=True)
-        chosen = ~(cache["ids"] == networks.token_ids(["and"])[0, 0]).any(1) | (not of_one_figure)
+        chosen = ~says(cache["ids"], "and") | (not of_one_figure)
         self.latents, self.ids = cache["latents"][chosen].float(), cache["ids"][chosen]
         self.none, self.device = networks.unconditional_ids(), device
+        self.weight = torch.ones(len(self.ids))
+        for word, times in (weights or {}).items():
+            self.weight[says(self.ids, word)] *= times
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = torch.randint(len(self.latents), (self.count,), generator=generator)
+        index = torch.multinomial(self.weight, self.count, replacement=True, generator=generator)
         dropped = torch.rand(self.count, 1, generator=generator) < NO_CAPTION
         none = self.none[torch.randint(len(self.none), (self.count,), generator=generator)]
         return self.latents[index].to(self.device), torch.where(dropped, none, self.ids[index]).to(self.device)
+
+
+def says(ids: Tensor, word: str) -> Tensor:
+    """[len(ids)] bool: which of the captions hold `word`."""
+    return (ids == networks.token_ids([word])[0, 0]).any(1)
 
 
 def flow_loss(dit: WanTransformer3DModel, latents: Tensor, features: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
@@ -277,6 +288,10 @@ def train_expert(work: Path, device: torch.device, name: str, low: float, high: 
     train(then, modules, Schedule(5000, 5e-4, ema=0.998, shards=1), of_one)
     modules.load_state_dict(averaged(then))
     train(last, modules, Schedule(2200, 3e-4, ema=0.998, shards=1), of_one)
+    if name == "low-noise":
+        modules.load_state_dict(averaged(last))
+        of_hard = loss_on(Clips(work, device, EXPERT_BATCH, of_one_figure=True, weights=HARD))
+        train(work / f"{name}-edges.pt", modules, Schedule(22000, 6e-4, ema=0.998, shards=1), of_hard)
 
 
 def export(work: Path, device: torch.device, model: Path = MODEL_FOLDER) -> None:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import closing
 from pathlib import Path
 
 import torch
 from lowvram_quantize.convert import quantize
 
 from lowvram.checkpoint.store import Store, open_store
-from lowvram.checkpoint.tensors import TORCH_DTYPES
 from lowvram.config import ModelConfig, Request, latent_shape
 from lowvram.memory.arena import Arena, Ledger
 from lowvram.memory.plan import Choice, Host, MemoryPlan, describe_plan
 from lowvram.models.wan import WanTransformer, condition, load_ends
 from lowvram.pipeline import Pipeline
-from lowvram.streaming.ring import Slots
-from lowvram.streaming.source import BlockFile
-from lowvram.streaming.streamer import StreamedComponent, Streamer
+from lowvram.streaming.stream import Buffers, open_stream
 from lowvram.streaming.transport import make_transport
-from lowvram.streaming.visits import assign_slots
 from tests.checkpoints import write_official
 
 CPU = torch.device("cpu")
@@ -74,17 +69,8 @@ def expert_velocities(
     file = store.files[expert]
     conditioning = condition(file.read, config.dit, store.format, torch.tensor([timestep]), features, CPU)
     rounds = 1 if choice.joint_guidance else len(features)
-    visits = assign_slots(
-        [(expert, index) for _ in range(rounds) for index in range(config.dit.num_layers)],
-        choice.resident_blocks,
-        choice.ring_slots,
-        choice.host_blocks,
-    )
-    tensors = {name: (TORCH_DTYPES[dtype], shape, offset) for name, (dtype, shape, offset) in file.block_tensors.items()}
-    streamed = StreamedComponent(BlockFile(file.path, [(block.start, block.nbytes) for block in file.blocks]), tensors)
-    slots = Slots("slot", choice.resident_blocks + choice.ring_slots, plan.slot_bytes, ledger, CPU)
-    host = Slots("cached", choice.host_blocks, plan.slot_bytes, Ledger("RAM", plan.peak_ram_bytes), CPU)
-    staging = Slots("staging", 0, plan.slot_bytes, ledger, CPU)
-    with closing(streamed.file), Streamer({expert: streamed}, visits, slots, host, staging, make_transport(CPU)) as streamer:
+    schedule = [(expert, index) for _ in range(rounds) for index in range(config.dit.num_layers)]
+    buffers = Buffers(plan.slot_bytes, choice.resident_blocks, choice.ring_slots, choice.host_blocks, 0)
+    with open_stream(store.files, schedule, buffers, ledger, Ledger("RAM", plan.peak_ram_bytes), CPU, make_transport(CPU)) as streamer:
         model = WanTransformer(config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU)
         return model.velocities(latents, 0, conditioning, load_ends(file.read, store.format, CPU), streamer, expert)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import gc
 import math
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from lowvram.config import format_bytes
 from lowvram.errors import InternalLimitError, OutOfMemoryError
-from lowvram.memory.heap import trim_heap
+from lowvram.memory.exhaustion import is_out_of_memory
 from lowvram.memory.workspace import Workspace
 
 
@@ -54,34 +52,6 @@ class Ledger:
 def new_buffer(nbytes: int, device: torch.device) -> Tensor:
     """[nbytes] uint8, uninitialised: the one place where the memory of blocks and workspace comes from."""
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had: of the driver, of torch's allocators, of a library under them, of Python or of the system."""
-    if isinstance(error, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
-    )
-
-
-def short_budget(error: BaseException) -> str:
-    """The budget that an out-of-memory error is about: VRAM or RAM."""
-    if isinstance(error, OutOfMemoryError):
-        return error.budget
-    host = isinstance(error, MemoryError | OSError) or "can't allocate memory" in str(error)
-    return "RAM" if host else "VRAM"
-
-
-def hand_back(device: torch.device) -> None:
-    """Returns what nothing refers to any more: Python's cycles, and what torch's allocator keeps of the device for later."""
-    gc.collect()
-    trim_heap()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 class Arena:

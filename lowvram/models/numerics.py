@@ -106,6 +106,11 @@ def mean_key(x: Tensor, weight: Tensor, rope: Rope | None, num_heads: int, eps: 
     return rms_rope(x, weight, cos, sin, num_heads=num_heads, eps=eps).mean(dim=1)
 
 
+def attention_values(format: str, device: torch.device) -> str:
+    """The dtype that attention multiplies values in: for quantized formats as `LOWVRAM_PV` says, else that of the weights."""
+    return str(pv_dtype(device)).removeprefix("torch.") if format in QUANTIZED_FORMATS else format
+
+
 class QuantizedNumerics:
     """int8 with or without rotation, or e4m3, for linears; int8 for attention, values as `pv_dtype` says; bf16 between ops, fp32 inside.
 

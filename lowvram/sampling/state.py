@@ -14,15 +14,18 @@ from lowvram.config import Request
 from lowvram.disk import replace_file
 from lowvram.errors import ResumeError
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """The latents after `step` finished steps. solver: its `state_dict`; model: fingerprint of the store."""
+    """The latents after `step` finished steps. solver: its `state_dict`; model: fingerprint of the store; attention_values: the dtype that
+    attention multiplies values in.
+    """
 
     request: Request
     model: str
+    attention_values: str
     step: int
     latents: Tensor
     solver: dict[str, Tensor]
@@ -40,28 +43,34 @@ def save_state(path: Path, state: RunState) -> None:
         "lowvram_state": FORMAT_VERSION,
         "request": json.dumps(asdict(state.request)),
         "model": state.model,
+        "attention_values": state.attention_values,
         "step": str(state.step),
     }
     replace_file(path, save({name: value.cpu() for name, value in tensors.items()}, metadata))
 
 
-def load_state(path: Path, request: Request, model: str) -> RunState:
-    """Raises `ResumeError` where there is nothing to resume, or where it was begun with another request or model (both named)."""
+def load_state(path: Path, request: Request, model: str, attention_values: str) -> RunState:
+    """Raises `ResumeError` where there is nothing to resume, or where it was begun with another request, model or arithmetic: the
+    message names both values.
+    """
     if not path.is_file():
         raise ResumeError(f"nothing to resume: {path} does not exist; run without --resume")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        saved = Request(**json.loads(metadata["request"]))
-        step, saved_model, version = int(metadata["step"]), metadata["model"], metadata["lowvram_state"]
-        latents = tensors.pop("latents")
+        version = metadata["lowvram_state"]
+        if version != FORMAT_VERSION:
+            raise ResumeError(f"{path} is of state version {version}, this is version {FORMAT_VERSION}: run without --resume")
+        saved = {name: metadata[name] for name in ("model", "attention_values")} | asdict(Request(**json.loads(metadata["request"])))
+        step, latents = int(metadata["step"]), tensors.pop("latents")
+    except ResumeError:
+        raise
     except Exception as error:  # safetensors raises its own bare exceptions
         raise ResumeError(f"{path} is not the state of an interrupted run ({error}): remove it and run without --resume") from error
-    if version != FORMAT_VERSION:
-        raise ResumeError(f"{path} is of state version {version}, this is version {FORMAT_VERSION}: run without --resume")
-    _require_equal(path, {"model": saved_model} | asdict(saved), {"model": model} | asdict(request))
-    return RunState(saved, saved_model, step, latents, {name.removeprefix("solver."): value for name, value in tensors.items()})
+    _require_equal(path, saved, {"model": model, "attention_values": attention_values} | asdict(request))
+    solver = {name.removeprefix("solver."): value for name, value in tensors.items()}
+    return RunState(request, model, attention_values, step, latents, solver)
 
 
 def _require_equal(path: Path, saved: dict[str, object], wanted: dict[str, object]) -> None:

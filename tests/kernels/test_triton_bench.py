@@ -21,6 +21,7 @@ import bench  # noqa: E402
 import bench_block  # noqa: E402
 import bench_kernels  # noqa: E402
 import bench_timing  # noqa: E402
+import plots  # noqa: E402
 import tune  # noqa: E402
 
 
@@ -64,7 +65,7 @@ def test_rows_have_rates_and_go_into_a_table_a_file_and_a_plot(tmp_path: Path, c
     assert {row.op for row in rows} >= {"adaln_quantize, rotated", "gelu_quantize", "rms_rope_quantize", "quantize_values"}
     assert all(row.p20_ms <= row.median_ms <= row.p80_ms and row.rate > 0 for row in rows)
     bench_timing.write_csv(tmp_path / "kernels.csv", rows)
-    bench_timing.write_plot(tmp_path / "kernels.svg", rows)
+    plots.write_svg(tmp_path / "kernels.svg", plots.bars("GPU", bench_timing.rate_bars(rows)))
     assert len((tmp_path / "kernels.csv").read_text().splitlines()) == len(rows) + 1
     assert (tmp_path / "kernels.svg").read_text().count("#2266cc") == sum(row.provider.startswith("lowvram") for row in rows)
     assert bench_timing.table(rows).count("\n") == len(rows) + 1

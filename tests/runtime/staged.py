@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lowvram.checkpoint.store import Store
-from lowvram.memory.plan import Choice, Host, MemoryPlan
+from lowvram.memory.plan import Host
 from lowvram.pipeline import Pipeline
 from lowvram.streaming.transport import HostTransport, Transport
 from tests.runs import CPU
@@ -55,7 +55,3 @@ class StagedPipeline(Pipeline):
     def _transport(self) -> Transport:
         self.transport = self._make()
         return self.transport
-
-
-def staged_plan(pipeline: StagedPipeline, request: object, choice: Choice) -> MemoryPlan:
-    return pipeline._describe(request, choice)  # type: ignore[arg-type]

@@ -16,12 +16,13 @@ from lowvram.config import T2V_A14B
 from lowvram.memory.cards import find_card
 from lowvram.memory.plan import Choice, Host
 from tests.checkpoints import tiny_config
-from tests.runs import CPU
+from tests.runs import CPU, plan_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import bench
 import bench_stream
+import random_store
 from bench_stream import BenchPipeline, Case
 
 MIB, GIB = 2**20, 2**30
@@ -34,10 +35,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[bench_stream.St
     """Everything resident, as much as decoding takes anyway, and a budget that is too small."""
     folder = tmp_path_factory.mktemp("bench")
     config = tiny_config(num_layers=LAYERS)
-    with bench_stream.write_random_store(folder / "store", config) as store:
+    with random_store.write_random_store(folder / "store", config) as store:
         everything = BenchPipeline(store, CPU, 2 * GIB, 16 * GIB, HOST)
         request = bench_stream.request_of(everything, (64, 64), 9, 4)
-        least = everything._describe(request, Choice(64, 2, 0, 0, False))
+        least = plan_of(everything, request, Choice(64, 2, 0, 0, False))
         budgets = [(2 * GIB, 16 * GIB), (least.peak_vram_bytes, 16 * GIB), (MIB, 16 * GIB)]
         found = bench_stream.run(
             store, [Case((64, 64), 9, 4, budgets)], CPU, folder / "stream-cpu", profile=find_card("RTX 3060 12GB").profile()
@@ -94,7 +95,7 @@ def test_the_switch_is_in_the_middle_of_the_steps(rows: tuple[list[bench_stream.
     from lowvram.sampling.denoise import block_schedule
     from lowvram.sampling.schedule import make_schedule
 
-    with bench_stream.write_random_store(tmp_path / "store", tiny_config()) as store:
+    with random_store.write_random_store(tmp_path / "store", tiny_config()) as store:
         pipeline = BenchPipeline(store, CPU, 2 * GIB, 16 * GIB, HOST)
         for steps in (2, 3, 4, 8):
             request = bench_stream.request_of(pipeline, (64, 64), 9, steps)
@@ -112,7 +113,7 @@ def test_other_bits_and_exceeded_plans_are_complained_about(rows: tuple[list[ben
 def test_the_store_of_true_shapes_holds_both_experts() -> None:
     from lowvram.checkpoint.store_layout import component_layout
 
-    layouts = [component_layout(name, bench_stream.bench_config(40), "int8") for name in ("high_noise", "low_noise", "text_encoder", "vae")]
+    layouts = [component_layout(name, random_store.bench_config(40), "int8") for name in ("high_noise", "low_noise", "text_encoder", "vae")]
     assert layouts[0].block_bytes == component_layout("high_noise", T2V_A14B, "int8").block_bytes
     assert sum(layout.total_bytes for layout in layouts) == pytest.approx(29.9e9, rel=0.02)
     parser = argparse.ArgumentParser()

@@ -15,7 +15,7 @@ from lowvram.pipeline import Pipeline
 from lowvram.progress import Progress
 from lowvram.sampling.state import load_state
 from tests.runs import digest, expert_velocities, pipeline_of, plan_of, request_of
-from tests.runtime.staged import PROCESS_BYTES, StagedPipeline, staged_plan
+from tests.runtime.staged import PROCESS_BYTES, StagedPipeline
 
 StoreOf = Callable[[str], Store]
 CLIP = {"width": 112, "height": 80, "num_frames": 13}  # 140 tokens: ragged in chunks, in key tiles and in vectors
@@ -58,7 +58,7 @@ def test_p17_no_tier_changes_a_bit(tiny_store: StoreOf) -> None:
     expected = digest(direct.generate(request, plan=plan_of(direct, request, PLANS["two slots"])).frames)
     for name, (choice, staged) in TIERS.items():
         pipeline = StagedPipeline(store)
-        plan = staged_plan(pipeline, request, choice)
+        plan = plan_of(pipeline, request, choice)
         video = pipeline.generate(request, plan=plan)
         assert digest(video.frames) == expected, name
         assert pipeline.transport.staged_blocks == staged, name
@@ -129,17 +129,21 @@ def test_p20_resumed_at_any_step_ends_in_the_same_bits(tiny_store: StoreOf, tmp_
         state = tmp_path / f"{solver}{step}.resume"
         with pytest.raises(Interrupted):
             pipeline.generate(request, state_file=state, listener=interrupt_after(step))
-        assert load_state(state, request, pipeline.model).step == step
+        assert load_state(state, request, pipeline.model, "int8").step == step
         assert digest(pipeline.generate(request, state_file=state, resume=True).frames) == expected
 
 
-def test_resume_refuses_another_request_and_names_both_values(tiny_store: StoreOf, tmp_path: Path) -> None:
+def test_resume_refuses_another_request_and_names_both_values(tiny_store: StoreOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
     state = tmp_path / "clip.resume"
     with pytest.raises(Interrupted):
         pipeline.generate(request_of(pipeline), state_file=state, listener=interrupt_after(1))
     with pytest.raises(ResumeError, match=r"seed was 0, now 7"):
         pipeline.generate(request_of(pipeline, seed=7), state_file=state, resume=True)
+    with monkeypatch.context() as patched:
+        patched.setenv("LOWVRAM_PV", "fp16")
+        with pytest.raises(ResumeError, match=r"attention_values was 'int8', now 'float16'"):
+            pipeline.generate(request_of(pipeline), state_file=state, resume=True)
     with pytest.raises(ResumeError, match="nothing to resume"):
         pipeline.generate(request_of(pipeline), state_file=tmp_path / "none.resume", resume=True)
     state.write_bytes(b"garbage")

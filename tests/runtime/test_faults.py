@@ -17,7 +17,7 @@ from lowvram.pipeline import Pipeline
 from lowvram.streaming import source
 from lowvram.streaming.source import BlockFile
 from tests.runs import digest, pipeline_of, plan_of, request_of
-from tests.runtime.staged import StagedPipeline, staged_plan
+from tests.runtime.staged import StagedPipeline
 
 StoreOf = Callable[[str], Store]
 CHOICE = Choice(64, 1, 0, 1, False, pinned_blocks=1)
@@ -60,7 +60,7 @@ def pipelines(tiny_store: StoreOf) -> list[Pipeline]:
 
 def frames_of(pipeline: Pipeline) -> str:
     request = request_of(pipeline, steps=2, shift=5.0)
-    plan = staged_plan(pipeline, request, CHOICE) if isinstance(pipeline, StagedPipeline) else plan_of(pipeline, request, CHOICE)
+    plan = plan_of(pipeline, request, CHOICE)
     return digest(pipeline.generate(request, plan=plan).frames)
 
 

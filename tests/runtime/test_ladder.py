@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from lowvram import pipeline as pipeline_module
 from lowvram.checkpoint.store import Store
 from lowvram.config import T2V_A14B, Request
 from lowvram.errors import OutOfMemoryError
@@ -21,8 +20,9 @@ from lowvram.memory.plan import Choice, Host, MemoryPlan, choose_plan, describe_
 from lowvram.models import wan
 from lowvram.pipeline import Pipeline, Video
 from lowvram.progress import Progress
-from tests.runs import digest, pipeline_of, request_of
-from tests.runtime.staged import StagedPipeline, StagedTransport, staged_plan
+from lowvram.sampling import recovery
+from tests.runs import digest, pipeline_of, plan_of, request_of
+from tests.runtime.staged import StagedPipeline, StagedTransport
 
 StoreOf = Callable[[str], Store]
 CHOICE = Choice(128, 1, 1, 1, True, pinned_blocks=1)
@@ -92,7 +92,7 @@ def request(pipeline: Pipeline) -> Request:
 def run(
     pipeline: StagedPipeline, choice: Choice = CHOICE, listener: Callable[[Progress], None] = lambda event: None
 ) -> tuple[Video, MemoryPlan]:
-    plan = staged_plan(pipeline, request(pipeline), choice)
+    plan = plan_of(pipeline, request(pipeline), choice)
     video = pipeline.generate(request(pipeline), plan=plan, listener=listener)
     assert video.peak_bytes["vram"] <= plan.peak_vram_bytes
     assert video.peak_bytes["ram"] <= plan.peak_ram_bytes
@@ -243,7 +243,7 @@ def test_p16_blocks_in_ram_are_handed_back_under_pressure(
 ) -> None:
     """Another program fills the RAM during the second step."""
     free: Iterator[int] = iter([8 * GIB, 2**20, 8 * GIB, 8 * GIB])
-    monkeypatch.setattr(pipeline_module, "host_memory", lambda: HostMemory(16 * GIB, next(free), "machine"))
+    monkeypatch.setattr(recovery, "host_memory", lambda: HostMemory(16 * GIB, next(free), "machine"))
     video, _ = run(pipeline, Choice(64, 1, 0, 2, False, pinned_blocks=2))
     assert digest(video.frames) == expected
     (said,) = rungs(caplog)

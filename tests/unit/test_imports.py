@@ -20,7 +20,8 @@ PACKAGES = {
 BASE = {"errors", "config"}
 STREAMING = BASE | {"checkpoint", "memory"}
 MODELS = STREAMING | {"streaming", "lowvram_kernels"}
-PIPELINE = MODELS | {"models", "sampling", "prompt", "prompt_cache", "video", "progress"}
+RUN = MODELS | {"models", "run", "progress"}
+PIPELINE = RUN | {"sampling", "prompt", "prompt_cache", "prompt_features", "video"}
 API = PIPELINE | {"pipeline", "lowvram_quantize"}
 # Each part of the program -> the parts that it may import, beside itself; imports inside functions count too.
 MAY_IMPORT = {
@@ -37,7 +38,9 @@ MAY_IMPORT = {
     "memory": BASE | {"checkpoint", "disk", "lowvram_kernels"},
     "streaming": STREAMING | {"disk"},
     "models": MODELS,
-    "sampling": MODELS | {"models", "disk"},
+    "run": STREAMING | {"streaming", "progress"},
+    "sampling": RUN | {"disk"},
+    "prompt_features": RUN | {"prompt", "prompt_cache"},
     "pipeline": PIPELINE,
     "api": API,
     "lowvram": {"api"},

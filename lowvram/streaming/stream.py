@@ -1,0 +1,73 @@
+"""Slots, buffers, files and workers for one schedule of blocks: opened together, handed back together however it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+
+from lowvram.checkpoint.store import StoreFile
+from lowvram.checkpoint.tensors import TORCH_DTYPES
+from lowvram.memory.arena import Ledger
+from lowvram.streaming.ring import Slots
+from lowvram.streaming.source import BlockFile
+from lowvram.streaming.streamer import StreamedComponent, Streamer
+from lowvram.streaming.transport import Transport
+from lowvram.streaming.visits import BlockId, assign_slots
+
+
+class Buffers(NamedTuple):
+    """How many buffers of `slot_bytes` each there are.
+
+    resident and ring: slots on the device; host: blocks kept in RAM, the first `pinned` of them page-locked; staging: buffers in RAM,
+    page-locked wherever the driver allows.
+    """
+
+    slot_bytes: int
+    resident: int
+    ring: int
+    host: int
+    staging: int
+    pinned: int = 0
+
+
+@contextmanager
+def open_stream(
+    files: Mapping[str, StoreFile],
+    schedule: Sequence[BlockId],
+    buffers: Buffers,
+    vram: Ledger,
+    ram: Ledger,
+    device: torch.device,
+    transport: Transport,
+) -> Iterator[Streamer]:
+    """A streamer of `schedule`, whose memory is charged to the two budgets. files: the store's, by component.
+
+    Raises `OutOfMemoryError` where the machine has less memory than planned.
+    """
+    cpu = torch.device("cpu")
+    with ExitStack() as stack:
+
+        def slots(label: str, count: int, ledger: Ledger, where: torch.device) -> Slots:
+            made = Slots(label, count, buffers.slot_bytes, ledger, where)
+            stack.callback(made.close)
+            return made
+
+        components = {name: streamed(files[name]) for name in sorted({component for component, _ in schedule})}
+        for component in components.values():
+            stack.callback(component.file.close)
+        on_device = slots("block slot", buffers.resident + buffers.ring, vram, device)
+        stages, cached = slots("staging buffer", buffers.staging, ram, cpu), slots("cached block", buffers.host, ram, cpu)
+        stages.pin(buffers.staging, transport)
+        cached.pin(buffers.pinned, transport)
+        visits = assign_slots(schedule, buffers.resident, buffers.ring, buffers.host, buffers.staging, cached.pinned)
+        yield stack.enter_context(Streamer(components, visits, on_device, cached, stages, transport))
+
+
+def streamed(file: StoreFile) -> StreamedComponent:
+    """Opens one component's file for block reads."""
+    ranges = [(block.start, block.nbytes) for block in file.blocks]
+    tensors = {name: (TORCH_DTYPES[dtype], shape, offset) for name, (dtype, shape, offset) in file.block_tensors.items()}
+    return StreamedComponent(BlockFile(file.path, ranges), tensors)

@@ -1,0 +1,64 @@
+"""Plots of what the benchmarks measured, as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+from timed_transport import Timeline
+
+ROW = 18  # pixels
+LABELS, BARS = 290, 400  # width of the names and of the longest bar
+TIMELINE_BLOCKS = 60
+
+
+class Bar(NamedTuple):
+    """One measured value: `share` of the longest bar, and what is written beside it."""
+
+    group: str
+    name: str
+    share: float
+    text: str
+
+
+def bars(title: str, rows: Sequence[Bar]) -> str:
+    """One bar per row under a heading per group; lowvram's own stand out."""
+    lines, top, group = [f'<text x="10" y="20">{escape(title)}</text>'], 30, ""
+    for row in rows:
+        if row.group != group:
+            group, top = row.group, top + 22
+            lines.append(f'<text x="10" y="{top - 6}" font-weight="bold">{escape(group)}</text>')
+        colour = "#2266cc" if row.name.startswith("lowvram") else "#999999"
+        width = BARS * row.share
+        lines.append(f'<text x="{LABELS}" y="{top + 13}" text-anchor="end">{escape(row.name)}</text>')
+        lines.append(f'<rect x="{LABELS + 10}" y="{top + 2}" width="{width:.1f}" height="{ROW - 4}" fill="{colour}"/>')
+        lines.append(f'<text x="{LABELS + 18 + width:.1f}" y="{top + 13}">{escape(row.text)}</text>')
+        top += ROW
+    return _svg(LABELS + BARS + 170, top + 20, lines)
+
+
+def timeline_plot(timeline: Timeline, title: str) -> str:
+    """Copies (above) and computations (below) of the last blocks of a run, on one axis of seconds."""
+    copies, computations = timeline.copies[-TIMELINE_BLOCKS:], timeline.computations[-TIMELINE_BLOCKS:]
+    spans = copies + computations
+    first = min(start for start, _ in spans)
+    scale = 960 / max(1e-9, max(end for _, end in spans) - first)
+    lines = [f'<text x="10" y="20">{escape(title)}: copies above, blocks computing below; {1 / scale * 960:.3f} s in all</text>']
+    for row, (label, parts) in enumerate((("copy", copies), ("compute", computations))):
+        lines.append(f'<text x="10" y="{52 + 30 * row}">{label}</text>')
+        for number, (start, end) in enumerate(parts):
+            colour = (("#2266cc", "#77aaee"), ("#cc6622", "#eeaa77"))[row][number % 2]
+            x, width = 70 + (start - first) * scale, max(0.3, (end - start) * scale)
+            lines.append(f'<rect x="{x:.2f}" y="{40 + 30 * row}" width="{width:.2f}" height="18" fill="{colour}"/>')
+    return _svg(1050, 110, lines)
+
+
+def write_svg(path: Path, svg: str) -> None:
+    path.write_text(svg + "\n", encoding="utf-8")
+
+
+def _svg(width: int, height: int, lines: Sequence[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *lines, "</svg>"])
