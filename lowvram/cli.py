@@ -220,13 +220,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Peak memory and predicted time of a run, computed without a GPU; without --size, what fits at all."""
-    from lowvram import api, terminal
+    from lowvram import planning, terminal
 
     if size is None:
-        matrix = api.plan_matrix(model, frames=frames, steps=steps, vram=vram, ram=ram, format=format, gpu=gpu, link=link, disk=disk)
+        matrix = planning.plan_matrix(model, frames=frames, steps=steps, vram=vram, ram=ram, format=format, gpu=gpu, link=link, disk=disk)
         _show(matrix.to_dict(), lambda: terminal.matrix_table(matrix), as_json)
         return
-    made = api.plan(model, size=size, frames=frames, steps=steps, vram=vram, ram=ram, format=format, gpu=gpu, link=link, disk=disk)
+    made = planning.plan(model, size=size, frames=frames, steps=steps, vram=vram, ram=ram, format=format, gpu=gpu, link=link, disk=disk)
     _show(made.to_dict(), lambda: terminal.plan_table(made), as_json)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 
 from lowvram.checkpoint.names import dit_shapes, text_encoder_shapes, vae_shapes
@@ -103,6 +104,7 @@ def component_format(component: str, format: str) -> str:
     return format
 
 
+@cache
 def component_layout(component: str, config: ModelConfig, format: str) -> ComponentLayout:
     """The file of `component` in a store of `format`. Raises `UsageError` where widths do not allow the format."""
     if format not in FORMATS:
@@ -125,17 +127,24 @@ def _blocked(component: str, format: str, shapes: dict[str, tuple[int, ...]], li
     rest = [name for name in shapes if not name.startswith("blocks.")]
     stored_rest = [_copy(name, shapes[name], rest_dtype if name.startswith(BF16_REST) else "F32") for name in rest]
     stored_rest.sort(key=lambda tensor: -tensor.nbytes)  # large first, so that no odd size misaligns another
-    blocks = tuple(_block(f"blocks.{index}.", format, shapes, linears) for index in range(num_layers))
+    own: dict[str, list[str]] = {f"blocks.{index}.": [] for index in range(num_layers)}
+    for name in shapes:
+        if name.startswith("blocks."):
+            own[name[: name.index(".", len("blocks.")) + 1]].append(name)
+    blocks = tuple(_block(prefix, names, format, shapes, linears) for prefix, names in own.items())
     for tensor in blocks[0]:
         if tensor.nbytes % ALIGNMENT_BYTES:
             raise UsageError(f"{component} {tensor.name} {list(tensor.shape)}: a store needs widths that are multiples of 64")
     return ComponentLayout(component, format, tuple(stored_rest), blocks)
 
 
-def _block(prefix: str, format: str, shapes: dict[str, tuple[int, ...]], linears: tuple[str, ...]) -> tuple[StoredTensor, ...]:
+def _block(
+    prefix: str, own: list[str], format: str, shapes: dict[str, tuple[int, ...]], linears: tuple[str, ...]
+) -> tuple[StoredTensor, ...]:
+    """own: the names of all tensors of the block."""
     weights = [f"{prefix}{linear}.weight" for linear in linears]
     biases = [name for linear in linears if (name := f"{prefix}{linear}.bias") in shapes]
-    small = [name for name in shapes if name.startswith(prefix) and name not in {*weights, *biases}]
+    small = [name for name in own if name not in {*weights, *biases}]
     copies = [_copy(name, shapes[name], "F32") for name in (*biases, *small)]
     if format not in MARKERS:
         dtype = "F32" if format == "fp32" else "BF16"

@@ -16,7 +16,7 @@ from lowvram.errors import LowvramError
 from lowvram.memory.cards import DISK_BYTES_S
 from lowvram.memory.limits import host_memory
 from lowvram.memory.machine import disk_read_speed, find_gpu
-from lowvram.memory.profile import MEASURED, PINNED_SHARE, TABLE, MachineProfile, ProfileKey, load_profile, save_profile
+from lowvram.memory.profile import MEASURED, PINNED_SHARE, TABLE, MachineProfile, ProfileKey, any_profile, load_profile, save_profile
 
 HEAD_DIM = 128
 REPEATS, WARM_UP = 5, 2
@@ -51,6 +51,8 @@ def machine_key(device: str) -> ProfileKey:
 
 def this_machine(device: str) -> MachineProfile | None:
     """What `lowvram doctor` measured on this machine for a device type (cuda or cpu); None where it has not, or where there is no GPU."""
+    if not any_profile():
+        return None
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -130,9 +129,9 @@ def describe_plan(
     """The plan that follows from `choice`, whatever it takes. size: (width, height) in pixels."""
     width, height = size
     latents = latent_shape(config, width, height, num_frames)
-    layout = _layout(EXPERTS[0], config, format)
+    layout = component_layout(EXPERTS[0], config, format)
     slot_bytes = layout.block_bytes + READ_SLACK_BYTES
-    text_slot_bytes = _layout("text_encoder", config, format).block_bytes + READ_SLACK_BYTES
+    text_slot_bytes = component_layout("text_encoder", config, format).block_bytes + READ_SLACK_BYTES
     branches = 2 if choice.joint_guidance else 1
     workspace = dit_workspace(config.dit, format, latents.num_tokens, choice.chunk_tokens, branches)
     slots = choice.resident_blocks + choice.ring_slots
@@ -168,7 +167,6 @@ def describe_plan(
     )  # fmt: skip
 
 
-_layout = cache(component_layout)
 _KEYS_AND_VALUES = ("keys", "values", "key_scales", "value_scales")
 
 

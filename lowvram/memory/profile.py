@@ -136,6 +136,11 @@ def save_profile(profile: MachineProfile, key: ProfileKey, folder: Path | None =
     return path
 
 
+def any_profile(folder: Path | None = None) -> bool:
+    """Whether a profile is cached at all: without one, nobody need ask torch which machine this is."""
+    return next((folder or cache_folder()).glob("profile-*.json"), None) is not None
+
+
 def load_profile(key: ProfileKey, folder: Path | None = None) -> MachineProfile | None:
     """The cached profile of this key; None where there is none, or where the file is damaged or another machine's."""
     path = (folder or cache_folder()) / key.file_name

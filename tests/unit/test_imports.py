@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -42,11 +43,12 @@ MAY_IMPORT = {
     "sampling": RUN | {"disk"},
     "prompt_features": RUN | {"prompt", "prompt_cache"},
     "pipeline": PIPELINE,
-    "api": API,
+    "planning": STREAMING | {"streaming"},
+    "api": API | {"planning"},
     "lowvram": {"api"},
     "demo": API | {"api"},
     "terminal": API,
-    "cli": API | {"api", "demo", "terminal", "lowvram"},
+    "cli": API | {"planning", "demo", "terminal", "lowvram"},
     "__main__": {"cli"},
 }
 # Libraries that only some modules may import, so that the rest runs, loads fast and is understood without them.
@@ -70,6 +72,8 @@ WITHOUT_TORCH = [
     "lowvram.memory.measure",
     "lowvram.memory.probe",
     "lowvram.streaming.forecast",
+    "lowvram.planning",
+    "lowvram.terminal",
     "lowvram.cli",
 ]
 
@@ -166,19 +170,22 @@ for name in {WITHOUT_TORCH!r}:
     assert done.returncode == 0, done.stderr
 
 
-def test_help_loads_neither_torch_nor_triton() -> None:
-    code = """
+@pytest.mark.parametrize(("arguments", "told"), [(["--help"], "generate"), (["plan", "t2v-a14b", "--size", "832x480"], "denoise")])
+def test_help_and_plans_load_neither_torch_nor_triton(arguments: list[str], told: str, tmp_path: Path) -> None:
+    """Where no machine profile is cached; with one, torch is asked which machine this is."""
+    code = f"""
 import runpy, sys
-sys.argv = ["lowvram", "--help"]
+sys.argv = ["lowvram", *{arguments!r}]
 try:
     runpy.run_module("lowvram", run_name="__main__")
 except SystemExit as end:
-    heavy = {"torch", "triton"} & set(sys.modules)
-    sys.exit(f"--help loads {heavy}" if heavy else end.code)
+    heavy = {{"torch", "triton"}} & set(sys.modules)
+    sys.exit(f"it loads {{heavy}}" if heavy else end.code)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "generate" in done.stdout
+    assert told in done.stdout
 
 
 def matches(pattern: str) -> list[str]:

@@ -1,0 +1,144 @@
+"""Plans without a run and without torch: `lowvram plan` for a store or a variant, on this machine or on a card of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from lowvram.config import VARIANTS, ModelConfig, parse_bytes, parse_size
+from lowvram.errors import BudgetError, UsageError
+from lowvram.memory.budget import AUTO_SHARE
+from lowvram.memory.cards import REFERENCE_CARD, find_card, parse_link, parse_speed
+from lowvram.memory.matrix import Cell, Matrix
+from lowvram.memory.measure import this_machine
+from lowvram.memory.plan import Host, MemoryPlan, choose_plan
+from lowvram.memory.profile import GIVEN, MachineProfile
+from lowvram.streaming.forecast import Forecast
+
+MATRIX_SIZES = ((640, 384), (832, 480), (1280, 720))
+MATRIX_FRAMES = (33, 81, 121)
+MATRIX_VRAM_GB = (24, 16, 12, 8, 6)
+
+
+def plan(
+    model: str | Path,
+    *,
+    size: str | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+    vram: str | int | None = None,
+    ram: str | int = "16GiB",
+    format: str = "int8",
+    device: str = "cuda",
+    gpu: str | None = None,
+    link: str | None = None,
+    disk: str | None = None,
+) -> MemoryPlan:
+    """Peak memory of a run and its predicted time, computed without a GPU. model: a store, or a variant such as `t2v-a14b` (then `format`
+    counts). vram: by default what `auto` would take of the card, or 8 GiB where none is named.
+
+    gpu: a card of the table; without one the prediction is of this machine, if `lowvram doctor` measured it, else there is none. link: such
+    as "PCIe 4.0 x8" or "12GB" a second; disk: bytes a second such as "3.5GB".
+
+    Raises `BudgetError` naming the smallest budgets that would do, `UsageError` for an unknown model or card.
+    """
+    config, format = describe(model, format)
+    defaults = config.sampling
+    wanted = parse_size(size) if size else (defaults.width, defaults.height)
+    ram_bytes = _bytes(ram)
+    machine = planned_machine(gpu, link, disk, ram_bytes, device)
+    vram_bytes = _bytes(vram) if vram is not None else _vram_of(machine if gpu else None)
+    return _choose(config, format, wanted, frames or defaults.num_frames, steps or defaults.steps, vram_bytes, ram_bytes, device, machine)
+
+
+def plan_matrix(
+    model: str | Path,
+    *,
+    frames: int | None = None,
+    steps: int | None = None,
+    vram: str | int | None = None,
+    ram: str | int = "16GiB",
+    format: str = "int8",
+    gpu: str | None = None,
+    link: str | None = None,
+    disk: str | None = None,
+    sizes: Sequence[tuple[int, int]] = MATRIX_SIZES,
+) -> Matrix:
+    """`plan` over sizes and lengths (or `frames` alone) against VRAM budgets: `vram`, else what the card has, else 24 to 6 GB.
+
+    Without a card and without a measured machine the times are those of the table's `REFERENCE_CARD`. Raises `UsageError`.
+    """
+    config, format = describe(model, format)
+    ram_bytes = _bytes(ram)
+    machine = planned_machine(gpu, link, disk, ram_bytes, "cuda") or planned_machine(REFERENCE_CARD, link, disk, ram_bytes, "cuda")
+    if machine is None:
+        raise UsageError(f"{REFERENCE_CARD} is not in the table of cards")
+    budgets = [_bytes(vram)] if vram is not None else [_vram_of(machine)] if gpu else [gigabytes * 10**9 for gigabytes in MATRIX_VRAM_GB]
+    lengths = [frames] if frames else MATRIX_FRAMES
+    cells = []
+    for (width, height), length, budget in product(sizes, lengths, budgets):
+        made, refusal = None, ""
+        try:
+            made = _choose(config, format, (width, height), length, steps or config.sampling.steps, budget, ram_bytes, "cuda", machine)
+        except BudgetError as error:
+            refusal = str(error)
+        cells.append(Cell(width, height, length, budget, made, refusal))
+    return Matrix(config.variant, format, machine.name, machine.basis, ram_bytes, tuple(cells))
+
+
+def planned_machine(gpu: str | None, link: str | None, disk: str | None, ram_bytes: int, device: str) -> MachineProfile | None:
+    """The card of the table, else what `lowvram doctor` measured here, else None; link and disk replace what either says."""
+    link_bytes_s, disk_bytes_s = parse_link(link) if link else None, parse_speed(disk) if disk else None
+    if gpu is not None:
+        return find_card(gpu).profile(ram_bytes, link_bytes_s, disk_bytes_s)
+    here = this_machine(device)
+    if here is None:
+        return None
+    given = {name: GIVEN for name, speed in (("link_bytes_s", link_bytes_s), ("disk_bytes_s", disk_bytes_s)) if speed}
+    return replace(
+        here,
+        link_bytes_s=link_bytes_s or here.link_bytes_s,
+        disk_bytes_s=disk_bytes_s or here.disk_bytes_s,
+        sources={**here.sources, **given},
+    )
+
+
+def _choose(
+    config: ModelConfig,
+    format: str,
+    size: tuple[int, int],
+    frames: int,
+    steps: int,
+    vram_bytes: int,
+    ram_bytes: int,
+    device: str,
+    machine: MachineProfile | None,
+) -> MemoryPlan:
+    host, sampling = Host.of(device), config.sampling
+    if machine is None:
+        return choose_plan(config, format, size, frames, steps, host, vram_bytes, ram_bytes)
+    clock = Forecast(config, format, machine, steps, sampling.shift, sampling.boundary)
+    limit = machine.pinned_limit_bytes
+    return choose_plan(config, format, size, frames, steps, host, vram_bytes, ram_bytes, clock=clock, pinned_limit_bytes=limit)
+
+
+def _bytes(amount: str | int) -> int:
+    return amount if isinstance(amount, int) else parse_bytes(amount)
+
+
+def _vram_of(machine: MachineProfile | None) -> int:
+    return int(machine.vram_total_bytes * AUTO_SHARE) if machine else 8 * 2**30
+
+
+def describe(model: str | Path, format: str) -> tuple[ModelConfig, str]:
+    """(configuration, format) of a variant's name or of a store on disk."""
+    if str(model) in VARIANTS:
+        return VARIANTS[str(model)], format
+    if not Path(model).exists():
+        raise UsageError(f"{model} is neither a folder nor a variant: use {', '.join(VARIANTS)} or the folder of a quantized model")
+    from lowvram.checkpoint.store import open_store  # loads torch
+
+    with open_store(Path(model)) as store:
+        return store.config, store.format
