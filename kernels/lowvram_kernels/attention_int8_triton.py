@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowvram_kernels.attention_int8 import value_max
-from lowvram_kernels.common_triton import SMALLEST_ABSMAX, e4m3_as_float16, e4m3_bytes, quantized_codes, stored
+from lowvram_kernels.common_triton import absmax_of_bits, e4m3_as_float16, e4m3_bytes, quantized_codes, size_bits, stored
 from lowvram_kernels.tuning import PV_DTYPES, architecture, attention_tile, multiplies_e4m3
 
 KEY_TILE = tl.constexpr(64)
@@ -35,7 +35,7 @@ def values_kernel(
     channel = tl.arange(0, HEAD_DIM)
     values = tl.load(v_ptr + keys[:, None] * stride_v + head * HEAD_DIM + channel[None, :], mask=(keys < M)[:, None], other=0.0)
     values = values.to(tl.float32)
-    absmax = tl.maximum(tl.max(tl.abs(values), axis=0), SMALLEST_ABSMAX)
+    absmax = absmax_of_bits(tl.max(size_bits(values), axis=0))
     scale = tl.div_rn(absmax, tl.full((HEAD_DIM,), VALUE_MAX, tl.float32))
     if out_ptr.dtype.element_ty == tl.int8:
         codes = quantized_codes(values, scale[None, :], False)
@@ -84,6 +84,12 @@ def attend_tile(
 
 
 @triton.jit
+def larger_or_nan(maximum, tile_maximum):
+    """The running maximum; a tile's NaN, of a query's scale or of every key's, becomes the row's, which a maximum of floats would drop."""
+    return tl.where(tile_maximum <= maximum, maximum, tile_maximum)
+
+
+@triton.jit
 def add_int8(
     result, total, maximum, logits, query_scale, tile_maximum, v_ptrs, v_scale_ptrs, tile, T, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
@@ -93,7 +99,7 @@ def add_int8(
     v = tl.load(v_ptrs)
     offset = tl.sum(v.to(tl.int32), axis=1) * 128
     product = tl.dot(p.to(tl.int32, bitcast=True).to(tl.int8), tl.trans(v), out_dtype=tl.int32) + offset[None, :]
-    new_maximum = tl.maximum(maximum, tile_maximum)
+    new_maximum = larger_or_nan(maximum, tile_maximum)
     decay = tl.exp2(maximum - new_maximum)
     weight = tl.exp2(tile_maximum - new_maximum)
     total = total * decay + tl.sum(p - ROUND_LESS_128, axis=1) * weight
@@ -116,7 +122,7 @@ def add_float(
     e4m3, which tensor cores keep in 14 to 22 bits, runs over more than 64 keys."""
     v = tl.load(v_ptrs)
     half: tl.constexpr = v.dtype == tl.float16
-    new_maximum = tl.maximum(maximum, tile_maximum)
+    new_maximum = larger_or_nan(maximum, tile_maximum)
     decay = tl.exp2(maximum - new_maximum)
     p = tl.exp2(logits * query_scale[:, None] - (new_maximum if half else new_maximum - LOG2_448)[:, None])
     total = total * decay + tl.sum(p, axis=1)
@@ -183,7 +189,8 @@ def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Te
     """out = softmax(q k^T / sqrt(head_dim)) v over tiles of 64 keys: the contract of the torch reference.
 
     The integers are the reference's; exponentials are the hardware's exp2, so a probability next to a half may round the other way.
-    float16 and float8_e4m3fn values: a tile's sum is rounded to fp16 where `AttentionTile.half_sum` says so.
+    float16 and float8_e4m3fn values: a tile's sum is rounded to fp16 where `AttentionTile.half_sum` says so. NaN among the scales of
+    queries or values, or in all of a tile's keys', reaches the output; that of a single key need not.
     """
     num_heads, num_queries, head_dim = q.shape
     arch = architecture(q.device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 
 # 1.5 * 2^23: adding it to |x| < 2^22 and taking it away rounds half to even, on every architecture and in the interpreter.
 ROUND = tl.constexpr(12582912.0)
-SMALLEST_ABSMAX = tl.constexpr(1e-12)
+SMALLEST_ABSMAX_BITS = tl.constexpr(int.from_bytes(struct.pack("<f", 1e-12), "little"))
 INT8_MAX = tl.constexpr(127.0)
 E4M3_MAX = tl.constexpr(448.0)
 GROUP = tl.constexpr(256)
@@ -17,6 +19,18 @@ GROUP = tl.constexpr(256)
 def round_half_even(x):
     """The integer nearest to x, as fp32; |x| < 2^22."""
     return (x + ROUND) - ROUND
+
+
+@triton.jit
+def size_bits(x):
+    """The bits of |x|, fp32, as int32: they order as the sizes do, with a NaN above all, which a maximum of floats would drop."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def absmax_of_bits(bits):
+    """The largest of `size_bits` as fp32, 1e-12 at least; NaN stays NaN."""
+    return tl.maximum(bits, SMALLEST_ABSMAX_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -32,10 +46,11 @@ def e4m3_bytes(x):
 
 @triton.jit
 def stored(x, DTYPE: tl.constexpr):
-    """fp32 x as DTYPE, rounded half to even by bits for bf16: the interpreter's own cast truncates."""
+    """fp32 x as DTYPE, rounded half to even by bits for bf16: the interpreter's own cast truncates. NaN stays NaN."""
     if tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # the bits of the GPU's NaN would run over into a zero
     return x.to(DTYPE)
 
 
@@ -88,13 +103,14 @@ def quantized_codes(x, scale, E4M3: tl.constexpr):
 
 @triton.jit
 def store_row(x, out_ptr, out_scale_ptr, row, stride_out, K, GROUPS: tl.constexpr, ROTATED: tl.constexpr, E4M3: tl.constexpr):
-    """out[row] = round(x / s), out_scale[row] = s = absmax / 127 or / 448; x: [GROUPS, 256] fp32, zero past K; row: int64.
+    """out[row] = round(x / s), out_scale[row] = s = absmax / 127 or / 448, NaN where x holds one.
 
+    x: [GROUPS, 256] fp32, zero past K; row: int64.
     out is int32 words where ROTATED (K is a multiple of 256 then) and bytes elsewhere; `stride_out` counts those.
     """
     if ROTATED:
         x = rotate_reversed(x, GROUPS)
-    absmax = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), SMALLEST_ABSMAX)
+    absmax = absmax_of_bits(tl.max(tl.max(size_bits(x), axis=1), axis=0))
     scale = tl.div_rn(absmax, E4M3_MAX if E4M3 else INT8_MAX)
     tl.store(out_scale_ptr + row, scale)
     codes = quantized_codes(x, scale, E4M3)

@@ -36,6 +36,12 @@ def wrong_device(tensor: Tensor | None) -> str | None:
     return no_triton() or _old_device(tensor.get_device())
 
 
+def scattered(tensors: Sequence[Tensor]) -> str | None:
+    """Why no kernel can take these together: they lie on several devices."""
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    return f"its tensors lie on {' and '.join(devices)}" if len(devices) > 1 else None
+
+
 @cache
 def _old_device(index: int) -> str | None:
     from lowvram_kernels.tuning import architecture

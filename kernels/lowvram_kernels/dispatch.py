@@ -11,10 +11,12 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowvram.errors import UnsupportedError
@@ -42,6 +44,7 @@ class Op:
         """Why the Triton kernel cannot run this call; None where it can."""
         first = args[0] if args else None
         reason = constraints.wrong_device(first if isinstance(first, Tensor) else None)
+        reason = reason or constraints.scattered([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
         return reason or self.constraint(*args, **kwargs)
 
     @property
@@ -102,9 +105,17 @@ def _tell(name: str, reason: str) -> None:
         log.info("%s runs on the torch reference: %s", name, reason)
 
 
+def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[object]:
+    """Makes the tensors' GPU the current one: that is where Triton launches, whatever device its arguments lie on."""
+    on_gpu = bool(args) and isinstance(args[0], Tensor) and args[0].is_cuda
+    return torch.cuda.device_of(args[0]) if on_gpu else nullcontext()
+
+
 def _dispatched(name: str) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
-        choose(name, *args, **kwargs)(*args, **kwargs)
+        function = choose(name, *args, **kwargs)
+        with _device_of(args):
+            function(*args, **kwargs)
 
     run.__name__, run.__doc__ = name, OPS[name].reference.__doc__
     return run

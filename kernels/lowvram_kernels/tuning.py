@@ -65,9 +65,9 @@ _ATTENTION = {
     INTERPRETER: {"int8": AttentionTile(64, 4, 1), "fp16": AttentionTile(64, 4, 1, half_sum=True), "fp8": AttentionTile(64, 4, 1)},
 }
 PV_DTYPES = {"int8": torch.int8, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
-# What the product of probabilities and values is computed in. It changes bits, so it follows from the architecture or from the user's
-# word, never from a budget. int8 is the most exact of the 8-bit ones; another one takes its place where it is measured to be faster.
-_PV = dict.fromkeys((*ARCHITECTURES, INTERPRETER), "int8")
+# What the product of probabilities and values is computed in where the user says nothing: the most exact of the 8-bit ones. It changes
+# bits, so it follows from no budget; `lowvram.memory.workspace.value_bytes` counts on it.
+_PV = "int8"
 
 
 def interpreted() -> bool:
@@ -128,12 +128,12 @@ def pv_choices(arch: str) -> tuple[str, ...]:
 
 
 def pv_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that values are stored and multiplied in: `LOWVRAM_PV=int8|fp16|fp8`, else what is fastest on that architecture.
+    """The dtype that values are stored and multiplied in: `LOWVRAM_PV=int8|fp16|fp8`, else int8.
 
     Raises `UnsupportedError` for another word, and for one that the architecture cannot multiply.
     """
     arch = architecture(device) if device.type == "cuda" else INTERPRETER
-    wanted = os.environ.get("LOWVRAM_PV") or _PV[arch]
+    wanted = os.environ.get("LOWVRAM_PV") or _PV
     if wanted not in pv_choices(arch):
         raise UnsupportedError(f"LOWVRAM_PV={wanted} on {arch}: use one of {', '.join(pv_choices(arch))}")
     return PV_DTYPES[wanted]

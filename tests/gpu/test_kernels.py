@@ -14,7 +14,7 @@ from tests.kernels import cases
 CUDA = "cuda"
 DIM, FFN, HEADS = 5120, 13824, 40
 ROWS = ("adaln_quantize", "quantize_rows", "gelu_quantize")
-LINEARS = [(1, 17, 32), (33, 65, 96), (700, 1000, DIM), (257, DIM, 1040), (130, 520, FFN)]
+LINEARS = [(1, 17, 32), (33, 65, 96), (700, 1000, DIM), (257, DIM, 1040), (130, 520, FFN), (2500, 300, 256)]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), LINEARS)
@@ -24,8 +24,24 @@ def test_p18_int8_linear_has_the_bits_of_the_reference(m: int, n: int, k: int, o
 
 
 @pytest.mark.parametrize(("m", "n", "k"), LINEARS)
-def test_p18_int8_linear_adds_to_the_residual_with_the_bits_of_the_reference(m: int, n: int, k: int) -> None:
-    assert not cases.linear_add(m, n, k, device=CUDA).mismatch()
+@pytest.mark.parametrize("gated", [True, False])
+def test_p18_int8_linear_adds_to_the_residual_with_the_bits_of_the_reference(m: int, n: int, k: int, gated: bool) -> None:
+    assert not cases.linear_add(m, n, k, gated=gated, device=CUDA).mismatch()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), LINEARS)
+def test_p18_int8_linear_without_a_bias(m: int, n: int, k: int) -> None:
+    case = cases.linear(m, n, k, device=CUDA)
+    assert not cases.Case(case.op, case.inputs | {"bias": None}, case.outputs).mismatch()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), LINEARS)
+@pytest.mark.parametrize("make", [cases.linear_add, cases.linear_gelu])
+def test_p18_epilogues_of_the_e4m3_linear_are_close(m: int, n: int, k: int, make: cases.Callable[..., cases.Case]) -> None:
+    case = make(m, n, k, code=cases.E4M3, device=CUDA)
+    cut = case.outputs["out"].cut
+    expected, actual = (cut(case.run(backend)["out"]).double() for backend in ("reference", "triton"))
+    assert float((expected - actual).norm() / expected.norm()) < 2e-3
 
 
 @pytest.mark.parametrize(("m", "n", "k"), LINEARS)
@@ -72,6 +88,32 @@ def test_p18_values_agree_with_the_reference(n: int, heads: int, head_dim: int, 
 def test_p18_attention_agrees_with_the_reference(m: int, n: int, heads: int, head_dim: int, pv: str) -> None:
     needs(pv)
     assert not cases.attention(m, n, heads, head_dim=head_dim, pv=pv, device=CUDA).mismatch()
+
+
+@pytest.mark.parametrize("pv", PV_DTYPES)
+def test_p18_attention_in_bf16(pv: str) -> None:
+    needs(pv)
+    assert not cases.attention(70, 1000, 3, pv=pv, out=torch.bfloat16, device=CUDA).mismatch()
+
+
+def test_p20_a_gpus_own_nan_comes_out_of_every_kernel() -> None:
+    """Made on the GPU: its bits are not those that a CPU makes."""
+    nan = torch.zeros(1, device=CUDA).log().sub(torch.zeros(1, device=CUDA).log())
+    for case, name, where in (
+        (cases.linear(33, 65, 96, out=torch.bfloat16, device=CUDA), "a_scale", (3,)),
+        (cases.rows("quantize_rows", 33, 512, code=torch.int8, rotated=True, device=CUDA), "x", (3, 5)),
+        (cases.rows("adaln_quantize", 33, 512, code=cases.E4M3, rotated=False, device=CUDA), "x", (3, 5)),
+        (cases.rms_rope(33, 2, device=CUDA), "x", (3, 5)),
+        (cases.values(70, 2, device=CUDA), "v", (3, 5)),
+        (cases.attention(70, 130, 2, out=torch.bfloat16, device=CUDA), "q_scale", (0, 3)),
+        (cases.attention(70, 130, 2, out=torch.bfloat16, device=CUDA), "v_scale", (0, 3)),
+    ):
+        poisoned = case.inputs[name].clone()
+        poisoned[where] = nan
+        scale = "out_scale" if "out_scale" in case.outputs else "out"
+        written = case.outputs[scale].cut(case.run("triton", cases.changed(**{name: poisoned}))[scale])
+        assert bool(written.isnan().any()), case.op
+        assert not bool(written.isnan().all()) or name == "v_scale", case.op
 
 
 @pytest.mark.parametrize(("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("fp8", 0.045)])

@@ -125,9 +125,9 @@ def linear_gelu(m: int, n: int, k: int, *, device: str = "cpu", code: torch.dtyp
     return Case("quantized_linear", case.inputs | shrunk | {"gelu": True}, case.outputs)
 
 
-def linear_add(m: int, n: int, k: int, *, device: str = "cpu") -> Case:
-    case = linear(m, n, k, device=device)
-    inputs = case.inputs | {"gate": random(n, seed=5, device=device), "accumulate": True}
+def linear_add(m: int, n: int, k: int, *, device: str = "cpu", code: torch.dtype = torch.int8, gated: bool = True) -> Case:
+    case = linear(m, n, k, device=device, code=code)
+    inputs = case.inputs | {"gate": random(n, seed=5, device=device) if gated else None, "accumulate": True}
     return Case("quantized_linear", inputs, {"out": Output(random(m, n, seed=6, device=device), lambda tensor: tensor)})
 
 

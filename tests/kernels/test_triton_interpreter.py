@@ -23,7 +23,7 @@ def interpret(name: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear", "rows", "heads", "model"])
+@pytest.mark.parametrize("name", ["linear", "rows", "heads", "nan", "model"])
 def test_p18_kernels_agree_with_their_references_in_the_interpreter(name: str) -> None:
     result = interpret(name)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

@@ -12,7 +12,7 @@ from lowvram_kernels.quantized_linear_triton import row_pointers
 
 from tests.kernels import cases
 
-SHAPES = [(1, 17, 32), (33, 65, 96), (70, 130, 256), (31, 64, 400)]
+SHAPES = [(1, 17, 32), (33, 65, 96), (70, 130, 256), (31, 64, 400), (300, 65, 96)]  # the last has more rows of tiles than one group
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
@@ -77,6 +77,19 @@ def test_p19_a_wrong_order_of_tiles_shows(monkeypatch: pytest.MonkeyPatch) -> No
     assert "unwritten" in case.mismatch()
 
 
+def test_p19_a_second_group_of_tiles_in_the_place_of_the_first_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    @triton.jit
+    def first_group(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
+        tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+        height = tl.minimum(tiles_m, GROUP_M)
+        within = tl.program_id(0) % (GROUP_M * tiles_n)
+        return within % height, within // height
+
+    monkeypatch.setattr(quantized_linear_triton, "grouped_tile", first_group)
+    assert not cases.linear(70, 65, 96).mismatch()
+    assert "unwritten" in cases.linear(300, 65, 96).mismatch()
+
+
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_p18_e4m3_linear_sums_in_fp32(m: int, n: int, k: int) -> None:
     """The interpreter multiplies decoded bytes, as sm_80 does; the tensor cores' own e4m3 is for the tests on a GPU."""
@@ -122,6 +135,14 @@ def test_bf16_is_rounded_half_to_even() -> None:
     out = torch.full(x.shape, float("nan"), dtype=torch.bfloat16)
     _round[(1,)](x, out, SIZE=1024)
     assert torch.equal(out, x.bfloat16())
+
+
+def test_p20_nan_stays_nan_in_bf16_whatever_its_bits() -> None:
+    """A GPU's own NaN has all bits set, which adding a half of the last place would turn into zero."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, -0x400000], dtype=torch.int32).repeat(256)
+    out = torch.zeros(1024, dtype=torch.bfloat16)
+    _round[(1,)](bits.view(torch.float32), out, SIZE=1024)
+    assert bool(out.isnan().all())
 
 
 @triton.jit
