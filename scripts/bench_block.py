@@ -10,7 +10,7 @@ from functools import partial
 from unittest import mock
 
 import torch
-from bench_timing import measure
+from bench_timing import machine, measure
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from lowvram_quantize.fp8 import quantize_fp8
 from lowvram_quantize.int8 import quantize_int8
@@ -45,6 +45,9 @@ class BlockResult:
     cosine: float
     update_cosine: float
     relative_rmse: float
+    gpu: str
+    torch: str
+    commit: str
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def _result(name: str, prepare: Callable[[], Callable[[], Tensor]], inputs: Inpu
     median = measure(lambda _: run(), repeats=5, device="cuda")[1] if cuda else 0.0
     return BlockResult(
         name, inputs.latents.num_tokens, median, peak,
-        _cosine(out, exact), _cosine(out - inputs.x, exact - inputs.x), float((out - exact).norm() / exact.norm()),
+        _cosine(out, exact), _cosine(out - inputs.x, exact - inputs.x), float((out - exact).norm() / exact.norm()), *machine(),
     )  # fmt: skip
 
 

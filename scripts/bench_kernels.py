@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 
 import lowvram_kernels.dispatch as ops
 import torch
 import torch.nn.functional as F
-from bench_timing import Row, machine, measure
+from bench_timing import Row, machine, measure, reason
 from lowvram_kernels.tuning import INTERPRETER, PV_DTYPES, architecture, pv_choices
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,6 +21,7 @@ TOKENS = (8192, 32760, 75600)
 # (N, K) of a block's linears; k and v are one product, and o and ffn.2 are added to the residual stream.
 LINEARS = {"q": (5120, 5120), "k, v": (10240, 5120), "o +=": (5120, 5120), "ffn.0": (13824, 5120), "ffn.2 +=": (5120, 13824)}
 HEADS, HEAD_DIM = 40, 128
+TEXT_TOKENS = 512
 SETS = 3  # of inputs in rotation
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 Run = Callable[[int], object]
@@ -38,14 +40,14 @@ class Bench:
 
 
 def rows_of(bench: Bench, peaks: dict[str, float], device: str = "cuda") -> Iterator[Row]:
-    """Other providers that fail (no memory, no support here) are named and left out; a failure of lowvram's own is raised."""
+    """Other providers that fail, however they do, are named with their reason and left out; a failure of lowvram's own is raised."""
     for name, prepare in bench.providers.items():
         try:
             p20, median, p80 = measure(prepare(), device=device)
-        except (RuntimeError, ValueError, NotImplementedError, ImportError, AttributeError, TypeError) as error:
+        except Exception as error:
             if name.startswith("lowvram"):
                 raise
-            print(f"{bench.op} {bench.shape} {name}: {str(error).splitlines()[0]}")
+            print(f"{bench.op} {bench.shape} {name}: not measured: {reason(error)}", flush=True)
             continue
         finally:
             if device == "cuda":
@@ -92,6 +94,7 @@ def linear_bench(name: str, m: int, n: int, k: int, device: str = "cuda") -> Ben
         "torch bf16": bf16,
         "torch._int_mm + rescale": lambda: library(_int_mm, torch.int8),
         "torch._scaled_mm": lambda: library(_scaled_mm, E4M3),
+        "torch._scaled_mm, fast accumulation": lambda: library(partial(_scaled_mm, fast=True), E4M3),
     }
     if find_spec("comfy_kitchen"):
         providers[f"comfy-kitchen {version('comfy-kitchen')} int8 (quantizes x too)"] = comfy
@@ -138,12 +141,14 @@ def _int_mm(a: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor, bias: Ten
     return (torch._int_mm(a, weight.t()).float() * a_scale * scale.view(1, -1) + bias).to(BF16)
 
 
-def _scaled_mm(a: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return torch._scaled_mm(a, weight.t(), scale_a=a_scale, scale_b=scale.view(1, -1), bias=bias.to(BF16), out_dtype=BF16)
+def _scaled_mm(a: Tensor, a_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, fast: bool = False) -> Tensor:
+    """fast: sums in the tensor cores' own precision alone."""
+    scales = {"scale_a": a_scale, "scale_b": scale.view(1, -1)}
+    return torch._scaled_mm(a, weight.t(), **scales, bias=bias.to(BF16), out_dtype=BF16, use_fast_accum=fast)
 
 
 def _add(y: Tensor, x: Tensor, gate: Tensor, add: bool) -> Tensor:
-    return x.addcmul_(y.float(), gate) if add else y
+    return x.addcmul_(y, gate) if add else y  # y: bf16, which the addition widens by itself
 
 
 def attention_bench(m: int, n: int, heads: int = HEADS, device: str = "cuda") -> Bench:
@@ -175,9 +180,11 @@ def attention_bench(m: int, n: int, heads: int = HEADS, device: str = "cuda") ->
         q, k, v = floats()
         return lambda _: attend(q, k, v, tensor_layout="HND", is_causal=False)
 
-    arch = architecture(torch.device(device)) if device == "cuda" else INTERPRETER
-    providers: dict[str, Callable[[], Run]] = {f"lowvram int8, PV {pv}": lambda pv=pv: codes(pv) for pv in pv_choices(arch)}
-    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
+    providers: dict[str, Callable[[], Run]] = {f"lowvram int8, PV {pv}": lambda pv=pv: codes(pv) for pv in pv_choices(_arch(device))}
+    names = ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"]
+    if n <= TEXT_TOKENS:
+        names.append("MATH")  # it holds all M * N logits of every head
+    for name in names:
         backend = getattr(SDPBackend, name)
         providers[f"SDPA {name.split('_')[0].lower()}"] = lambda backend=backend: sdpa(backend)
     if find_spec("sageattention"):
@@ -188,10 +195,10 @@ def attention_bench(m: int, n: int, heads: int = HEADS, device: str = "cuda") ->
 def row_benches(m: int, dim: int = 5120, ffn: int = 13824, device: str = "cuda") -> Iterator[Bench]:
     """The fused element-wise ops; bytes are those that must move: one read of x, one write of the codes."""
 
-    def run(op: str, width: int, x_dtype: torch.dtype, **kwargs: object) -> Callable[[], Run]:
+    def run(op: str, width: int, x_dtype: torch.dtype, code: torch.dtype, **kwargs: object) -> Callable[[], Run]:
         def prepare() -> Run:
             inputs = [torch.randn(m, width, device=device, dtype=x_dtype) for _ in range(SETS)]
-            out, scale = torch.empty(m, width, device=device, dtype=torch.int8), torch.empty(m, 1, device=device)
+            out, scale = torch.empty(m, width, device=device, dtype=code), torch.empty(m, 1, device=device)
             vectors = _vectors(width, device) if op == "adaln_quantize" else ()
             function = getattr(ops, op)
             return lambda i: function(inputs[i % SETS], *vectors, out, scale, **kwargs)
@@ -206,11 +213,22 @@ def row_benches(m: int, dim: int = 5120, ffn: int = 13824, device: str = "cuda")
             ("gelu_quantize", ffn, BF16, {}),
         ):
             moved = float(m * width * (dtype.itemsize + 1))
-            yield Bench(
-                f"{op}{suffix}", f"M={m} K={width}", moved, "GB/s", "copy", {"lowvram": run(op, width, dtype, rotated=rotated, **extra)}
-            )
-    yield Bench("rms_rope_quantize", f"M={m} K={dim}", float(m * dim * 3), "GB/s", "copy", {"lowvram": lambda: _rms_rope(m, dim, device)})
-    yield Bench("quantize_values", f"M={m} K={dim}", float(m * dim * 3), "GB/s", "copy", {"lowvram": lambda: _values(m, dim, device)})
+            providers = {"lowvram int8": run(op, width, dtype, torch.int8, rotated=rotated, **extra)}
+            if not rotated:  # e4m3 never is, in a model
+                providers["lowvram fp8"] = run(op, width, dtype, E4M3, rotated=False, **extra)
+            yield Bench(f"{op}{suffix}", f"M={m} K={width}", moved, "GB/s", "copy", providers)
+    yield Bench(
+        "rms_rope_quantize", f"M={m} K={dim}", float(m * dim * 3), "GB/s", "copy", {"lowvram int8": lambda: _rms_rope(m, dim, device)}
+    )
+    for pv in pv_choices(_arch(device)):
+        code = PV_DTYPES[pv]
+        moved = float(m * dim * (BF16.itemsize + code.itemsize))
+        providers = {f"lowvram {pv}": lambda code=code: _values(m, dim, device, code)}
+        yield Bench("quantize_values", f"M={m} K={dim} {pv}", moved, "GB/s", "copy", providers)
+
+
+def _arch(device: str) -> str:
+    return architecture(torch.device(device)) if device == "cuda" else INTERPRETER
 
 
 def _rms_rope(m: int, dim: int, device: str) -> Run:
@@ -222,10 +240,10 @@ def _rms_rope(m: int, dim: int, device: str) -> Run:
     return lambda i: ops.rms_rope_quantize(inputs[i % SETS], weight, cos, sin, smoothing, out, scale, eps=1e-6)
 
 
-def _values(m: int, dim: int, device: str) -> Run:
+def _values(m: int, dim: int, device: str, code: torch.dtype) -> Run:
     heads, tiles = dim // HEAD_DIM, math.ceil(m / 64)
     inputs = [torch.randn(m, dim, device=device, dtype=BF16) for _ in range(SETS)]
-    out = torch.empty(heads, HEAD_DIM, tiles * 64, device=device, dtype=torch.int8)
+    out = torch.empty(heads, HEAD_DIM, tiles * 64, device=device, dtype=code)
     scale = torch.empty(heads, HEAD_DIM, tiles, device=device)
     return lambda i: ops.quantize_values(inputs[i % SETS], out, scale)
 
@@ -251,6 +269,6 @@ def all_benches(tokens: tuple[int, ...] = TOKENS, device: str = "cuda") -> Itera
         yield gelu_bench(m, device=device)
     for n in tokens[-2:]:
         yield attention_bench(n, n, device=device)
-    yield attention_bench(tokens[-1], 512, device=device)
+    yield attention_bench(tokens[-1], TEXT_TOKENS, device=device)
     for m in tokens[-2:]:
         yield from row_benches(m, device=device)

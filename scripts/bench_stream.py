@@ -22,14 +22,14 @@ from typing import Any
 
 import psutil
 import torch
-from bench_timing import ROOT, machine, write_csv
+from bench_timing import machine, write_csv
 from plots import Bar, bars, timeline_plot, write_svg
 from random_store import FORMAT, bench_config, write_random_store
 from timed_transport import TimedCuda, TimedHost, Timeline
 from torch import Tensor
 
 from lowvram.checkpoint.store import Store, open_store
-from lowvram.config import EXPERTS, T2V_A14B, ModelConfig, Request, format_bytes, latent_shape, parse_size
+from lowvram.config import EXPERTS, ModelConfig, Request, format_bytes, latent_shape, parse_size
 from lowvram.errors import BudgetError
 from lowvram.memory.budget import PROCESS_GROWTH_BYTES
 from lowvram.memory.measure import measure_profile
@@ -396,19 +396,6 @@ def exceeded(rows: Sequence[StreamRow]) -> list[str]:
                     f"{row.size} within {row.vram_budget_gb} + {row.ram_budget_gb} GB: {label} {measured:.3f} GB of {allowed:.3f} planned"
                 )
     return found
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "build" / "stream", help="where the random store is written, 30 GB; kept for the next run"
-    )
-    parser.add_argument("--layers", type=int, default=T2V_A14B.dit.num_layers, help="fewer blocks per expert: less disk, shorter steps")
-    parser.add_argument("--sizes", nargs="+", default=["832x480", "1280x720"])
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--steps", type=int, default=4, help="at least 2; the second half is the second expert's")
-    parser.add_argument("--vram", nargs="*", type=float, default=[24, 12, 8, 6], help="GB, beside everything resident")
-    parser.add_argument("--ram", nargs="+", type=float, default=[40, 16, 6], help="GB")
-    parser.add_argument("--no-baselines", action="store_true", help="lowvram alone")
 
 
 def budgets_of(options: argparse.Namespace, total_vram: int) -> list[tuple[int, int]]:

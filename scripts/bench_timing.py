@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import subprocess
 import time
@@ -85,19 +86,30 @@ def peaks(size: int = 8192, copied_bytes: int = 2**30, device: str = "cuda") -> 
 
 
 def machine() -> tuple[str, str, str]:
-    """(GPU, torch, commit)."""
+    """(GPU, torch, commit); the commit is "unknown" without git or outside a repository."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return name, torch.__version__, result.stdout.strip()
+    try:
+        result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = result.stdout.strip()
+    except OSError:
+        commit = ""
+    return name, torch.__version__, commit or "unknown"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def write_csv(path: Path, rows: Sequence[DataclassInstance]) -> None:
-    """One line per row, all of one dataclass, whose fields are the columns."""
+    """One line per row, all of one dataclass, whose fields are the columns. What `path` held before stays until all of it is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [item.name for item in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+    os.replace(partial, path)
 
 
 def rate_bars(rows: Sequence[Row]) -> list[Bar]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from lowvram_kernels.tuning import LinearTile
+from triton.runtime.errors import OutOfResources
 
 from tests.checkpoints import tiny_config
 
@@ -58,6 +60,10 @@ def test_rows_have_rates_and_go_into_a_table_a_file_and_a_plot(tmp_path: Path, c
         "lowvram int8, PV fp16",
         "lowvram int8, PV fp8",
     }
+    assert {name for op, name in providers if op == "quantize_values"} == {"lowvram int8", "lowvram fp16", "lowvram fp8"}
+    for op in ("adaln_quantize", "quantize_rows", "gelu_quantize"):
+        assert {name for found, name in providers if found == op} == {"lowvram int8", "lowvram fp8"}
+        assert {name for found, name in providers if found == f"{op}, rotated"} == {"lowvram int8"}
     assert {name for op, name in providers if "GELU" in op} == {
         "lowvram int8, GELU with the rows", "lowvram int8, GELU in the product", "torch bf16"
     }  # fmt: skip
@@ -83,8 +89,10 @@ def test_the_table_lists_every_op_at_every_shape() -> None:
         names = set(one.providers)
         if one.op.startswith("linear"):
             assert names >= {"lowvram int8", "lowvram fp8", "torch bf16", "torch._int_mm + rescale", "torch._scaled_mm"}
+            assert "torch._scaled_mm, fast accumulation" in names
         if one.op == "attention":
             assert names >= {"SDPA cudnn", "SDPA flash", "SDPA efficient"}
+            assert ("SDPA math" in names) == ("512 keys" in one.shape), "the logits of more keys would not fit"
 
 
 @pytest.mark.parametrize(("package", "op"), [("sageattention", "attention"), ("comfy_kitchen", "linear q")])
@@ -108,33 +116,167 @@ def test_installed_peers_are_measured_and_named_with_their_version(monkeypatch: 
     assert peer[0].rate > 0
 
 
-def test_a_failing_peer_is_named_and_left_out_and_a_failing_kernel_is_raised(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("no such card\nmore"), "no such card"),
+        (RuntimeError(), "RuntimeError()"),
+        (AssertionError("\nheads of 128 alone"), "heads of 128 alone"),
+        (OutOfResources(200, 100, "shared memory"), "out of resource: shared memory, Required: 200"),
+    ],
+)
+def test_a_failing_peer_is_named_and_left_out_and_a_failing_kernel_is_raised(
+    capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
     def fail() -> bench_kernels.Run:
-        raise RuntimeError("no such card\nmore")
+        raise error
 
     good = bench_kernels.linear_bench("q", 8, 32, 64, "cpu")
-    peer = dataclasses.replace(good, providers={"torch bf16": good.providers["torch bf16"], "peer": fail})
+    peer = dataclasses.replace(good, providers={"peer": fail, "torch bf16": good.providers["torch bf16"]})
     assert [row.provider for row in bench_kernels.rows_of(peer, {}, "cpu")] == ["torch bf16"]
-    assert "peer: no such card" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="no such card"):
+    assert f"peer: not measured: {said}" in capsys.readouterr().out
+    with pytest.raises(type(error)):
         list(bench_kernels.rows_of(dataclasses.replace(good, providers={"lowvram int8": fail}), {}, "cpu"))
 
 
-@pytest.mark.parametrize(("code", "said"), [(1, "a kernel disagrees"), (4, "tests/gpu could not run")])
+def test_peers_add_to_the_residual_without_a_copy_and_with_the_same_bits() -> None:
+    x, y, gate = torch.randn(5, 64), torch.randn(5, 64, dtype=torch.bfloat16), torch.randn(64)
+    assert torch.equal(bench_kernels._add(y, x.clone(), gate, True), x.clone().addcmul_(y.float(), gate))
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop() -> bench_kernels.Run:
+        raise KeyboardInterrupt
+
+    good = bench_kernels.linear_bench("q", 8, 32, 64, "cpu")
+    last = dataclasses.replace(good, op="last", providers={"torch bf16": good.providers["torch bf16"], "peer": stop})
+    rows_of = bench_kernels.rows_of
+    monkeypatch.setattr(bench, "peaks", lambda: {"bf16": 1.0, "int8": 1.0, "copy": 1.0})
+    monkeypatch.setattr(bench_kernels, "rows_of", lambda one, measured: rows_of(one, measured, "cpu"))
+    monkeypatch.setattr(bench_kernels, "all_benches", lambda tokens: iter([good, last]))
+    monkeypatch.setattr(bench, "OUTPUT", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        bench.kernels(bench.make_parser().parse_args(["kernels"]))
+    (table,) = tmp_path.glob("kernels-*.csv")
+    lines = table.read_text().splitlines()
+    assert lines[-1].startswith("last,M=8 N=32 K=64,torch bf16,")
+    assert len(lines) > 3
+    (plot,) = tmp_path.glob("kernels-*.svg")
+    assert "torch bf16" in plot.read_text()
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_timing, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert bench_timing.machine()[2] == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench_timing.machine()[2] == "unknown"
+
+
+KERNELS, MEMORY = "tests/gpu/test_kernels.py", "tests/gpu/test_memory.py"
+
+
+@pytest.mark.parametrize(
+    ("command", "red", "code", "said", "ran"),
+    [
+        ("kernels", KERNELS, 1, f"{KERNELS} failed: a kernel disagrees", [KERNELS]),
+        ("block", KERNELS, 4, f"{KERNELS} could not run (pytest ended with 4)", [KERNELS]),
+        ("stream", KERNELS, 1, f"{KERNELS} failed: a kernel disagrees", [KERNELS]),
+        ("stream", MEMORY, 1, f"{MEMORY} failed: a run takes more memory", [KERNELS, MEMORY]),
+    ],
+)
 def test_no_speed_is_reported_where_the_gate_is_red(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, said: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, red: str, code: int, said: str, ran: list[str]
 ) -> None:
+    """And the file of tests that is red is named: one about memory says nothing of a kernel."""
+    started: list[str] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        started.append(command[-1])
+        return subprocess.CompletedProcess(command, code if command[-1] == red else 0)
+
     monkeypatch.setattr(bench, "require_cuda", lambda command: True)
-    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, code))
-    monkeypatch.setattr(bench, "kernels", lambda options: pytest.fail("measured behind a red gate"))
-    assert bench.main(["kernels"]) == 1
-    assert said in capsys.readouterr().err
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    for name in ("kernels", "block", "streamed"):
+        monkeypatch.setattr(bench, name, lambda options: pytest.fail("measured behind a red gate"))
+    assert bench.main([command]) == 1
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert ("kernel disagrees" in errors) == (red == KERNELS and code == 1)
+    assert started == ran
+
+
+@pytest.mark.parametrize("command", ["kernels", "block", "stream"])
+def test_green_gates_let_a_command_measure(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(bench, "require_cuda", lambda command: True)
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setenv("LOWVRAM_BACKEND", "")
+    for name in ("kernels", "block", "streamed"):
+        monkeypatch.setattr(bench, name, lambda options: 7)
+    assert bench.main([command]) == 7
+
+
+def test_the_gates_are_files_that_exist() -> None:
+    assert {file for files in bench.GATES.values() for file in files} == {KERNELS, MEMORY}
+    assert all((SCRIPTS.parent / file).is_file() for file in (KERNELS, MEMORY))
+
+
+def without(modules: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` where none of these modules can be imported."""
+    start = f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\nsys.path.insert(0, {str(SCRIPTS)!r})\n"
+    return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, cwd=SCRIPTS.parent)
+
+
+BARE = ("av", "ftfy", "diffusers", "optimum", "transformers", "tokenizers", "safetensors", "huggingface_hub", "psutil", "typer", "rich")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", ["kernels", "block", "stream"])
+def test_on_a_bare_machine_a_command_comes_as_far_as_looking_for_a_gpu(command: str) -> None:
+    done = without(BARE, f"import bench\nsys.exit(bench.main([{command!r}]))")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith(f"bench.py {command}: no CUDA device here")
+    assert "Traceback" not in done.stderr
+
+
+def test_on_a_bare_machine_help_is_shown() -> None:
+    done = without(BARE, "import bench\nbench.main(['--help'])")
+    assert done.returncode == 0, done.stderr
+    assert "denoising steps within capped budgets" in done.stdout
+
+
+def test_on_a_bare_machine_kernels_are_measured_and_their_tests_are_found() -> None:
+    code = f"""
+import bench, bench_kernels, pytest
+assert bench.installed("kernels")
+rows = list(bench_kernels.rows_of(bench_kernels.linear_bench("q", 8, 32, 64, "cpu"), {{}}, "cpu"))
+assert {{"lowvram int8", "torch bf16"}} <= {{row.provider for row in rows}}, rows
+sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", {KERNELS!r}]))
+"""
+    done = without(BARE, code)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "lacks", "said"),
+    [("block", ("diffusers",), "diffusers"), ("stream", ("av", "ftfy"), "av, ftfy"), ("kernels", ("triton",), "triton")],
+)
+def test_a_package_that_a_command_lacks_is_named_in_one_line(command: str, lacks: tuple[str, ...], said: str) -> None:
+    done = without(lacks, f"import bench\nbench.require_cuda = lambda command: True\nsys.exit(bench.main([{command!r}]))")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"bench.py {command}: not installed here: {said}; ")
+
+
+def test_a_block_needs_little_else() -> None:
+    done = without(("av", "ftfy", "psutil", "typer", "rich"), "import bench, bench_block\nassert bench.installed('block')")
+    assert done.returncode == 0, done.stderr
 
 
 def test_green_gate_measures_with_triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel's refusal must stop the benchmark: the torch reference would be measured in its name."""
     monkeypatch.setattr(bench, "require_cuda", lambda command: True)
-    monkeypatch.setattr(bench, "gate", lambda: True)
+    monkeypatch.setattr(bench, "gate", lambda files: True)
     monkeypatch.setattr(bench, "kernels", lambda options: 0 if os.environ["LOWVRAM_BACKEND"] == "triton" else 1)
     monkeypatch.setenv("LOWVRAM_BACKEND", "reference")
     assert bench.main(["kernels"]) == 0
@@ -152,3 +294,79 @@ def test_without_a_gpu_nothing_is_measured_and_that_is_said(main: object, argume
     said = capsys.readouterr().out.strip()
     assert "no CUDA device here, nothing was measured" in said
     assert "\n" not in said
+
+
+SLOW, FAST, WRONG = LinearTile(64, 64, 64, 4, 2), LinearTile(128, 64, 64, 4, 2), LinearTile(64, 128, 64, 4, 2)
+
+
+def present_tile() -> LinearTile:
+    """What a task's wrapper takes its tile from, which the search replaces."""
+    return SLOW
+
+
+def toy_task(monkeypatch: pytest.MonkeyPatch, broken: tuple[LinearTile, ...] = (), dead: tuple[LinearTile, ...] = ()) -> tune.Task:
+    """A task on the CPU that counts as a device's: `broken` tiles raise, `dead` ones take the device with them."""
+    out, state = torch.zeros(4), {"dead": False, "tile": None}
+
+    def run() -> None:
+        state["tile"] = tile = present_tile()
+        state["dead"] = tile in dead
+        if tile in broken + dead:
+            raise RuntimeError("refused")
+        out.fill_(2.0 if tile == WRONG else 1.0)
+
+    def synchronize() -> None:
+        if state["dead"]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    times = {SLOW: 2.0, FAST: 1.0}
+    monkeypatch.setattr(tune, "measure", lambda run, repeats, device: (0.0, times[state["tile"]], 0.0))  # type: ignore[index]
+    monkeypatch.setattr(tune.torch.cuda, "synchronize", synchronize)
+    return tune.Task("toy", f"{__name__}.present_tile", run, out.zero_, out, 0.0)
+
+
+def test_tiles_are_printed_as_they_are_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = LinearTile(256, 64, 64, 4, 2)
+    task = toy_task(monkeypatch, (broken,))
+    monkeypatch.setattr(tune, "jobs", lambda *_: [(lambda: task, [SLOW, broken, WRONG, FAST])])
+    assert tune.tune(8, "cuda", "", False) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"toy: best of 1 of 4: 2.000 ms  {SLOW}"
+    assert lines[1].endswith("refused")
+    assert "another result" in lines[2]
+    assert lines[3] == f"toy: best of 4 of 4: 1.000 ms  {FAST}"
+    assert lines[4:6] == [f"toy: 1.000 ms  {FAST}", f"toy: 2.000 ms  {SLOW}"]
+    assert "4 of 4 candidates" in lines[6]
+
+
+def test_a_device_that_a_tile_breaks_ends_the_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    task = toy_task(monkeypatch, dead=(WRONG,))
+    monkeypatch.setattr(tune, "require_cuda", lambda command: True)
+    monkeypatch.setattr(tune, "jobs", lambda *_: [(lambda: task, [SLOW, WRONG, FAST])])
+    assert tune.main([]) == 1
+    said = capsys.readouterr()
+    assert f"toy {WRONG} broke the device (CUDA error: an illegal memory access was encountered)" in said.err
+    assert str(FAST) not in said.out
+
+
+@pytest.mark.parametrize("broken", [(FAST, WRONG), (SLOW, FAST, WRONG)])
+def test_a_search_that_finds_no_tile_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: tuple[LinearTile, ...]
+) -> None:
+    """Whether the candidates do not run, or the present tile itself."""
+    task = toy_task(monkeypatch, broken)
+    monkeypatch.setattr(tune, "jobs", lambda *_: [(lambda: task, [FAST, WRONG])])
+    assert tune.tune(8, "cuda", "", False) == 1
+    assert "no tile was found for toy" in capsys.readouterr().err
+
+
+def test_only_some_tasks_and_few_candidates(capsys: pytest.CaptureFixture[str]) -> None:
+    every, quick = tune.jobs(4, "cpu"), tune.jobs(4, "cpu", quick=True)
+    assert len(every) == len(quick) == 2 * len(bench_kernels.LINEARS) + 3
+    for (_, all_of_them), (_, few) in zip(every, quick, strict=True):
+        assert set(few) < set(all_of_them)
+        assert 4 <= len(few) <= 12
+    assert len(tune.jobs(4, "cpu", "attention")) == 3
+    assert [len(candidates) for _, candidates in tune.jobs(4, "cpu", "attention fp8", True)] == [4]
+    assert tune.tune(4, "cpu", "no such task", False) == 1
+    assert "no task's name contains 'no such task'" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from dataclasses import replace
@@ -116,9 +115,7 @@ def test_the_store_of_true_shapes_holds_both_experts() -> None:
     layouts = [component_layout(name, random_store.bench_config(40), "int8") for name in ("high_noise", "low_noise", "text_encoder", "vae")]
     assert layouts[0].block_bytes == component_layout("high_noise", T2V_A14B, "int8").block_bytes
     assert sum(layout.total_bytes for layout in layouts) == pytest.approx(29.9e9, rel=0.02)
-    parser = argparse.ArgumentParser()
-    bench_stream.add_arguments(parser)
-    options = parser.parse_args([])
+    options = bench.make_parser().parse_args(["stream"])
     pairs = bench_stream.budgets_of(options, 140 * 10**9)
     assert pairs[0] == (140 * 10**9, 40 * 10**9)
     assert len(pairs) == 1 + 4 * 3
