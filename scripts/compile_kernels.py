@@ -3,16 +3,17 @@
     python scripts/compile_kernels.py [--arch sm_89 ...] [--kernel attention ...] [--csv FILE]
 
 Prints a table of registers, spilled bytes, shared memory, matrix instructions and the narrowest load of the main operands. Exits 1 where a
-GEMM or attention kernel spills, has no matrix instruction of the expected type or loads its operands in less than 16 bytes, where the
-machine code of an int8 linear holds a fused multiply-add (its bits would not be the reference's), and where any kernel needs more shared
-memory than the architecture gives. Loads are known to be aligned as they are at run time: pointers, strides and
-K divisible by 16.
+GEMM or attention kernel spills, has not enough matrix instructions of the expected type for each of its products, or loads its operands in
+less than 16 bytes, where the machine code of an int8 linear holds a fused multiply-add (its bits would not be the reference's), and where
+any kernel needs more shared memory than the architecture gives. Of every argument the compiler knows what it knows at run time
+(`known`): pointers and most sizes and strides are divisible by 16; those that the resolution or the length of a clip decides are not.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 99, "gfx1100": 64}  # KB that one program may use
-NOT_ALIGNED = {"M", "H", "eps", "softmax_scale", "stride_cos"}  # every other argument is divisible by 16
+# Numbers of tokens or heads, and strides that number tokens or tiles of keys: 32,760 and 512 at 480p, 75,600 and 1,182 at 720p. Each is not
+# divisible by 16 at some shape of A14B; every other integer is at all of them.
+NOT_ALIGNED = {
+    "attention_kernel": {"stride_qs", "stride_ks", "stride_vsd"},
+    "values_kernel": {"M", "stride_scale_d"},
+    "rms_rope_kernel": {"H", "stride_scale_h"},
+}
+ONE = {"stride_scale_m"}  # is 1, which Triton makes a constant of
+MORE = ("sm_86", "sm_90")  # where variants of the GEMM and of attention that A14B does not need are compiled: mma and wgmma
 CODE_TYPES = {"int8": "*i8", "fp8": "*fp8e4nv", "decode": "*u8"}
 VALUE_TYPES = {"int8": "*i8", "fp16": "*fp16", "fp8": "*u8"}  # as the values are stored
 DIM, HEADS, HEAD_DIM, FFN = 5120, 40, 128, 13824
+DEMO_DIM, DEMO_HEADS, DEMO_HEAD_DIM, DEMO_FFN = 256, 4, 64, 512
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,10 @@ class Variant:
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any]
-    matrix: tuple[str, ...] = ()  # keys of MATRIX: what its matrix instructions multiply
+    matrix: dict[str, int] = field(
+        default_factory=dict
+    )  # key of MATRIX -> multiplications of its products in one program, loop bodies once
+    products: int = 0  # tile products in its code: loop bodies once, the keys that are left once more
     operand_bytes: int = 0  # of the main operands, per step of the loop
     scale_loads: int = 0  # narrow asynchronous loads per stage that are no main operand
     unfused: bool = False  # multiplies and adds as its reference does, bit for bit
@@ -78,6 +91,7 @@ class Compiled:
 def variants(arch: str) -> Iterator[Variant]:
     yield from linear_variants(arch)
     yield from row_variants()
+    yield from head_variants()
     yield from attention_variants(arch)
 
 
@@ -86,23 +100,24 @@ def linear_variants(arch: str) -> Iterator[Variant]:
     sizes = dict.fromkeys(("M", "N", "K", "stride_a", "stride_w", "stride_out"), "i32")
     for int8 in (True, False):
         kind = tuning.linear_kind(arch, int8)
-        for label, gelu, accumulate, gate, even in (
-            ("store", False, False, False, True),
-            ("store, ragged K", False, False, False, False),
-            ("gelu", True, False, False, True),
-            ("+= y", False, True, False, True),
-            ("+= gate * y", False, True, True, True),
-        ):
-            tile = tuning.linear_tile(arch, kind, plain=not accumulate and not gelu)
+        main = [("store", {}), ("store, ragged K", {"EVEN_K": False}), ("gelu", {"GELU": True}), ("+= y", {"ACCUMULATE": True})]
+        main += [("+= gate * y", {"ACCUMULATE": True, "HAS_GATE": True})]
+        more = [(f"{label}, ragged K", changed | {"EVEN_K": False}) for label, changed in main[2:]]
+        more += [("store, no bias", {"HAS_BIAS": False}), ("store, fp32", {}), ("gelu, fp32", {"GELU": True})]
+        for label, changed in main + (more if arch in MORE else []):
+            accumulate = "ACCUMULATE" in changed
+            tile = tuning.linear_tile(arch, kind, plain=not accumulate and "GELU" not in changed)
             codes = CODE_TYPES[kind]
-            types = floats | sizes | {"a_ptr": codes, "w_ptr": codes, "out_ptr": "*fp32" if accumulate else "*bf16"}
+            out = "*fp32" if accumulate or "fp32" in label else "*bf16"
+            types = floats | sizes | {"a_ptr": codes, "w_ptr": codes, "out_ptr": out}
             constants = {
-                "HAS_BIAS": True, "GELU": gelu, "HAS_GATE": gate, "ACCUMULATE": accumulate, "INT8": int8, "DECODE": kind == "decode",
-                "EVEN_K": even, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
-            }  # fmt: skip
+                "HAS_BIAS": True, "GELU": False, "HAS_GATE": False, "ACCUMULATE": False, "INT8": int8, "DECODE": kind == "decode",
+                "EVEN_K": True, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
+            } | changed  # fmt: skip
             options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
             operands = (tile.block_m + tile.block_n) * tile.block_k
-            yield Variant(f"linear {kind} {label}", linear_kernel, types, constants, options, (kind,), operands, unfused=int8)
+            matrix = {kind: tile.block_m * tile.block_n * tile.block_k}
+            yield Variant(f"linear {kind} {label}", linear_kernel, types, constants, options, matrix, 1, operands, unfused=int8)
 
 
 def row_variants() -> Iterator[Variant]:
@@ -115,6 +130,9 @@ def row_variants() -> Iterator[Variant]:
             ("adaln", adaln_kernel, DIM, {}, modulation),
             ("rows", rows_kernel, DIM, {"GELU": False}, {}),
             ("gelu", rows_kernel, FFN, {"GELU": True}, {}),
+            ("demo's adaln", adaln_kernel, DEMO_DIM, {}, modulation),
+            ("demo's rows", rows_kernel, DEMO_DIM, {"GELU": False}, {}),
+            ("demo's gelu", rows_kernel, DEMO_FFN, {"GELU": True}, {}),
         ):
             groups = groups_of(width)
             constants = {"GROUPS": groups, "ROTATED": rotated, "E4M3": e4m3} | extra
@@ -122,21 +140,27 @@ def row_variants() -> Iterator[Variant]:
             yield Variant(f"{name} {label}", kernel, types | changed, constants, options)
 
 
-def attention_variants(arch: str) -> Iterator[Variant]:
-    padded = int(triton.next_power_of_2(HEADS))
+def head_variants() -> Iterator[Variant]:
     types = dict.fromkeys(("weight_ptr", "cos_ptr", "sin_ptr", "smoothing_ptr", "out_scale_ptr"), "*fp32")
     types |= {"x_ptr": "*bf16", "out_ptr": "*i8", "H": "i32", "eps": "fp32"} | strides(rms_rope_kernel)
-    for name, rope, smoothing in (("q", True, False), ("k", True, True), ("text k", False, True), ("text q", False, False)):
-        constants = {"HAS_ROPE": rope, "HAS_SMOOTHING": smoothing, "HEADS": padded, "HEAD_DIM": HEAD_DIM}
-        options = {"num_warps": tuning.row_warps(padded * HEAD_DIM), "enable_fp_fusion": False}
-        yield Variant(f"rms_rope {name}", rms_rope_kernel, types, constants, options)
+    for owner, heads, width in (("", HEADS, HEAD_DIM), ("demo's ", DEMO_HEADS, DEMO_HEAD_DIM)):
+        padded = int(triton.next_power_of_2(heads))
+        for name, rope, smoothing in (("q", True, False), ("k", True, True), ("text k", False, True), ("text q", False, False)):
+            constants = {"HAS_ROPE": rope, "HAS_SMOOTHING": smoothing, "HEADS": padded, "HEAD_DIM": width}
+            options = {"num_warps": tuning.row_warps(padded * width), "enable_fp_fusion": False}
+            yield Variant(f"{owner}rms_rope {name}", rms_rope_kernel, types, constants, options)
+
+
+def attention_variants(arch: str) -> Iterator[Variant]:
     for pv in tuning.pv_choices(arch):
-        dtype = tuning.PV_DTYPES[pv]
-        types = {"v_ptr": "*bf16", "out_ptr": VALUE_TYPES[pv], "out_scale_ptr": "*fp32", "M": "i32"} | strides(values_kernel)
-        constants = {"HEAD_DIM": HEAD_DIM, "VALUE_MAX": VALUE_MAX[dtype]}
-        yield Variant(f"values {pv}", values_kernel, types, constants, {"num_warps": 4, "enable_fp_fusion": False})
-        for width, label in ((HEAD_DIM, ""), (64, ", heads of 64")):
-            yield attention_variant(arch, pv, width, f"attention {pv}{label}")
+        for width, label in ((HEAD_DIM, ""), (DEMO_HEAD_DIM, f", heads of {DEMO_HEAD_DIM}")):
+            types = {"v_ptr": "*bf16", "out_ptr": VALUE_TYPES[pv], "out_scale_ptr": "*fp32", "M": "i32"} | strides(values_kernel)
+            constants = {"HEAD_DIM": width, "VALUE_MAX": VALUE_MAX[tuning.PV_DTYPES[pv]]}
+            yield Variant(f"values {pv}{label}", values_kernel, types, constants, {"num_warps": 4, "enable_fp_fusion": False})
+            one = attention_variant(arch, pv, width, f"attention {pv}{label}")
+            yield one
+            if arch in MORE and width == HEAD_DIM:
+                yield replace(one, name=f"{one.name}, fp32", types=one.types | {"out_ptr": "*fp32"})
 
 
 def attention_variant(arch: str, pv: str, head_dim: int, name: str) -> Variant:
@@ -145,47 +169,70 @@ def attention_variant(arch: str, pv: str, head_dim: int, name: str) -> Variant:
     types |= {"v_ptr": CODE_TYPES.get(pv, "*fp16"), "out_ptr": "*bf16", "M": "i32", "N": "i32", "softmax_scale": "fp32"}
     constants = {"HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "HALF_SUM": tile.half_sum}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    kinds = ("int8",) if pv == "int8" else ("int8", pv)
+    one = 2 * tile.block_m * 64 * head_dim  # of the loop over keys and of the keys that are left
+    matrix = {"int8": 2 * one} if pv == "int8" else {"int8": one, pv: one}
     operands = 64 * head_dim * (1 + dtype.itemsize)
-    return Variant(name, attention_kernel, types | strides(attention_kernel), constants, options, kinds, operands, scale_loads=1)
+    return Variant(name, attention_kernel, types | strides(attention_kernel), constants, options, matrix, 4, operands, scale_loads=1)
 
 
 def strides(kernel: Any) -> dict[str, str]:
     return {name: "i32" for name in kernel.arg_names if name.startswith("stride")}
 
 
-def compiled(variant: Variant, arch: str, alignment: int = 16) -> Compiled:
-    """One variant for one architecture, measured and judged; `alignment`: what pointers, strides and K are known to be divisible by."""
+def known(kernel: Any, name: str) -> int:
+    """What the compiler knows an integer or a pointer to be divisible by at run time: 16 or, where shapes decide it, 1; 0: it is 1."""
+    parameter = kernel.params[kernel.arg_names.index(name)]
+    if name in ONE:
+        return 0
+    return 1 if name in NOT_ALIGNED.get(kernel.__name__, ()) or parameter.do_not_specialize else 16
+
+
+def compiled(variant: Variant, arch: str, unaligned: tuple[str, ...] = ()) -> Compiled:
+    """One variant for one architecture, measured and judged; `unaligned`: arguments that shall not be divisible by 16 either."""
     names = variant.kernel.arg_names
-    signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
+    constants = variant.constants | {name: 1 for name in names if name in ONE}
+    signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
     aligned = {
-        (index,): [["tt.divisibility", alignment]]
+        (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if name not in variant.constants and name not in NOT_ALIGNED and not (name == "N" and variant.kernel is attention_kernel)
+        if name not in unaligned and signature[name] not in ("constexpr", "fp32") and known(variant.kernel, name) == 16
     }
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 32)
     start = time.perf_counter()
-    result = triton.compile(ASTSource(variant.kernel, signature, variant.constants, aligned), target=target, options=variant.options)
+    result = triton.compile(ASTSource(variant.kernel, signature, constants, aligned), target=target, options=variant.options)
     seconds = time.perf_counter() - start
     nvidia = arch.startswith("sm_")
     assembly = result.asm["ptx" if nvidia else "amdgcn"]
-    registers, spilled, fused = nvidia_resources(result.asm["cubin"], assembly) if nvidia else amd_resources(assembly)
-    matrix = " + ".join(filter(None, (matrix_instruction(assembly, kind) for kind in variant.matrix)))
+    registers, spilled, fused = nvidia_resources(result.asm["cubin"], assembly, variant.unfused) if nvidia else amd_resources(assembly)
+    matrix = {kind: matrix_instructions(assembly, kind, variant.options["num_warps"]) for kind in variant.matrix}
+    multiplications = {kind: count for kind, (_, count) in matrix.items()}
+    products = len(re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot)\b.*#mma", result.asm["ttgir"]))
     narrowest = narrowest_load(assembly, variant) if nvidia else narrowest_amd_load(assembly, variant)
     shared = int(result.metadata.shared)
+    shown = " + ".join(dict.fromkeys(text for names, _ in matrix.values() for text in names))
     return Compiled(
-        arch, variant.name, registers, spilled, shared, matrix, narrowest, seconds,
-        faults(variant, arch, spilled, shared, matrix, narrowest, fused),
+        arch, variant.name, registers, spilled, shared, shown, narrowest, seconds,
+        faults(variant, arch, spilled, shared, multiplications, products, narrowest, fused),
     )  # fmt: skip
 
 
-def faults(variant: Variant, arch: str, spilled: int, shared: int, matrix: str, narrowest: int, fused: int) -> list[str]:
+def faults(
+    variant: Variant, arch: str, spilled: int, shared: int, multiplications: dict[str, int], products: int, narrowest: int, fused: int
+) -> list[str]:
+    """What is wrong with a variant; multiplications: how many each kind of matrix instruction does in one program; products: `tl.dot`s that
+    became matrix instructions. The former does not tell on gfx1100, where warps repeat each other's instructions, the latter everywhere."""
     found = []
     if shared > SHARED_LIMIT[arch] * 1024:
         found.append(f"{shared} bytes of shared memory, the limit is {SHARED_LIMIT[arch]} KB")
     if variant.matrix and spilled:
         found.append(f"{spilled} bytes spilled")
-    found += [f"no {kind} matrix instruction" for kind in variant.matrix if not re.search(MATRIX[kind], matrix)]
+    for kind, needed in variant.matrix.items():
+        if not multiplications.get(kind):
+            found.append(f"no {kind} matrix instruction")
+        elif multiplications[kind] < needed:
+            found.append(f"{kind} matrix instructions for {multiplications[kind]} of {needed} multiplications")
+    if products < variant.products:
+        found.append(f"{products} of {variant.products} products in matrix instructions")
     if variant.matrix and narrowest < 16:
         found.append(f"operands are loaded {narrowest} bytes at a time")
     if variant.unfused and fused:
@@ -193,8 +240,8 @@ def faults(variant: Variant, arch: str, spilled: int, shared: int, matrix: str, 
     return found
 
 
-def nvidia_resources(cubin: bytes, ptx: str) -> tuple[int, int, int]:
-    """(registers, bytes of stack, where spilled registers lie, fused multiply-adds) of the one kernel of a cubin.
+def nvidia_resources(cubin: bytes, ptx: str, unfused: bool) -> tuple[int, int, int]:
+    """(registers, bytes of stack, where spilled registers lie, fused multiply-adds) of the one kernel of a cubin; 0 but where `unfused`.
 
     A division is made of fused multiply-adds and rounds once all the same. Beside divisions the PTX is counted instead of the machine
     code: its multiplications and additions must name their rounding, which forbids the assembler to fuse them.
@@ -203,11 +250,15 @@ def nvidia_resources(cubin: bytes, ptx: str) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = ([str(tools / "cuobjdump"), "--dump-resource-usage"], [str(tools / "nvdisasm"), "-c"])
-        usage, code = (subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout for command in commands)
+        usage = output(str(tools / "cuobjdump"), "--dump-resource-usage", file.name)
+        code = output(str(tools / "nvdisasm"), "-c", file.name) if unfused and "div.rn.f32" not in ptx else ""
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
-    fused = re.findall(r"\bfma\.|\b(?:mul|add|sub)(?:\.ftz)?\.f32", ptx) if "div.rn.f32" in ptx else re.findall(r"\bFFMA", code)
-    return registers, stack + local, len(fused)
+    fused = re.findall(r"\bFFMA", code) if code else re.findall(r"\bfma\.|\b(?:mul|add|sub)(?:\.ftz)?\.f32", ptx)
+    return registers, stack + local, len(fused) if unfused else 0
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def amd_resources(assembly: str) -> tuple[int, int, int]:
@@ -224,22 +275,37 @@ MATRIX = {
     "decode": r"(?:wg)?mma\.m\d+n\d+k\d+\.f32\.f16\.f16\S*|v_wmma_f32_16x16x16_f16",
 }
 SHORTER = re.compile(r"\.(sync|aligned|row|col|satfinite|mma_async)\b")
+AMD_TILE = 16 * 16 * 16
 
 
-def matrix_instruction(assembly: str, kind: str) -> str:
-    """The matrix instruction of the expected type, its modifiers left out; empty where there is none."""
-    found = re.search(MATRIX[kind], SHORTER.sub("", assembly))
-    return found[0] if found else ""
+def matrix_instructions(assembly: str, kind: str, warps: int) -> tuple[list[str], int]:
+    """(the matrix instructions of the expected type, their modifiers left out; how many multiplications all of them are in one program).
+
+    Four warps share a wgmma; a warp has every other instruction for itself.
+    """
+    found = re.findall(MATRIX[kind], SHORTER.sub("", assembly))
+    count = 0
+    for text in found:
+        tile = re.search(r"m(\d+)n(\d+)k(\d+)", text)
+        count += math.prod(map(int, tile.groups())) * warps // (4 if text.startswith("wgmma") else 1) if tile else AMD_TILE * warps
+    return list(dict.fromkeys(found)), count
 
 
 def narrowest_load(assembly: str, variant: Variant) -> int:
-    """Bytes of the narrowest load per thread: of asynchronous copies where the kernel has any, else of all global loads."""
+    """Bytes of the narrowest load per thread.
+
+    With main operands: 16 where asynchronous copies of 16 bytes bring all of them in every stage, no other asynchronous copy is there than
+    the scales', and no load is narrower than a scale; else the narrowest of all loads.
+    """
     copies = [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+)", assembly)]
-    if copies:
-        allowed = variant.scale_loads * variant.options["num_stages"]
-        return min(sorted(copies)[allowed:])
-    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", assembly)
-    return min((int(count or 1) * int(bits) // 8 for count, bits in loads), default=0)
+    found = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)", assembly)
+    loads = [int(count or 1) * int(bits) // 8 for count, bits in found]
+    if not variant.operand_bytes:
+        return min(copies + loads, default=0)
+    stages, wide = variant.options["num_stages"], copies.count(16)
+    covered = wide * 16 * 32 * variant.options["num_warps"] >= variant.operand_bytes * stages
+    scales = len(copies) - wide <= variant.scale_loads * stages and min(copies + loads, default=0) >= 4
+    return 16 if covered and scales else min(copies + loads, default=0)
 
 
 def narrowest_amd_load(assembly: str, variant: Variant) -> int:

@@ -64,6 +64,8 @@ _ATTENTION = {
     "gfx1100": {"int8": AttentionTile(64, 16, 1), "fp16": AttentionTile(64, 16, 1)},
     INTERPRETER: {"int8": AttentionTile(64, 4, 1), "fp16": AttentionTile(64, 4, 1, half_sum=True), "fp8": AttentionTile(64, 4, 1)},
 }
+# 128 queries with heads of 128 in int8 take all registers on sm_120 and spill where strides of scales are not divisible by 16, as at 720p.
+_ATTENTION_128 = {"sm_120": {"int8": AttentionTile(64, 8, 3)}}
 PV_DTYPES = {"int8": torch.int8, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 # What the product of probabilities and values is computed in where the user says nothing: the most exact of the 8-bit ones. It changes
 # bits, so it follows from no budget; `lowvram.memory.workspace.value_bytes` counts on it.
@@ -91,12 +93,17 @@ def _architecture(index: int) -> str:
 
 
 def nvidia_row(capability: tuple[int, int]) -> str:
-    """The row of a compute capability: its own, or the newest older one of the same instructions."""
+    """The row of a compute capability: its own, or that of an older one of the same major version.
+
+    Raises `UnsupportedError` for 10.x, 11.x and every other without a row: nothing was compiled for their matrix instructions.
+    """
     major, minor = capability
     if major < 8:
         raise UnsupportedError(f"compute capability {major}.{minor} has no 8-bit tensor cores that Triton can use: 8.0 or later is needed")
-    rows = {8: "sm_80" if minor == 0 else "sm_86" if minor < 9 else "sm_89", 9: "sm_90"}
-    return rows.get(major, "sm_120")
+    rows = {8: "sm_80" if minor == 0 else "sm_86" if minor < 9 else "sm_89", 9: "sm_90", 12: "sm_120"}
+    if major not in rows:
+        raise UnsupportedError(f"no tiles for compute capability {major}.{minor}: supported are 8.x, 9.x and 12.x")
+    return rows[major]
 
 
 def multiplies_e4m3(arch: str) -> bool:
@@ -118,7 +125,7 @@ def linear_tile(arch: str, kind: str, plain: bool) -> LinearTile:
 
 def attention_tile(arch: str, pv: str, head_dim: int) -> AttentionTile:
     """pv: one of `pv_choices(arch)`. No more warps than can each load 16 bytes a thread of the keys of one step."""
-    tile = _ATTENTION[arch][pv]
+    tile = (_ATTENTION_128.get(arch, {}) if head_dim == 128 else {}).get(pv, _ATTENTION[arch][pv])
     return tile._replace(warps=min(tile.warps, head_dim // 8))
 
 
