@@ -5,13 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from lowvram.config import format_bytes
 from lowvram.errors import DiskFullError, OutputError
 
 BINARY = getattr(os, "O_BINARY", 0)  # without it Windows would write \r\n for every byte 10
+PARTIAL = ".partial"  # ends the name of a file that is still being written
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ADVICE = {
+    errno.EEXIST: "it is a file: choose a folder that does not exist",
+    errno.ENOTDIR: "a part of this path is a file: choose another folder",
+    errno.EISDIR: "it is a folder: choose another name",
+    errno.EACCES: "choose another folder or change its permissions",
+    errno.EPERM: "choose another folder or change its permissions",
+}
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -22,10 +31,11 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 
 def output_error(path: Path, error: OSError, advice: str = "make room and run it again") -> OutputError:
-    """What an `OSError` while writing `path` means; `DiskFullError` where room is the cause."""
+    """What an `OSError` while writing `path` means, and what to do; `DiskFullError`, with `advice`, where room is the cause."""
     if error.errno in _NO_ROOM:
         return DiskFullError(f"no room to write {path} ({error.strerror}): {advice}")
-    return OutputError(f"cannot write {path}: {error.strerror or error}")
+    remedy = _ADVICE.get(error.errno or 0, "choose another folder or disk")
+    return OutputError(f"cannot write {path}: {error.strerror or error}: {remedy}")
 
 
 def check_room(path: Path, needed_bytes: int) -> None:
@@ -48,8 +58,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """`path` holds either its old content or all of `content`, whatever happens. Raises `OutputError`."""
-    partial = path.with_name(path.name + ".partial")
+    """`path` holds either its old content or all of `content`, whatever happens; an error leaves nothing else. Raises `OutputError`."""
+    partial = path.with_name(path.name + PARTIAL)
     try:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
         try:
@@ -59,5 +69,9 @@ def replace_file(path: Path, content: bytes) -> None:
             os.close(fd)
         os.replace(partial, path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise output_error(path, error) from error
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise output_error(path, error) from error
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -45,7 +46,16 @@ def clip_metadata(request: Request, fingerprint: str) -> dict[str, Any]:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """To be asked before any work: raises `UsageError` or `OutputError` where `write_video` would refuse the path."""
+    """To be asked before any work: raises `UsageError` or `OutputError` where `write_video` would refuse the path or could not write it."""
+    _check_path(path, overwrite)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):  # permissions do not tell: the file system may be read-only
+            pass
+    except OSError as error:
+        raise output_error(path.parent, error) from error
+
+
+def _check_path(path: Path, overwrite: bool) -> None:
     if path.suffix.lower() != ".mp4":
         raise UsageError(f"output {path} is not an .mp4 file: use {path.with_suffix('.mp4') if path.name else 'clip.mp4'}")
     if not path.parent.is_dir():
@@ -64,14 +74,14 @@ def write_video(
     frames: [H, W, 3] uint8 each, all of one size, at least one.  scale: each pixel becomes scale x scale of them.
     Odd sizes repeat their last row or column, since yuv420p has none.  Raises `UsageError`, `OutputError`, `DiskFullError`.
     """
-    check_output(path, overwrite)
+    _check_path(path, overwrite)
     if scale < 1 or fps < 1:
         raise UsageError(f"scale {scale} and fps {fps} must both be at least 1")
     part = path.with_name(path.name + ".part")
     try:
         _encode(part, (_encodable(frame, scale) for frame in frames), fps, metadata)
         _sync_file(part)
-        check_output(path, overwrite)
+        _check_path(path, overwrite)
         os.replace(part, path)
         sync_folder(path.parent)
     except OSError as error:

@@ -25,7 +25,7 @@ def read_diffusers(root: Path) -> Parts:
     settings = {component: read_settings(root, root / folder / "config.json") for component, folder in FOLDERS.items()}
     high, low = (_dit_config(settings[component]) for component in ("high_noise", "low_noise"))
     if high != low:
-        raise CheckpointError(f"{root}: the config.json of transformer and transformer_2 differ")
+        raise CheckpointError(f"{root}: the config.json of transformer and transformer_2 differ: take both experts from one model")
     text, vae = _text_config(settings["text_encoder"]), _vae_config(settings["vae"])
     config = model_config(high, text, vae, _sampling(root))
     renames: dict[str, Rename] = {

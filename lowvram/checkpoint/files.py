@@ -10,6 +10,7 @@ from typing import Any
 from lowvram.errors import CheckpointError, UnsafeFileError
 
 JSON_CAP_BYTES = 64 * 2**20  # UMT5's tokenizer.json has 17 MB
+DOWNLOAD = "download it again"
 
 
 def check_plain_name(name: str, where: Path) -> str:
@@ -34,29 +35,31 @@ def inside(root: Path, path: Path) -> Path:
     return path
 
 
-def read_bytes(root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES) -> bytes:
-    """The content of a small file of the model folder `root`. Raises `CheckpointError`."""
+def read_bytes(root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD) -> bytes:
+    """The content of a small file of the model folder `root`. Raises `CheckpointError` that ends in `advice`."""
     inside(root, path)
     try:
+        if not path.parent.is_dir():
+            raise CheckpointError(f"the folder {path.parent} is missing: {advice}")
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
+            raise CheckpointError(f"{path} is missing: {advice}")
         with open(path, "rb") as file:
             content = file.read(cap_bytes + 1)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}: {advice}") from error
     if len(content) > cap_bytes:
-        raise CheckpointError(f"{path} is larger than {cap_bytes} bytes, too large for what it should hold")
+        raise CheckpointError(f"{path} is larger than {cap_bytes} bytes, too large for what it should hold: {advice}")
     return content
 
 
-def read_json(root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of the model folder `root`. Raises `CheckpointError`."""
+def read_json(root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD) -> dict[str, Any]:
+    """The JSON object in a file of the model folder `root`. Raises `CheckpointError` that ends in `advice`."""
     try:
-        data = json.loads(read_bytes(root, path, cap_bytes).decode("utf-8"))
+        data = json.loads(read_bytes(root, path, cap_bytes, advice).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"{path} is not JSON: {error}: {advice}") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
+        raise CheckpointError(f"{path} is not a JSON object: {advice}")
     return data
 
 
@@ -99,7 +102,7 @@ class Settings:
     def _value(self, key: str, default: Any) -> Any:
         value = self.data.get(key, default)
         if value is None:
-            raise CheckpointError(f"{self.path} lacks the key {key!r}")
+            raise CheckpointError(f"{self.path} lacks the key {key!r}: {DOWNLOAD}")
         return value
 
     def _error(self, key: str, value: Any, wanted: str) -> CheckpointError:

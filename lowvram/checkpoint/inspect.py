@@ -37,17 +37,19 @@ def inspect_path(path: Path, verify: bool, progress: Progress | None = None) -> 
     `verify` reads a store whole: `IntegrityError` names every tensor whose bytes differ from the manifest or whose scales are not
     finite. `progress(done_bytes, total_bytes)` is called as it goes. Raises `CheckpointError`, `UsageError` for `verify` without hashes.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: give a .safetensors file, a checkpoint folder or a quantized model")
     if (path / MANIFEST_NAME).exists():
-        with open_store(path) as store:
+        with open_store(path, sample=not verify) as store:  # which would hide what else differs
             if verify:
                 verify_store(store, progress)
             return _describe_store(store, verify)
     if verify:
-        raise UsageError(f"{path} is not a store that lowvram wrote, so there are no hashes to verify it with")
+        raise UsageError(f"{path} is not a store that lowvram wrote, so there are no hashes to verify it with: leave out --verify")
     if path.is_dir():
         return _describe_folder(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        raise CheckpointError(f"{path} is a pickle, which inspect does not open")
+        raise CheckpointError(f"{path} is a pickle, which inspect does not open: give the folder that it lies in")
     return _describe_file(read_header(path))
 
 

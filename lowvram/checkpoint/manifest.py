@@ -10,15 +10,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowvram.checkpoint.diffusers_layout import looks_diffusers
 from lowvram.checkpoint.files import read_json
+from lowvram.checkpoint.official import looks_official
+from lowvram.checkpoint.writer import JOURNAL
 from lowvram.config import COMPONENTS, FORMATS, T2V_A14B, ModelConfig
-from lowvram.disk import replace_file
+from lowvram.disk import PARTIAL, replace_file
 from lowvram.errors import CheckpointError, IntegrityError, UsageError
 
 MANIFEST_NAME = "lowvram.json"
 TOKENIZER_NAME = "tokenizer.json"
+REPORT_NAME = "quantization_report.json"
+STAGING_NAME = "quantize.partial"  # the folder in which a store is made
 FORMAT_VERSION = 1
 _LARGEST = 2**20  # of any size in a model description
+_RESTORE = "quantize again or restore it"
 
 
 @dataclass(frozen=True)
@@ -56,25 +62,43 @@ def component_file(component: str) -> str:
     return f"{component}.safetensors"
 
 
+# What a store holds beside its manifest.
+STORE_FILES = (*(component_file(component) for component in COMPONENTS), TOKENIZER_NAME, REPORT_NAME)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What an unfinished run left in `folder`: names of lowvram alone, for a folder may hold a user's own `*.partial`."""
+    files = [name + suffix for name in (*STORE_FILES, MANIFEST_NAME) for suffix in (PARTIAL, JOURNAL)]
+    found = [folder / name for name in files if (folder / name).is_file() or (folder / name).is_symlink()]
+    return [folder / STAGING_NAME, *found] if (folder / STAGING_NAME).exists() else found
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the store in `folder`. Raises `CheckpointError`, and `IntegrityError` where it was changed after it was written."""
     path = folder / MANIFEST_NAME
     if not path.exists():
-        if any(folder.glob("*.partial*")):
-            raise CheckpointError(f"{folder} is unfinished: go on with lowvram quantize --resume")
-        raise CheckpointError(f"{folder} holds no {MANIFEST_NAME}: it is not a store that lowvram quantize finished")
-    data = read_json(folder, path)
+        raise _not_a_store(folder)
+    data = read_json(folder, path, advice=_RESTORE)
     if data.get("format_version") != FORMAT_VERSION:
         found = str(data.get("format_version"))[:40]
         raise CheckpointError(
             f"{path} has the format version {found}, this lowvram reads {FORMAT_VERSION}: update lowvram or quantize again"
         )
     if data.pop("sha256", None) != _own_hash(data):
-        raise IntegrityError(f"{path} was changed or damaged after it was written: quantize again or restore it")
+        raise IntegrityError(f"{path} was changed or damaged after it was written: {_RESTORE}")
     try:
         return _from_dict(data)
     except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
-        raise CheckpointError(f"{path} is not a manifest: {error}") from error
+        raise CheckpointError(f"{path} is not a manifest: {error}: {_RESTORE}") from error
+
+
+def _not_a_store(folder: Path) -> CheckpointError:
+    if leftovers(folder):
+        return CheckpointError(f"{folder} is unfinished: go on with lowvram quantize --resume")
+    if looks_official(folder) or looks_diffusers(folder):
+        return CheckpointError(f"{folder} is a model that is not quantized yet: make a store of it with `lowvram quantize {folder} MODEL`")
+    text = f"{folder} holds no {MANIFEST_NAME}: it is not a store that lowvram quantize finished"
+    return CheckpointError(f"{text}: give the folder of one, or make it with `lowvram quantize SOURCE MODEL`")
 
 
 def _own_hash(data: dict[str, Any]) -> str:

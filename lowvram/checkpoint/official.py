@@ -25,7 +25,8 @@ def read_official(root: Path, allow_pickle: bool) -> Parts:
     configs = {component: _dit_config(root, root / folder / "config.json") for component, folder in FOLDERS.items()}
     dit = configs["high_noise"]
     if configs["low_noise"] != dit:
-        raise CheckpointError(f"{root}: the config.json of {FOLDERS['high_noise']} and {FOLDERS['low_noise']} differ")
+        both = " and ".join(FOLDERS.values())
+        raise CheckpointError(f"{root}: the config.json of {both} differ: take both experts from one model")
     raw = {component: open_folder(root, root / folder) for component, folder in FOLDERS.items()}
     raw |= {component: open_one(root, stem, allow_pickle) for component, stem in STEMS.items()}
     text, vae = T2V_A14B.text_encoder, T2V_A14B.vae

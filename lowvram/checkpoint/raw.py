@@ -37,7 +37,7 @@ class RawTensors:
     def add(self, path: Path, reader: Reader, infos: dict[str, TensorInfo], metadata: dict[str, str]) -> None:
         twice = [name for name in infos if name in self.infos]
         if twice:
-            raise CheckpointError(f"{path} repeats {len(twice)} tensors of another shard: {named(twice)}")
+            raise CheckpointError(f"{path} repeats {len(twice)} tensors of another shard: {named(twice)}; download both again")
         self.infos |= infos
         self.readers |= dict.fromkeys(infos, reader)
         self.files.append(path)
@@ -66,14 +66,14 @@ def open_one(root: Path, stem: str, allow_pickle: bool) -> RawTensors:
         raw.where = pickled
         raw.add(pickled, file, file.tensors, {})
     else:
-        raise CheckpointError(f"{root} lacks {safe.name} (or {pickled.name})")
+        raise CheckpointError(f"{root} lacks {safe.name} (or {pickled.name}): download it")
     return raw
 
 
 def open_folder(root: Path, folder: Path) -> RawTensors:
     """The tensors of a folder: the shards that its one index names, or its only safetensors file. Raises `CheckpointError`."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is missing or not a folder")
+        raise CheckpointError(f"the folder {folder} is missing, or is none: download it again")
     inside(root, folder)
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
@@ -82,7 +82,8 @@ def open_folder(root: Path, folder: Path) -> RawTensors:
     if indexes:
         return _open_indexed(root, folder, indexes[0], files)
     if len(files) != 1:
-        raise CheckpointError(f"{folder} holds {len(files)} .safetensors files and no .safetensors.index.json that names its shards")
+        text = f"{folder} holds {len(files)} .safetensors files and no .safetensors.index.json that names its shards"
+        raise CheckpointError(f"{text}: download the index" + ("" if files else " and the shards"))
     raw = RawTensors(folder)
     open_safetensors(root, files[0], raw)
     return raw
@@ -91,7 +92,7 @@ def open_folder(root: Path, folder: Path) -> RawTensors:
 def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> RawTensors:
     weight_map = read_json(root, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        raise CheckpointError(f"{index} holds no weight_map from tensor names to file names")
+        raise CheckpointError(f"{index} holds no weight_map from tensor names to file names: download it again")
     shards = sorted({check_plain_name(name, index) for name in weight_map.values()})
     missing = [name for name in shards if not (folder / name).exists()]
     if missing:

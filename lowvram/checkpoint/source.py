@@ -115,7 +115,7 @@ def _rename(component: str, raw: RawTensors, rename: Rename) -> tuple[ComponentS
         elif name != TIED or raw.infos[name].shape != raw.infos[stored[official]].shape:
             twice.append(name)
     if twice:
-        raise CheckpointError(f"{raw.where}: {len(twice)} tensors of {component} occur under two names: {named(twice)}")
+        raise CheckpointError(f"{raw.where}: {len(twice)} tensors of {component} occur under two names: {named(twice)}; download it again")
     tensors = {official: _renamed_info(raw.infos[name], official) for official, name in stored.items()}
     return ComponentSource(component, tensors, stored, raw), unknown
 

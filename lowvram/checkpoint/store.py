@@ -21,6 +21,8 @@ from lowvram.checkpoint.tensors import TensorFile
 from lowvram.config import COMPONENTS, ModelConfig
 from lowvram.errors import CheckpointError, IntegrityError, MissingTensorsError, UsageError
 
+# A small tensor of each file that no two trained models share: reading it tells cheaply whether the file lies in its own place.
+_SAMPLES = {"high_noise": "head.modulation", "low_noise": "head.modulation", "text_encoder": "norm.weight", "vae": "decoder.conv1.bias"}
 _BLOCK_NAME = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 
@@ -128,23 +130,28 @@ class Store:
             file.close()
 
 
-def open_store(path: Path) -> Store:
-    """The store in the folder `path`. Reads headers, no weights; `inspect --verify` checks the data.
+def open_store(path: Path, sample: bool = True) -> Store:
+    """The store in the folder `path`. Reads headers and, with `sample`, one small tensor per file, to notice a file in another's place;
+    `inspect --verify` checks all data.
 
-    Raises `CheckpointError`; `MissingTensorsError` names what differs from the layout of config and format, in all files at once.
+    Raises `CheckpointError`; `MissingTensorsError` names what differs from the layout of config and format, in all files at once, and
+    `IntegrityError` the files whose sample has another hash than the manifest says.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give the folder that lowvram quantize wrote")
     manifest = read_manifest(path)
     missing = [component_file(name) for name in COMPONENTS if not (path / component_file(name)).exists()]
+    missing += [] if (path / TOKENIZER_NAME).exists() else [TOKENIZER_NAME]
     if missing:
         raise CheckpointError(f"{path} lacks {named(missing)}: quantize again or restore it")
-    tokenizer = read_bytes(path, path / TOKENIZER_NAME)
+    tokenizer = read_bytes(path, path / TOKENIZER_NAME, advice="quantize again or restore it")
     if hashlib.sha256(tokenizer).hexdigest() != manifest.tokenizer_sha256:
         raise IntegrityError(f"{path / TOKENIZER_NAME} differs from its hash in the manifest: quantize again or restore it")
     store = Store(path, manifest, manifest.config, manifest.format, {}, tokenizer)
     try:
         _open_files(store)
+        if sample:
+            _check_samples(store)
     except BaseException:
         store.close()
         raise
@@ -158,7 +165,21 @@ def _open_files(store: Store) -> None:
         store.files[component] = file
         texts += _differences(component, file, store.manifest)
     if texts:
-        raise MissingTensorsError("; ".join(texts))
+        raise MissingTensorsError(f"{'; '.join(texts)}: quantize again or restore the files")
+
+
+def _check_samples(store: Store) -> None:
+    texts = []
+    for component, name in _SAMPLES.items():
+        data = store.files[component].read(name).reshape(-1).view(torch.uint8).numpy().data
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != store.manifest.components[component].tensors[name]:
+            owners = [other for other in COMPONENTS if store.manifest.components[other].tensors.get(name) == digest]
+            origin = f" (it is that of {owners[0]})" if owners else ""
+            texts.append(f"{store.files[component].path}: {name} differs from its hash in the manifest{origin}")
+    if texts:
+        advice = f"quantize again or restore the file; `lowvram inspect {store.path} --verify` tells more"
+        raise IntegrityError(f"{'; '.join(texts)}: {advice}")
 
 
 def _differences(component: str, file: StoreFile, manifest: Manifest) -> list[str]:
@@ -166,7 +187,7 @@ def _differences(component: str, file: StoreFile, manifest: Manifest) -> list[st
     try:
         wanted = {tensor.name: tensor for tensor in component_layout(component, manifest.config, manifest.format).tensors}
     except UsageError as error:
-        raise CheckpointError(f"{file.path.parent}: config and format of the manifest do not fit: {error}") from error
+        raise CheckpointError(f"{file.path.parent}: config and format of the manifest do not fit: {error}: quantize again") from error
     found, hashes = file.header.tensors, manifest.components[component].tensors
     kinds = {
         "are missing": [name for name in wanted if name not in found],

@@ -67,7 +67,7 @@ def problems(component: str, where: Path, found: Mapping[str, TensorInfo], expec
 
 def raise_problems(texts: list[str]) -> None:
     if texts:
-        raise MissingTensorsError("; ".join(texts))
+        raise MissingTensorsError(f"{'; '.join(texts)}: download it again, or give the folder whose config.json belongs to it")
 
 
 def check_experts(raw: Mapping[str, RawTensors]) -> None:
@@ -76,19 +76,22 @@ def check_experts(raw: Mapping[str, RawTensors]) -> None:
         other, own = _OTHER[component], _OTHER[EXPERTS[1 - EXPERTS.index(component)]]
         for note in raw[component].notes:
             if other.search(note) and not own.search(note):
-                raise WrongExpertError(f"{raw[component].where}: {component} is expected here, but a file in it says {note[:120]!r}")
+                text = f"{component} is expected here, but a file in it says {note[:120]!r}"
+                raise WrongExpertError(f"{raw[component].where}: {text}: put each expert in its own place")
     high, low = ({(item.st_dev, item.st_ino) for item in (path.stat() for path in raw[name].files)} for name in EXPERTS)
     if high & low:
-        raise WrongExpertError(f"{raw['high_noise'].where} and {raw['low_noise'].where} are the same files: the model needs both experts")
+        both = f"{raw['high_noise'].where} and {raw['low_noise'].where}"
+        raise WrongExpertError(f"{both} are the same files, but the model needs both experts: download the other one")
 
 
 def check_config(path: Path, config: ModelConfig) -> None:
     """Raises `CheckpointError` where the components do not fit each other."""
     dit, text, vae = config.dit, config.text_encoder, config.vae
     if dit.text_dim != text.d_model:
-        raise CheckpointError(f"{path}: the experts read text of width {dit.text_dim}, but the text encoder writes {text.d_model}")
+        text_widths = f"the experts read text of width {dit.text_dim}, but the text encoder writes {text.d_model}"
+        raise CheckpointError(f"{path}: {text_widths}: take all parts from one model")
     if not dit.in_dim == dit.out_dim == vae.z_dim == 16:
         raise CheckpointError(
             f"{path}: the experts take {dit.in_dim} and give {dit.out_dim} channels, the VAE has {vae.z_dim}: only text-to-video models "
-            "with 16 latent channels are read yet"
+            "with 16 latent channels are read yet, give one of them"
         )

@@ -16,12 +16,12 @@ import torch
 from lowvram.checkpoint.journal import Journal
 from lowvram.checkpoint.store_layout import ALIGNMENT_BYTES, StoredTensor
 from lowvram.checkpoint.tensors import TORCH_DTYPES
-from lowvram.disk import BINARY, check_room, output_error, sync_folder, write_all
+from lowvram.disk import BINARY, PARTIAL, check_room, output_error, sync_folder, write_all
 from lowvram.errors import CheckpointError, ResumeError
 
 SYNC_BYTES = 256 * 2**20
 CHUNK_BYTES = 16 * 2**20
-PARTIAL, JOURNAL = ".partial", ".partial.journal"
+JOURNAL = PARTIAL + ".journal"
 _log = logging.getLogger(__name__)
 
 
@@ -38,11 +38,16 @@ def header_bytes(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> b
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Removes what unfinished runs left in `folder`, and returns the names. Only while its `OutputLock` is held."""
-    names = sorted(path.name for path in folder.glob("*") if path.name.endswith((PARTIAL, JOURNAL)) and path.is_file())
-    for name in names:
-        (folder / name).unlink()
-    return names
+    """Removes the journals of `StoreWriter` in `folder` and the partial files beside them, and returns the names.
+
+    A `*.partial` without a journal is not a writer's and stays. Only while the folder's `OutputLock` is held.
+    """
+    journals = sorted(path for path in folder.glob(f"*{JOURNAL}") if path.is_file())
+    pairs = [(path.with_name(path.name.removesuffix(JOURNAL) + PARTIAL), path) for path in journals]
+    files = [path for pair in pairs for path in pair if path.is_file()]
+    for path in files:
+        path.unlink()
+    return [path.name for path in files]
 
 
 class StoreWriter:

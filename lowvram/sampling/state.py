@@ -61,7 +61,7 @@ def load_state(path: Path, request: Request, model: str, attention_values: str) 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         version = metadata["lowvram_state"]
         if version != FORMAT_VERSION:
-            raise ResumeError(f"{path} is of state version {version}, this is version {FORMAT_VERSION}: run without --resume")
+            raise ResumeError(f"{path} is of state version {version}, this is version {FORMAT_VERSION}: remove it and run without --resume")
         saved = {name: metadata[name] for name in ("model", "attention_values")} | asdict(Request(**json.loads(metadata["request"])))
         step, latents = int(metadata["step"]), tensors.pop("latents")
     except ResumeError:
@@ -76,4 +76,4 @@ def load_state(path: Path, request: Request, model: str, attention_values: str) 
 def _require_equal(path: Path, saved: dict[str, object], wanted: dict[str, object]) -> None:
     differing = [f"{name} was {saved[name]!r}, now {wanted[name]!r}" for name in wanted if saved.get(name) != wanted[name]]
     if differing:
-        raise ResumeError(f"{path} belongs to another run: {'; '.join(differing)}; ask for the same, or run without --resume")
+        raise ResumeError(f"{path} belongs to another run: {'; '.join(differing)}; ask for the same, or remove it and run without --resume")

@@ -11,22 +11,28 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lowvram.checkpoint.manifest import MANIFEST_NAME, TOKENIZER_NAME, ComponentManifest, Manifest, component_file
+from lowvram.checkpoint.manifest import (
+    MANIFEST_NAME,
+    REPORT_NAME,
+    STORE_FILES,
+    TOKENIZER_NAME,
+    ComponentManifest,
+    Manifest,
+    component_file,
+)
 from lowvram.checkpoint.source import Source
 from lowvram.checkpoint.store_layout import ComponentLayout, StoredTensor
 from lowvram.checkpoint.writer import StoreWriter
-from lowvram.config import COMPONENTS
 from lowvram.disk import replace_file, sync_folder
 from lowvram.errors import CheckpointError
 from lowvram_quantize.component import ComponentMaker
 from lowvram_quantize.progress import QUANTIZE, Meter, ProgressCallback
 from lowvram_quantize.recipe import Recipe, lowvram_version, run_identity, source_record
-from lowvram_quantize.report import REPORT_NAME, Report, TensorError
+from lowvram_quantize.report import Report, TensorError
 from lowvram_quantize.rows import ErrorSums, RowEngine
 from lowvram_quantize.state import RunState
 
 STATE_NAME = "run.jsonl"
-STORE_FILES = (*(component_file(component) for component in COMPONENTS), TOKENIZER_NAME, REPORT_NAME)
 
 
 @dataclass(frozen=True)

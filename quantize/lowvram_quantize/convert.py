@@ -13,19 +13,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lowvram.checkpoint.lock import OutputLock
-from lowvram.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from lowvram.checkpoint.manifest import MANIFEST_NAME, STAGING_NAME, STORE_FILES, leftovers, read_manifest
 from lowvram.checkpoint.source import Source, open_source
 from lowvram.checkpoint.store_layout import component_layout
 from lowvram.config import COMPONENTS, format_bytes
 from lowvram.disk import output_error
 from lowvram.errors import CheckpointError, DiskFullError, LowvramError, NonFiniteError, OutputError
-from lowvram_quantize.build import STATE_NAME, STORE_FILES, Build, commit
+from lowvram_quantize.build import STATE_NAME, Build, commit
 from lowvram_quantize.progress import SCAN, Meter, ProgressCallback
 from lowvram_quantize.recipe import Recipe, check_same, manifest_identity, run_identity
 from lowvram_quantize.report import Report, read_report
 from lowvram_quantize.rows import RowEngine, count_nonfinite
 
-STAGING_NAME = "quantize.partial"
 _NOTE_BYTES = 1024  # per tensor: its part of header, journals, manifest and report
 _NAMED = 6  # of many offending tensors
 _log = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ def _check_free(model: Path, overwrite: bool) -> None:
 
 
 def _remove_leftovers(model: Path) -> None:
-    for path in sorted(model.glob("*.partial*")):
+    for path in leftovers(model):
         _log.warning("removing %s, left by a run that did not finish (--resume would have continued it)", path)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

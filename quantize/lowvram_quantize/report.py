@@ -14,11 +14,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from lowvram.checkpoint.manifest import REPORT_NAME
 from lowvram.config import format_bytes
 from lowvram.errors import CheckpointError
 from lowvram_quantize.rows import ErrorSums
-
-REPORT_NAME = "quantization_report.json"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 
 from lowvram.checkpoint.store_layout import StoredTensor
 from lowvram.checkpoint.writer import StoreWriter
-from lowvram.disk import replace_file
+from lowvram.disk import output_error, replace_file
 from lowvram.errors import DiskFullError, OutputError
 
 TENSORS = [StoredTensor(f"t{index}", "F32", (1024,), "copy", "") for index in range(8)]
@@ -219,9 +219,41 @@ def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
     with pytest.raises(DiskFullError):
         replace_file(path, b"second")
     assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["lowvram.json"]
+
+
+def test_an_interrupted_replacement_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(fd: int) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "lowvram.json"
+    replace_file(path, b"first")
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["lowvram.json"]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.EEXIST, "it is a file: choose a folder that does not exist"),
+        (errno.ENOTDIR, "a part of this path is a file: choose another folder"),
+        (errno.EISDIR, "it is a folder: choose another name"),
+        (errno.EACCES, "choose another folder or change its permissions"),
+        (errno.EROFS, "choose another folder or disk"),
+        (errno.EIO, "choose another folder or disk"),
+        (errno.ENOSPC, "make room and run it again"),
+    ],
+)
+def test_every_error_of_the_system_says_what_to_do(code: int, advice: str) -> None:
+    message = str(output_error(Path("models/a"), OSError(code, os.strerror(code))))
+    for text in ("models/a", os.strerror(code), advice):
+        assert text in message
 
 
 def test_missing_folder_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match=r"cannot write .*choose a"):
         write(tmp_path / "file" / "x.safetensors", resume=False)

@@ -181,6 +181,22 @@ def test_single_file_is_described(names: list[str], metadata: dict[str, str], co
     assert found["metadata"] == metadata
 
 
+def test_p03_verify_names_all_where_one_expert_lies_in_the_place_of_both(store: Path) -> None:
+    shutil.copy(store / "high_noise.safetensors", store / "low_noise.safetensors")
+    with pytest.raises(IntegrityError, match=r"head\.modulation differs.*--verify"):
+        inspect_path(store, verify=False)
+    with pytest.raises(IntegrityError, match=r"store: \d\d parts differ") as caught:
+        inspect_path(store, verify=True)
+    assert "low_noise" in str(caught.value)
+    assert "'high_noise" not in str(caught.value)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_path_that_does_not_exist_is_told(verify: bool, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none does not exist: give a \.safetensors file, a checkpoint folder or a quantized model"):
+        inspect_path(tmp_path / "none", verify)
+
+
 def test_verify_needs_hashes(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match="no hashes to verify"):

@@ -138,6 +138,7 @@ def test_p12_missing_extra_and_wrong_shape_are_named_all_at_once(model: Path) ->
         assert text in message
     for text in ("blocks.0.norm3.weight is [255], expected [256]", "vae", "'decoder.head.2.bias'"):
         assert text in message
+    assert "download it again, or give the folder whose config.json belongs to it" in message
     assert "high_noise" not in message
     assert "\n" not in message
 
@@ -290,7 +291,7 @@ def test_unknown_sampling_default_is_refused(model: Path) -> None:
 def test_broken_json_is_refused(content: str, model: Path) -> None:
     path = model / "high_noise_model" / "config.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(CheckpointError, match="is not"):
+    with pytest.raises(CheckpointError, match=r"is not .*download it again"):
         open_source(model)
 
 
@@ -311,5 +312,11 @@ def test_wrong_folders_are_refused_with_what_was_looked_for(tmp_path: Path, mode
 def test_missing_part_is_named(name: str, model: Path) -> None:
     path = model / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(CheckpointError, match=name.split(".")[0]):
+    with pytest.raises(CheckpointError, match=f"{name.split('.')[0]}.*download it"):
+        open_source(model)
+
+
+def test_a_missing_folder_is_named_instead_of_a_file_in_it(model: Path) -> None:
+    shutil.rmtree(model / "low_noise_model")
+    with pytest.raises(CheckpointError, match=r"the folder \S+/low_noise_model is missing: download it again"):
         open_source(model)

@@ -123,6 +123,7 @@ def test_tensors_that_differ_from_the_layout_are_named_in_all_files_at_once(stor
         open_store(store)
     for text in ("low_noise.safetensors: 1 tensors are missing: 'head.modulation'", "1 tensors are missing: 'conv2.bias'", "'surplus'"):
         assert text in str(caught.value)
+    assert str(caught.value).endswith("quantize again or restore the files")
 
 
 def test_order_that_differs_from_the_layout_is_refused(store: Path) -> None:
@@ -131,6 +132,52 @@ def test_order_that_differs_from_the_layout_is_refused(store: Path) -> None:
     write_file(store / "vae.safetensors", tensors)
     with pytest.raises(MissingTensorsError, match="2 tensors are in the wrong order"):
         open_store(store)
+
+
+def test_p12_one_expert_in_the_place_of_both_does_not_open(store: Path) -> None:
+    shutil.copy(store / "high_noise.safetensors", store / "low_noise.safetensors")
+    with pytest.raises(IntegrityError) as caught:
+        open_store(store)
+    message = str(caught.value)
+    told = "low_noise.safetensors: head.modulation differs", "that of high_noise", "quantize again", f"inspect {store} --verify"
+    for text in told:
+        assert text in message
+    assert "high_noise.safetensors:" not in message
+    assert "\n" not in message
+
+
+def test_p12_swapped_experts_do_not_open(store: Path) -> None:
+    high, low = (store / f"{name}.safetensors" for name in EXPERTS)
+    high.rename(store / "between")
+    low.rename(high)
+    (store / "between").rename(low)
+    with pytest.raises(IntegrityError) as caught:
+        open_store(store)
+    for text in (f"{high}: head.modulation differs", "that of low_noise", f"{low}: head.modulation differs", "that of high_noise"):
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_p12_a_file_of_another_model_does_not_open(component: str, store: Path, tmp_path: Path) -> None:
+    other = write_store(tmp_path / "other", CONFIG, "int8-plain", seed=1)
+    shutil.copy(other / f"{component}.safetensors", store / f"{component}.safetensors")
+    with pytest.raises(IntegrityError, match=rf"{component}\.safetensors: [a-z1.]+ differs .*quantize again"):
+        open_store(store)
+
+
+def test_a_store_of_the_real_sizes_opens_without_reading_much(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, str]] = []
+    original = StoreFile.read
+
+    def record(file: StoreFile, name: str) -> torch.Tensor:
+        read.append((file.path.stem, name))
+        return original(file, name)
+
+    monkeypatch.setattr(StoreFile, "read", record)
+    open_store(store).close()
+    assert {component for component, _ in read} == set(COMPONENTS)
+    sizes = {(name, tensor.name): tensor.nbytes for name in COMPONENTS for tensor in component_layout(name, T2V_A14B, "int8").tensors}
+    assert sum(sizes[item] for item in read) < 128 * 1024
 
 
 def test_expert_of_another_format_is_refused(store: Path, tmp_path: Path) -> None:
@@ -143,7 +190,21 @@ def test_expert_of_another_format_is_refused(store: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", [*(f"{component}.safetensors" for component in COMPONENTS), "tokenizer.json", "lowvram.json"])
 def test_missing_file_is_named(name: str, store: Path) -> None:
     (store / name).unlink()
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(CheckpointError, match=f"{name}.*(quantize again|lowvram quantize SOURCE MODEL)"):
+        open_store(store)
+
+
+def test_a_source_in_place_of_a_store_is_told_to_be_quantized(tmp_path: Path) -> None:
+    for name in ("high_noise_model", "transformer"):
+        source = tmp_path / name
+        (source / name).mkdir(parents=True)
+        with pytest.raises(CheckpointError, match=rf"not quantized yet: make a store of it with `lowvram quantize {source} MODEL`"):
+            open_store(source)
+
+
+def test_a_manifest_that_is_not_json_says_what_to_do(store: Path) -> None:
+    (store / MANIFEST_NAME).write_text("{")
+    with pytest.raises(CheckpointError, match=r"lowvram\.json is not JSON.*quantize again or restore it"):
         open_store(store)
 
 

@@ -232,8 +232,20 @@ def test_errors_of_the_system_name_what_they_are_about(source: Path, tmp_path: P
         quantize(source, tmp_path / "m", progress=StopAt(1000))
     assert not isinstance(caught.value, OutputError)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file"):
+    with pytest.raises(OutputError, match="part of this path is a file: choose another folder"):
         quantize(source, tmp_path / "file" / "m")
+    with pytest.raises(OutputError, match="it is a file: choose a folder that does not exist"):
+        quantize(source, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_folder_that_may_not_be_written_is_refused_with_advice(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OutputError, match=r"m: Permission denied: choose another folder or change its permissions"):
+        quantize(source, tmp_path / "m")
 
 
 def poisoned(path: Path) -> Path:
@@ -291,6 +303,25 @@ def test_p02_leftovers_are_named_and_removed(source: Path, tmp_path: Path, caplo
     assert STAGING_NAME in caplog.text
     assert "lowvram.json.partial" in caplog.text
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == sorted([MANIFEST_NAME, *build.STORE_FILES])
+
+
+def test_p02_files_of_the_user_that_end_in_partial_survive(source: Path, tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    (model / "thesis.partial-draft").mkdir(parents=True)
+    (model / "thesis.partial-draft" / "one.txt").write_text("years")
+    (model / "movie.mkv.partial").write_text("hours")
+    (model / "vae.safetensors.partial").mkdir()  # a folder: no run makes one of this name
+    with pytest.raises(CheckpointError, match="it is not a store"):  # nor are they taken for an unfinished run
+        open_store(model)
+    for name in ("low_noise.safetensors.partial", "low_noise.safetensors.partial.journal", "tokenizer.json.partial"):
+        (model / name).write_text("left")
+    with pytest.raises(CheckpointError, match="is unfinished: go on with"):
+        open_store(model)
+    quantize(source, model)
+    assert (model / "thesis.partial-draft" / "one.txt").read_text() == "years"
+    assert (model / "movie.mkv.partial").read_text() == "hours"
+    theirs = ["movie.mkv.partial", "thesis.partial-draft", "vae.safetensors.partial"]
+    assert sorted(path.name for path in model.iterdir()) == sorted([*theirs, MANIFEST_NAME, *build.STORE_FILES])
 
 
 def test_ctrl_c_says_how_to_go_on(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

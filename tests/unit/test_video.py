@@ -151,6 +151,24 @@ def test_bad_places_are_refused_before_any_work(tmp_path: Path) -> None:
         check_output(tmp_path / "missing" / "clip.mp4", overwrite=False)
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_output(tmp_path / "clip.mp4", overwrite=False)
+    assert os.listdir(tmp_path) == []
+
+    def refuse(path: object, *_: object, **__: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OutputError, match=rf"cannot write {tmp_path}: Permission denied: choose another folder"):
+        check_output(tmp_path / "clip.mp4", overwrite=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_a_folder_that_not_even_root_can_write_is_refused() -> None:
+    with pytest.raises(OutputError, match=r"cannot write /proc: .*choose another folder"):
+        check_output(Path("/proc/clip.mp4"), overwrite=False)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
 @pytest.mark.parametrize("name", ["12:30.mp4", "a%d b.mp4", "-clip.mp4", "红.mp4"])
 def test_names_mean_files_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
