@@ -41,11 +41,11 @@ def read_sampling(root: Path) -> SamplingDefaults:
     path = root / DEFAULTS_FILE
     if not path.exists():
         return SamplingDefaults()
-    settings = read_settings(root, path)
+    settings = Settings(path, read_json(root, path, CONFIG_CAP_BYTES, "correct it or remove it"))
     known = {item.name: item.type for item in fields(SamplingDefaults) if item.name != "boundary"}
     unknown = [key for key in settings.data if key not in known]
     if unknown:
-        raise CheckpointError(f"{path}: unknown key {unknown[0][:80]!r}; known are {', '.join(known)}")
+        raise CheckpointError(f"{path}: unknown key {unknown[0][:80]!r}; known are {', '.join(known)}; correct it or remove it")
     changes = {key: settings.integer(key) if known[key] == "int" else settings.number(key) for key in settings.data}
     return replace(SamplingDefaults(), **changes)  # type: ignore[arg-type]  # each key has its own field's type
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,10 +15,14 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from lowvram.checkpoint.store import Store
 from lowvram.cli import app
+from lowvram.config import Request
+from lowvram.sampling.state import RunState, save_state
 from lowvram.video import read_metadata
 from tests.checkpoints import tiny_config, write_official
 
@@ -121,7 +126,11 @@ def test_an_existing_output_stays(model: Path, tmp_path: Path) -> None:
 
 def test_models_that_are_none_are_refused(tmp_path: Path) -> None:
     refused(run("generate", tmp_path / "none", "--prompt", "a", *CLIP), 1, "does not exist", "lowvram quantize")
-    refused(run("generate", tmp_path, "--prompt", "a", *CLIP), 1, "lowvram.json")
+    refused(run("generate", tmp_path, "--prompt", "a", *CLIP), 1, "lowvram.json", "lowvram quantize SOURCE MODEL")
+    source = write_official(tmp_path / "source", tiny_config())
+    for command in (["generate", source, "--prompt", "a", *CLIP], ["plan", source]):
+        refused(run(*command), 1, "source is a model that is not quantized yet", "lowvram quantize", "source MODEL")
+    refused(run("inspect", tmp_path / "none"), 1, "none does not exist", "give a .safetensors file")
     refused(run("plan", "t2v-a15b"), 2, "neither a folder nor a variant", "t2v-a14b")
 
 
@@ -136,8 +145,61 @@ def test_damaged_sources_are_refused_before_anything_is_written(tmp_path: Path) 
     refused(run("quantize", source, model), 1, shard.name)
     config = source / "low_noise_model" / "config.json"
     config.write_text(config.read_text().replace('"dim": 256', '"dim": 512'))
-    assert run("quantize", source, model).exit_code == 1
-    assert not model.exists() or list(model.iterdir()) == []
+    refused(run("quantize", source, model), 1, str(source), "config.json of high_noise_model and low_noise_model differ", "from one model")
+    config.unlink()
+    refused(run("quantize", source, model), 1, f"{config} is missing", "download it again")
+    shutil.rmtree(config.parent)
+    refused(run("quantize", source, model), 1, f"the folder {config.parent} is missing", "download it again")
+    assert not model.exists()
+
+
+def test_a_wrong_shape_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    source, model = tmp_path / "source", tmp_path / "model"
+    write_official(source, tiny_config(), shards=1)
+    file = source / "low_noise_model" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"head.modulation": torch.ones(1, 2, 128)}, file)
+    what = "low_noise", "1 tensors have the wrong shape", "head.modulation is [1, 2, 128], expected [1, 2, 256]"
+    refused(run("quantize", source, model), 1, *what, "download it again", "config.json")
+    assert not model.exists()
+
+
+def test_places_that_cannot_be_written_are_refused_with_what_to_do(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_official(tmp_path / "source", tiny_config())
+    (tmp_path / "afile").write_text("mine")
+    refused(run("quantize", source, tmp_path / "afile"), 1, "cannot write", "afile", "it is a file: choose a folder that does not exist")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    result = run("generate", model, "--prompt", "a circle", "--out", tmp_path / "clip.mp4", *CLIP)
+    refused(result, 1, f"cannot write {tmp_path}: Permission denied", "choose another folder")
+    assert "plan:" not in result.stderr  # before any work
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["afile", "source"]
+
+
+def test_a_state_that_does_not_fit_is_refused_with_a_way_out(model: Path, tmp_path: Path) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.mp4.resume"
+    asked = ["generate", model, "--prompt", "a circle", "--out", out, *CLIP]
+    other = Request(prompt="a square", width=64, height=64, num_frames=5)
+    save_state(state, RunState(other, "another model", "int8", 1, torch.zeros(1), {}))
+    refused(run(*asked, "--resume"), 1, "belongs to another run", "a square", "remove it and run without --resume")
+    save_file({"latents": torch.zeros(1)}, state, metadata={"lowvram_state": "1"})
+    refused(run(*asked, "--resume"), 1, "is of state version 1", "remove it and run without --resume")
+    state.write_bytes(b"garbage")
+    refused(run(*asked, "--resume"), 1, "is not the state of an interrupted run", "remove it and run without --resume")
+    state.unlink()
+    assert run(*asked).exit_code == 0
+
+
+def test_p12_one_expert_in_the_place_of_both_makes_no_video(model: Path, tmp_path: Path) -> None:
+    broken, out = shutil.copytree(model, tmp_path / "model"), tmp_path / "clip.mp4"
+    shutil.copy(broken / "high_noise.safetensors", broken / "low_noise.safetensors")
+    told = "low_noise.safetensors", "head.modulation", "quantize again or restore", "inspect"
+    refused(run("generate", broken, "--prompt", "a circle", "--out", out, *CLIP), 1, *told)
+    refused(run("plan", broken), 1, *told)
+    assert not out.exists()
 
 
 def test_quantize_says_what_it_lost(tmp_path: Path) -> None:
