@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,6 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from lowvram.config import parse_size
 from lowvram.errors import LowvramError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -65,29 +65,29 @@ def options(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="The video to write.")] = Path("demo.mp4"),
+    out: Annotated[Path, typer.Option(help="The video to write; replaces a clip of lowvram's.", readable=False)] = Path("demo.mp4"),
     prompt: Annotated[str, typer.Option(help="What the video shows.")] = "a red circle moves right on a white background",
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     format: Format = "int8",
-    overwrite: Annotated[bool, typer.Option("--overwrite/--no-overwrite", help="Replace an existing output.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace whatever file is there.")] = False,
 ) -> None:
     """Quantize the small model that ships with lowvram and generate a video with it, on any machine."""
-    from lowvram.demo.run import run_demo
+    from lowvram.demo.run import is_own_clip, run_demo
     from lowvram.terminal import duration, generation_progress
     from lowvram.video import check_output
 
-    check_output(out, overwrite)
+    check_output(out, overwrite or is_own_clip(out))
     with generation_progress(console) as listener:
         result = run_demo(prompt, seed, format, listener)
-    result.video.save(out, overwrite=overwrite, scale=result.scale)
+    result.video.save(out, overwrite=overwrite or is_own_clip(out), scale=result.scale)
     console.print(f"quantized in {duration(result.quantize_s)}, generated in {duration(result.generate_s)}: “{prompt}”")
     print(out)
 
 
 @app.command()
 def quantize(
-    source: Annotated[Path, typer.Argument(help="Checkpoint folder: official or diffusers layout.")],
-    model: Annotated[Path, typer.Argument(help="Folder of the quantized model to write.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder: official or diffusers layout.", readable=False)],
+    model: Annotated[Path, typer.Argument(help="Folder of the quantized model to write.", readable=False)],
     format: Format = "int8",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .pth files (weights only).")] = False,
@@ -100,6 +100,8 @@ def quantize(
 
     from lowvram.terminal import quantize_progress
 
+    _check_readable(source)
+    _check_readable(model)
     with quantize_progress(console) as listener:
         report = convert(source, model, format, resume=resume, allow_pickle=allow_pickle, overwrite=overwrite, progress=listener)
     if as_json:
@@ -111,9 +113,9 @@ def quantize(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a quantized model.", readable=False)],
     prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Text file that holds the prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file that holds the prompt.", readable=False)] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it must not show; the official text by default.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 4n+1.")] = None,
@@ -127,7 +129,7 @@ def generate(
     ram: Ram = "auto",
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same request.")] = False,
-    out: Annotated[Path, typer.Option(help="The video to write, .mp4.")] = Path("clip.mp4"),
+    out: Annotated[Path, typer.Option(help="The video to write, .mp4.", readable=False)] = Path("clip.mp4"),
     scale: Annotated[int, typer.Option(help="Enlarge each pixel of the saved video this many times.", min=1, max=16)] = 1,
     overwrite: Overwrite = False,
     prompt_cache: Annotated[bool, typer.Option("--prompt-cache/--no-prompt-cache", help="Keep encoded prompts for the next run.")] = True,
@@ -140,10 +142,11 @@ def generate(
 
     check_output(out, overwrite)
     text = _prompt(prompt, prompt_file)
+    _check_readable(model)
     pipeline = load(model, vram, ram, device, prompt_cache)
     settings = {
         "negative_prompt": negative_prompt,
-        "size": None if size is None else parse_size(size),
+        "size": size,
         "frames": frames,
         "steps": steps,
         "shift": shift,
@@ -196,11 +199,23 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt_file is None:
         return prompt or ""
     try:
-        return prompt_file.read_text(encoding="utf-8")
+        return prompt_file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a byte order mark
     except OSError as error:
-        raise LowvramError(f"cannot read the prompt file {prompt_file}: {error.strerror}") from error
+        advice = "check the name, or use --prompt TEXT"
+        raise LowvramError(f"cannot read the prompt file {prompt_file}: {error.strerror}: {advice}") from error
     except UnicodeDecodeError as error:
         raise LowvramError(f"the prompt file {prompt_file} is not UTF-8 text: save it as UTF-8") from error
+
+
+def _check_readable(path: Path) -> None:
+    """Raises `LowvramError` where this user may not read `path`; a missing one is for the command itself to refuse."""
+    try:
+        needed = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+        allowed = not path.exists() or os.access(path, needed)
+    except OSError as error:  # a folder above it may not be entered, a name is too long
+        raise LowvramError(f"cannot read {path}: {error.strerror}: check its name, its owner and its rights") from error
+    if not allowed:
+        raise LowvramError(f"cannot read {path}: Permission denied: check its owner and its rights")
 
 
 @app.command()
@@ -209,8 +224,8 @@ def plan(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; without one, a matrix of sizes and lengths.")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames, 4n+1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    vram: Annotated[str | None, typer.Option(help="VRAM budget: 8GiB, 8GB, 8192MiB; by default what auto takes of --gpu, or 8GiB.")] = None,
-    ram: Annotated[str, typer.Option(help="RAM budget: 16GiB, 16GB.")] = "16GiB",
+    vram: Annotated[str | None, typer.Option(help="VRAM budget: 8GiB, 8GB or auto; without one auto with --gpu, else 8GiB.")] = None,
+    ram: Ram = "16GiB",
     format: Format = "int8",
     gpu: Annotated[
         str | None, typer.Option(help='A card whose time is predicted, such as "RTX 3060 12GB"; this machine\'s by default.')
@@ -239,7 +254,7 @@ def _show(data: dict[str, Any], table: Callable[[], Any], as_json: bool) -> None
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A .safetensors file, a checkpoint folder or a quantized model.")],
+    path: Annotated[Path, typer.Argument(help="A .safetensors file, a checkpoint folder or a quantized model.", readable=False)],
     verify: Annotated[bool, typer.Option("--verify", help="Hash every tensor against the manifest.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -247,6 +262,7 @@ def inspect(
     from lowvram.checkpoint.inspect import inspect_path
     from lowvram.terminal import inspect_table, verify_progress
 
+    _check_readable(path)
     with verify_progress(console) as listener:
         found = inspect_path(path, verify, listener)
     if as_json:
@@ -258,13 +274,14 @@ def inspect(
 @app.command()
 def doctor(
     as_json: Json = False,
-    path: Annotated[Path, typer.Option(help="The folder whose disk is looked at.")] = Path("."),
+    path: Annotated[Path, typer.Option(help="The folder whose disk is looked at.", readable=False)] = Path("."),
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure the machine's speeds again.")] = False,
 ) -> None:
     """GPU, Triton, disk, memory, speeds: what is there, what is missing and how to get it."""
-    from lowvram.memory.probe import doctor_report, measured_speeds, probe_machine
+    from lowvram.memory.probe import check_folder, doctor_report, measured_speeds, probe_machine
     from lowvram.terminal import doctor_table
 
+    check_folder(path)
     machine = probe_machine(path, measure=True)
     report = doctor_report(path, machine, measured_speeds(path, machine, refresh))
     _show(report, lambda: doctor_table(report), as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ EXPERTS = ("high_noise", "low_noise")
 COMPONENTS = (*EXPERTS, "text_encoder", "vae")
 FORMATS = ("int8", "int8-plain", "fp8", "bf16", "fp32")
 SOLVERS = ("unipc", "euler")
+MAX_STEPS = 1000  # timesteps that Wan2.2 was trained on: more steps would repeat some of them
 
 
 @dataclass(frozen=True)
@@ -150,16 +152,13 @@ class Request:
     solver: str = "unipc"
 
     def __post_init__(self) -> None:
-        for name in ("width", "height"):
-            value = getattr(self, name)
-            if value <= 0 or value % 16:
-                near = max(16, round(value / 16) * 16)
-                raise UsageError(f"{name} {value} is not a positive multiple of 16: use {near}")
-        if self.num_frames < 1 or self.num_frames % 4 != 1:
-            near = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
-            raise UsageError(f"frames {self.num_frames} is not 4n+1: use {near}")
-        if self.steps < 1:
-            raise UsageError(f"steps {self.steps} is less than 1")
+        for name in ("prompt", "negative_prompt", "solver"):
+            _check_text(name, getattr(self, name))
+        for name in ("fps", "seed"):
+            _check_integer(name, getattr(self, name))
+        for name in ("shift", "guidance_high", "guidance_low", "boundary"):
+            _check_number(name, getattr(self, name))
+        check_clip(self.width, self.height, self.num_frames, self.steps)
         if self.fps < 1:
             raise UsageError(f"fps {self.fps} is less than 1")
         if not 0 <= self.seed < 2**63:
@@ -173,6 +172,49 @@ class Request:
                 raise UsageError(f"{name} {getattr(self, name)} is not a finite number")
         if not 0 <= self.boundary <= 1:
             raise UsageError(f"boundary {self.boundary} is outside 0 .. 1")
+
+
+def check_clip(width: int, height: int, num_frames: int, steps: int) -> None:
+    """What a request and a plan both ask: sizes are multiples of 16, frames 4n+1, steps 1 to `MAX_STEPS`. Raises `UsageError`."""
+    for name, value in (("width", width), ("height", height), ("frames", num_frames), ("steps", steps)):
+        _check_integer(name, value)
+    for name, value in (("width", width), ("height", height)):
+        if value <= 0 or value % 16:
+            near = max(16, (value + 8) // 16 * 16)
+            raise UsageError(f"{name} {value} is not a positive multiple of 16: use {near}")
+    if num_frames < 1 or num_frames % 4 != 1:
+        near = max(1, (num_frames + 1) // 4 * 4 + 1)
+        raise UsageError(f"frames {num_frames} is not 4n+1: use {near}")
+    if steps < 1:
+        raise UsageError(f"steps {steps} is less than 1")
+    if steps > MAX_STEPS:
+        raise UsageError(f"steps {steps} is more than the {MAX_STEPS} timesteps that the model knows: use {MAX_STEPS} at most")
+
+
+def shown(value: object) -> str:
+    """`value` for an error message: its repr, cut to 80 characters."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)[:80]
+
+
+def _check_integer(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value.bit_length() > 64:
+        raise UsageError(f"{name} is {shown(value)}: expected an integer")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, float) and (not isinstance(value, int) or isinstance(value, bool) or value.bit_length() > 64):
+        raise UsageError(f"{name} is {shown(value)}: expected a number")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is {shown(value)}: expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} holds {shown(value[error.start])} at character {error.start + 1}: expected Unicode text") from error
 
 
 @dataclass(frozen=True)
@@ -215,15 +257,27 @@ def parse_bytes(text: str) -> int:
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise UsageError(f"cannot read the amount of memory {text!r}: write it like 8GiB, 8GB or 8192MiB")
-    return int(float(match[1]) * unit)
+    amount = float(match[1]) * unit
+    if amount >= 2**63:
+        raise UsageError(f"an amount of memory of {text[:80]!r} is more than any machine has: write it like 8GiB")
+    return int(amount)
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """`WIDTHxHEIGHT` (`*` is accepted for `x`), in pixels. Raises `UsageError`."""
-    match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[xX*]\s*(\d{1,9})\s*", text)
     if match is None:
         raise UsageError(f"cannot read the size {text!r}: write it like 832x480")
     return int(match[1]), int(match[2])
+
+
+def clip_size(size: str | Sequence[int]) -> tuple[int, int]:
+    """(width, height) of `WIDTHxHEIGHT` or of a pair, whose numbers `check_clip` judges. Raises `UsageError`."""
+    if isinstance(size, str):
+        return parse_size(size)
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise UsageError(f"size is {shown(size)}: expected (width, height) or text like 832x480")
+    return size[0], size[1]
 
 
 def format_bytes(count: float) -> str:

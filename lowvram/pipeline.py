@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowvram.checkpoint.store import Store, open_store
-from lowvram.config import DEFAULT_NEGATIVE_PROMPT, EXPERTS, LatentShape, Request
+from lowvram.config import DEFAULT_NEGATIVE_PROMPT, EXPERTS, LatentShape, Request, clip_size, shown
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.memory.heap import return_freed_memory
 from lowvram.memory.plan import Host, MemoryPlan, choose_plan
@@ -105,13 +105,13 @@ class Pipeline:
         )
 
     def request(self, prompt: str, **changes: Any) -> Request:
-        """A request with this model's defaults; `changes` are fields of `Request`, `size=(width, height)` and `frames` among them.
+        """A request with this model's defaults; `changes` are fields of `Request`, or `frames` and `size`: (width, height) or "832x480".
 
         Raises `UsageError` for unknown fields and impossible values.
         """
         values = asdict(self.store.config.sampling) | {name: value for name, value in changes.items() if value is not None}
         if "size" in values:
-            values["width"], values["height"] = values.pop("size")
+            values["width"], values["height"] = clip_size(values.pop("size"))
         if "frames" in values:
             values["num_frames"] = values.pop("frames")
         if not values.get("negative_prompt"):
@@ -119,6 +119,8 @@ class Pipeline:
         unknown = sorted(set(values) - {field.name for field in fields(Request)})
         if unknown:
             raise UsageError(f"unknown setting {', '.join(unknown)}: use {', '.join(field.name for field in fields(Request))}")
+        if not isinstance(prompt, str):
+            raise UsageError(f"prompt is {shown(prompt)}: expected text")
         if not prompt.strip():
             raise UsageError("the prompt is empty: say what the video shows")
         if len(prompt) > MAX_PROMPT_CHARACTERS:
@@ -235,6 +237,8 @@ def load(
     from lowvram.memory.budget import resolve_budgets
     from lowvram.memory.measure import this_machine
 
+    if not isinstance(model, (str, Path)):
+        raise UsageError(f"model is {shown(model)}: expected the folder of a quantized model")
     path = Path(model)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: make it with `lowvram quantize SOURCE {path}`")

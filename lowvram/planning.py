@@ -7,13 +7,14 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from lowvram.config import VARIANTS, ModelConfig, parse_bytes, parse_size
+from lowvram.config import VARIANTS, ModelConfig, check_clip, clip_size, shown
 from lowvram.errors import BudgetError, UsageError
-from lowvram.memory.budget import AUTO_SHARE
+from lowvram.memory.budget import AUTO_SHARE, amount_bytes, resolve_budgets
 from lowvram.memory.cards import REFERENCE_CARD, find_card, parse_link, parse_speed
 from lowvram.memory.matrix import Cell, Matrix
 from lowvram.memory.measure import this_machine
 from lowvram.memory.plan import Host, MemoryPlan, choose_plan
+from lowvram.memory.probe import free_ram_bytes
 from lowvram.memory.profile import GIVEN, MachineProfile
 from lowvram.streaming.forecast import Forecast
 
@@ -25,7 +26,7 @@ MATRIX_VRAM_GB = (24, 16, 12, 8, 6)
 def plan(
     model: str | Path,
     *,
-    size: str | None = None,
+    size: str | tuple[int, int] | None = None,
     frames: int | None = None,
     steps: int | None = None,
     vram: str | int | None = None,
@@ -39,18 +40,25 @@ def plan(
     """Peak memory of a run and its predicted time, computed without a GPU. model: a store, or a variant such as `t2v-a14b` (then `format`
     counts). vram: by default what `auto` would take of the card, or 8 GiB where none is named.
 
+    vram, ram: bytes, text like `8GiB`, or `auto`: of VRAM a share of `gpu`, else what a run on this machine would take, on the device that
+    it would take; of RAM a share of what is free here. device: cuda or cpu.
+
     gpu: a card of the table; without one the prediction is of this machine, if `lowvram doctor` measured it, else there is none. link: such
     as "PCIe 4.0 x8" or "12GB" a second; disk: bytes a second such as "3.5GB".
 
-    Raises `BudgetError` naming the smallest budgets that would do, `UsageError` for an unknown model or card.
+    Raises `BudgetError` naming the smallest budgets that would do, `UsageError` for an unknown model or card and for what no run takes.
     """
     config, format = describe(model, format)
     defaults = config.sampling
-    wanted = parse_size(size) if size else (defaults.width, defaults.height)
-    ram_bytes = _bytes(ram)
+    width, height = (defaults.width, defaults.height) if size is None else clip_size(size)
+    frames = defaults.num_frames if frames is None else frames
+    steps = defaults.steps if steps is None else steps
+    check_clip(width, height, frames, steps)
+    device, vram_bytes, ram_bytes = _budgets(vram, ram, gpu, device)
     machine = planned_machine(gpu, link, disk, ram_bytes, device)
-    vram_bytes = _bytes(vram) if vram is not None else _vram_of(machine if gpu else None)
-    return _choose(config, format, wanted, frames or defaults.num_frames, steps or defaults.steps, vram_bytes, ram_bytes, device, machine)
+    if vram_bytes is None:
+        vram_bytes = _vram_of(machine if gpu else None)
+    return _choose(config, format, (width, height), frames, steps, vram_bytes, ram_bytes, device, machine)
 
 
 def plan_matrix(
@@ -68,20 +76,24 @@ def plan_matrix(
 ) -> Matrix:
     """`plan` over sizes and lengths (or `frames` alone) against VRAM budgets: `vram`, else what the card has, else 24 to 6 GB.
 
-    Without a card and without a measured machine the times are those of the table's `REFERENCE_CARD`. Raises `UsageError`.
+    Without a card and without a measured machine the plans and times are those of the table's `REFERENCE_CARD`. Raises `UsageError`.
     """
     config, format = describe(model, format)
-    ram_bytes = _bytes(ram)
-    machine = planned_machine(gpu, link, disk, ram_bytes, "cuda") or planned_machine(REFERENCE_CARD, link, disk, ram_bytes, "cuda")
+    lengths: Sequence[int] = MATRIX_FRAMES if frames is None else [frames]
+    steps = config.sampling.steps if steps is None else steps
+    for (width, height), length in product(map(clip_size, sizes), lengths):
+        check_clip(width, height, length, steps)
+    device, vram_bytes, ram_bytes = _budgets(vram, ram, gpu, "cuda")
+    machine = planned_machine(gpu, link, disk, ram_bytes, device) or planned_machine(REFERENCE_CARD, link, disk, ram_bytes, device)
     if machine is None:
         raise UsageError(f"{REFERENCE_CARD} is not in the table of cards")
-    budgets = [_bytes(vram)] if vram is not None else [_vram_of(machine)] if gpu else [gigabytes * 10**9 for gigabytes in MATRIX_VRAM_GB]
-    lengths = [frames] if frames else MATRIX_FRAMES
+    others = [_vram_of(machine)] if gpu else [gigabytes * 10**9 for gigabytes in MATRIX_VRAM_GB]
+    budgets = others if vram_bytes is None else [vram_bytes]
     cells = []
     for (width, height), length, budget in product(sizes, lengths, budgets):
         made, refusal = None, ""
         try:
-            made = _choose(config, format, (width, height), length, steps or config.sampling.steps, budget, ram_bytes, "cuda", machine)
+            made = _choose(config, format, (width, height), length, steps, budget, ram_bytes, machine.device, machine)
         except BudgetError as error:
             refusal = str(error)
         cells.append(Cell(width, height, length, budget, made, refusal))
@@ -124,8 +136,15 @@ def _choose(
     return choose_plan(config, format, size, frames, steps, host, vram_bytes, ram_bytes, clock=clock, pinned_limit_bytes=limit)
 
 
-def _bytes(amount: str | int) -> int:
-    return amount if isinstance(amount, int) else parse_bytes(amount)
+def _budgets(vram: str | int | None, ram: str | int, gpu: str | None, device: str) -> tuple[str, int | None, int]:
+    """(device, VRAM, RAM); VRAM None is for the caller to choose. Torch is loaded only by `auto` VRAM without a card."""
+    if device not in ("cuda", "cpu"):
+        raise UsageError(f"cannot plan for device {shown(device)}: use cuda or cpu")
+    if vram == "auto" and gpu is None:
+        here = resolve_budgets("auto", "auto", "cpu" if device == "cpu" else "auto")
+        return here.device, here.vram_bytes, here.ram_bytes if ram == "auto" else amount_bytes("RAM", ram)
+    ram_bytes = int(free_ram_bytes() * AUTO_SHARE) if ram == "auto" else amount_bytes("RAM", ram)
+    return device, None if vram is None or vram == "auto" else amount_bytes("VRAM", vram), ram_bytes
 
 
 def _vram_of(machine: MachineProfile | None) -> int:

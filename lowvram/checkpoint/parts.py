@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from lowvram.checkpoint.files import Settings, read_bytes, read_json
 from lowvram.checkpoint.raw import RawTensors
-from lowvram.config import T2V_A14B, DiTConfig, ModelConfig, SamplingDefaults, TextEncoderConfig, VAEConfig
+from lowvram.config import T2V_A14B, DiTConfig, ModelConfig, Request, SamplingDefaults, TextEncoderConfig, VAEConfig
 from lowvram.errors import CheckpointError, UsageError
 
 Rename = Callable[[str], "str | None"]
@@ -37,7 +37,10 @@ def read_tokenizer(root: Path, path: Path) -> bytes:
 
 
 def read_sampling(root: Path) -> SamplingDefaults:
-    """The official defaults, with what `lowvram_defaults.json` in the root of the model says instead."""
+    """The official defaults, with what `lowvram_defaults.json` in the root of the model says instead.
+
+    Raises `CheckpointError` that names file and field where no request could be made with them.
+    """
     path = root / DEFAULTS_FILE
     if not path.exists():
         return SamplingDefaults()
@@ -47,7 +50,12 @@ def read_sampling(root: Path) -> SamplingDefaults:
     if unknown:
         raise CheckpointError(f"{path}: unknown key {unknown[0][:80]!r}; known are {', '.join(known)}; correct it or remove it")
     changes = {key: settings.integer(key) if known[key] == "int" else settings.number(key) for key in settings.data}
-    return replace(SamplingDefaults(), **changes)  # type: ignore[arg-type]  # each key has its own field's type
+    defaults = replace(SamplingDefaults(), **changes)  # type: ignore[arg-type]  # each key has its own field's type
+    try:
+        Request(prompt="", **asdict(defaults))
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}; correct it or remove it") from error
+    return defaults
 
 
 def make_dit_config(path: Path, make: Callable[[], DiTConfig]) -> DiTConfig:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import psutil
 
-from lowvram.config import format_bytes, parse_bytes
+from lowvram.config import format_bytes, parse_bytes, shown
 from lowvram.errors import BudgetError, UsageError
 
 # What `auto` leaves to other programs.
@@ -43,10 +44,18 @@ def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:
     return Budgets(name, vram_bytes, ram_bytes, process)
 
 
+def amount_bytes(label: str, amount: str | int) -> int:
+    """Bytes of a budget that is not `auto`; label: VRAM or RAM. Raises `UsageError` for what is no positive amount."""
+    nbytes = parse_bytes(amount) if isinstance(amount, str) else amount
+    if not isinstance(nbytes, int) or isinstance(nbytes, bool) or not 0 < nbytes < 2**63:
+        raise UsageError(f"the {label} budget is {shown(amount)}: expected a positive number of bytes, text like 8GiB, or auto")
+    return nbytes
+
+
 def _amount(label: str, wanted: str | int, automatic: int, total: int) -> int:
     if wanted == "auto":
         return automatic
-    nbytes = wanted if isinstance(wanted, int) else parse_bytes(wanted)
+    nbytes = amount_bytes(label, wanted)
     if nbytes > total:
         wanted, has = format_bytes(nbytes), format_bytes(total)
         raise BudgetError(f"{label} of {wanted} was asked for, this machine has {has}: ask for less or for auto")
@@ -54,16 +63,24 @@ def _amount(label: str, wanted: str | int, automatic: int, total: int) -> int:
 
 
 def _device(name: str) -> str:
-    if name not in ("auto", "cpu", "cuda") and not name.startswith("cuda:"):
-        raise UsageError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
     import torch
 
-    available = torch.cuda.is_available()
-    if name.startswith("cuda") and not available:
-        raise UsageError(f"device {name} was asked for, but torch sees no GPU: run `lowvram doctor`")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", name):
+        raise UsageError(f"unknown device {shown(name)}: here are {_devices(count)}")
+    if name.startswith("cuda") and not count:
+        raise UsageError(f"device {name} was asked for, but torch sees no GPU: use auto or cpu, or run `lowvram doctor`")
+    if name.startswith("cuda:") and int(name.removeprefix("cuda:")) >= count:
+        raise UsageError(f"there is no device {name}: here are {_devices(count)}")
     if name == "auto":
-        return "cuda" if available else "cpu"
+        return "cuda" if count else "cpu"
     return name
+
+
+def _devices(count: int) -> str:
+    import torch
+
+    return ", ".join(["auto", "cpu", *(f"cuda:{number} ({torch.cuda.get_device_name(number)})" for number in range(count))])
 
 
 def _vram(device: str, free_ram: int) -> tuple[int, int]:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lowvram.config import format_bytes
-from lowvram.errors import LowvramError
+from lowvram.errors import LowvramError, UsageError
 from lowvram.memory.limits import host_memory
 from lowvram.memory.machine import Machine, probe_machine
 from lowvram.memory.measure import machine_profile
 from lowvram.memory.profile import MachineProfile
 
-__all__ = ["Finding", "Machine", "Speeds", "doctor_report", "free_ram_bytes", "measured_speeds", "probe_machine", "total_ram_bytes"]
+__all__ = [
+    "Finding",
+    "Machine",
+    "Speeds",
+    "check_folder",
+    "doctor_report",
+    "free_ram_bytes",
+    "measured_speeds",
+    "probe_machine",
+    "total_ram_bytes",
+]
 
 MIN_VRAM_BYTES = 5 << 30  # of the A14B models, at 480p
 MIN_RAM_BYTES = 6 << 30
@@ -60,6 +71,12 @@ def measured_speeds(path: Path, machine: Machine, refresh: bool = False) -> Spee
     except (LowvramError, ImportError) as error:
         return Speeds(None, reason=str(error))
     return Speeds(profile, fresh)
+
+
+def check_folder(path: Path) -> None:
+    """To be asked before anything is measured: raises `UsageError` where `path` is no folder, so that no disk can be looked at."""
+    if not os.path.isdir(path):  # which is False, too, where a folder above it may not be entered
+        raise UsageError(f"{path} is not a folder that can be looked at: give --path one that exists")
 
 
 def doctor_report(path: Path, machine: Machine | None = None, speeds: Speeds | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -19,9 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+import lowvram
 from lowvram.checkpoint.store import Store
 from lowvram.cli import app
 from lowvram.config import Request
+from lowvram.errors import UsageError
 from lowvram.sampling.state import RunState, save_state
 from lowvram.video import read_metadata
 from tests.checkpoints import tiny_config, write_official
@@ -93,6 +96,10 @@ def test_progress_names_every_phase(model: Path, tmp_path: Path) -> None:
         (["--out", "clip.gif"], 2, ("clip.gif", "use clip.mp4")),
         (["--out", "no/such/folder/clip.mp4"], 1, ("no/such/folder does not exist",)),
         (["--resume"], 1, ("nothing to resume", "run without --resume")),
+        (["--steps", "1001"], 2, ("steps 1001 is more than the 1000 timesteps", "use 1000 at most")),
+        (["--vram", "0GiB"], 2, ("the VRAM budget is '0GiB'", "8GiB, or auto")),
+        (["--device", "cuda:abc"], 2, ("unknown device 'cuda:abc'", "here are auto, cpu")),
+        (["--device", "cuda:99"], 2, ("device cuda:99", "cpu")),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(
@@ -103,16 +110,69 @@ def test_bad_requests_are_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("changes", [{"vram": -5}, {"vram": 1.5}, {"vram": 0}, {"ram": True}, {"device": "cuda:abc"}, {"model": None}])
+def test_loading_from_python_raises_errors_of_lowvram(changes: dict[str, Any], model: Path) -> None:
+    with pytest.raises(UsageError, match=r"budget is|unknown device|model is None"):
+        lowvram.load(**{"model": model, "device": "cpu", **changes})
+
+
+def test_requests_from_python_raise_errors_of_lowvram(model: Path) -> None:
+    pipeline = lowvram.load(model, device="cpu")
+    with pipeline.store:
+        assert pipeline.request("a", size="64x48", frames=5) == pipeline.request("a", size=(64, 48), num_frames=5)
+        assert pipeline.request("a", size=[64, 48]).height == 48
+        wrong: list[dict[str, Any]] = [{"size": (64,)}, {"size": 64}, {"size": "64"}, {"size": (64, "48")}, {"frames": "5"}]
+        wrong += [{"seed": "a"}, {"seed": 1.5}, {"guidance_high": "a"}, {"steps": 2.5}, {"steps": True}, {"width": 64.0}, {"prompt": None}]
+        for changes in wrong:
+            with pytest.raises(UsageError, match=r"expected|write it like"):
+                pipeline.request(**{"prompt": "a", **changes})
+
+
 def test_prompts_come_from_text_or_from_a_file(model: Path, tmp_path: Path) -> None:
     refused(run("generate", model, *CLIP), 2, "--prompt TEXT or --prompt-file FILE")
     refused(run("generate", model, "--prompt", " ", *CLIP), 2, "the prompt is empty")
-    refused(run("generate", model, "--prompt-file", tmp_path / "none.txt", *CLIP), 1, "none.txt", "No such file")
+    missing = run("generate", model, "--prompt-file", tmp_path / "none.txt", *CLIP)
+    refused(missing, 1, "none.txt", "No such file", "check the name, or use --prompt TEXT")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     refused(run("generate", model, "--prompt-file", tmp_path / "binary.txt", *CLIP), 1, "binary.txt", "not UTF-8")
     (tmp_path / "prompt.txt").write_text("a blue square\n", encoding="utf-8")
     out = tmp_path / "clip.mp4"
     assert run("generate", model, "--prompt-file", tmp_path / "prompt.txt", "--out", out, *CLIP).exit_code == 0
     assert "a blue square" in read_metadata(out)["request"]["prompt"]
+    (tmp_path / "notepad.txt").write_bytes("a blue square".encode("utf-8-sig"))
+    assert run("generate", model, "--prompt-file", tmp_path / "notepad.txt", "--out", out, "--overwrite", *CLIP).exit_code == 0
+    assert read_metadata(out)["request"]["prompt"] == "a blue square"
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a circle", *CLIP], ["inspect"], ["quantize", "MODEL"]])
+def test_a_folder_that_may_not_be_read_is_refused_in_one_line(
+    command: list[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's answer is made up, because root may read everything; the next test asks the system itself."""
+    name, *rest = command
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode, **_: Path(path) != model)
+    refused(run(name, model, *rest), 1, f"cannot read {model}: Permission denied", "check its owner and its rights")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("inner", [".", "model"])
+def test_the_system_is_asked_whether_a_folder_may_be_read(inner: str, tmp_path: Path) -> None:
+    (tmp_path / "closed" / "model").mkdir(parents=True)
+    closed = tmp_path / "closed"
+    closed.chmod(0)
+    if os.access(closed, os.R_OK):
+        closed.chmod(0o700)
+        pytest.skip("whoever runs this, such as root, may read every folder")
+    try:
+        for name, *rest in (["generate", "--prompt", "a circle", *CLIP], ["inspect"], ["quantize", tmp_path / "new"]):
+            refused(run(name, closed / inner, *rest), 1, f"cannot read {closed / inner}: Permission denied", "rights")
+    finally:
+        closed.chmod(0o700)
+
+
+def test_names_that_no_file_can_have_are_refused_in_one_line(tmp_path: Path) -> None:
+    refused(run("inspect", tmp_path / ("n" * 300)), 1, "File name too long", "check its name")
 
 
 def test_an_existing_output_stays(model: Path, tmp_path: Path) -> None:
@@ -202,6 +262,22 @@ def test_p12_one_expert_in_the_place_of_both_makes_no_video(model: Path, tmp_pat
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("defaults", "text"),
+    [
+        ({"width": 70}, "width 70 is not a positive multiple of 16: use 64"),
+        ({"num_frames": 80}, "frames 80 is not 4n+1: use 81"),
+        ({"steps": 2000}, "steps 2000 is more than"),
+        ({"shift": 0}, "shift 0.0 is not a positive number"),
+    ],
+)
+def test_defaults_that_no_request_could_use_are_refused_at_once(defaults: dict[str, float], text: str, tmp_path: Path) -> None:
+    source = write_official(tmp_path / "source", tiny_config())
+    (source / "lowvram_defaults.json").write_text(json.dumps(defaults))
+    refused(run("quantize", source, tmp_path / "model"), 1, str(source / "lowvram_defaults.json"), text)
+    assert not (tmp_path / "model").exists()
+
+
 def test_quantize_says_what_it_lost(tmp_path: Path) -> None:
     source, model = tmp_path / "source", tmp_path / "model"
     write_official(source, tiny_config())
@@ -272,6 +348,44 @@ def test_plan_and_doctor_speak_json() -> None:
         assert text in table
     refused(run("plan", "t2v-a14b", "--size", "1280x720", "--vram", "2GiB"), 1, "use --vram", "MiB or more")
     assert {finding["name"] for finding in json.loads(run("doctor", "--json").stdout)["findings"]} >= {"GPU", "Triton", "RAM"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "texts"),
+    [
+        (["--frames", "6"], 2, ("frames 6 is not 4n+1", "use 5")),
+        (["--frames", "0"], 2, ("frames 0 is not 4n+1", "use 1")),
+        (["--steps", "-1"], 2, ("steps -1 is less than 1",)),
+        (["--steps", "0"], 2, ("steps 0 is less than 1",)),
+        (["--steps", "1001"], 2, ("steps 1001 is more than the 1000 timesteps",)),
+        (["--vram", "0GiB"], 2, ("the VRAM budget is '0GiB'",)),
+        (["--ram", "lots"], 2, ("'lots'", "8GiB")),
+    ],
+)
+def test_plan_refuses_what_generate_refuses(changes: list[str], code: int, texts: tuple[str, ...]) -> None:
+    for size in ([], ["--size", "832x480"]):
+        refused(run("plan", "t2v-a14b", *size, *changes), code, *texts)
+    refused(run("plan", "t2v-a14b", "--size", "70x64"), 2, "width 70", "use 64")
+
+
+def test_plan_takes_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a card its share; of this machine what a run here would take, without a GPU on the CPU."""
+    monkeypatch.setattr("lowvram.planning.free_ram_bytes", lambda: 32 * 2**30)
+    asked = ["plan", "t2v-a14b", "--size", "832x480", "--gpu", "rtx 3060", "--json"]
+    told = [json.loads(run(*asked, *more).stdout) for more in (["--vram", "auto", "--ram", "auto"], ["--ram", f"{int(32 * 2**30 * 0.85)}"])]
+    assert told[0] == told[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("lowvram.memory.budget._free_ram", lambda: 64 * 2**30)
+    small = ["plan", "t2v-a14b", "--vram", "auto", "--ram", "auto", "--json"]
+    plan = json.loads(run(*small, "--size", "64x64", "--frames", "5").stdout)
+    assert plan["items"]["context of the driver"] == 0
+    assert {cell["vram_bytes"] for cell in json.loads(run(*small).stdout)["cells"]} == {int(64 * 2**30 * 0.85 / 2)}
+
+
+def test_doctor_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("nowhere", "file"):
+        refused(run("doctor", "--path", tmp_path / name, "--json"), 2, str(tmp_path / name), "give --path one that exists")
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
