@@ -24,7 +24,8 @@ FOUR_E4M3 = tl.constexpr(
 )
 
 
-@triton.jit
+# One variant for every number of tokens: these strides follow it, and some of them divide by 16.
+@triton.jit(do_not_specialize=["M", "stride_scale_d"])
 def values_kernel(
     v_ptr, out_ptr, out_scale_ptr, M, stride_v, stride_out_h, stride_out_d, stride_scale_h, stride_scale_d,
     HEAD_DIM: tl.constexpr, VALUE_MAX: tl.constexpr,
@@ -134,7 +135,7 @@ def add_float(
     return result * decay[:, None] + product * tile_scales(v_scale_ptrs, tile, T, HEAD_DIM)[None, :], total, new_maximum
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M", "N", "stride_qs", "stride_ks", "stride_vsd"])
 def attention_kernel(
     q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, out_ptr, M, N, softmax_scale,
     stride_qh, stride_qs, stride_kh, stride_ks, stride_vh, stride_vd, stride_vsh, stride_vsd, stride_out,

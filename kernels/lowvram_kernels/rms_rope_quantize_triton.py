@@ -10,7 +10,7 @@ from lowvram_kernels.common_triton import INT8_MAX, absmax_of_bits, quantized_co
 from lowvram_kernels.tuning import row_warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_scale_h"])  # it follows the number of tokens: one variant for all
 def rms_rope_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, smoothing_ptr, out_ptr, out_scale_ptr,
     H, stride_x, stride_cos, stride_out_h, stride_out_m, stride_scale_h, stride_scale_m, eps,
