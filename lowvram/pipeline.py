@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from lowvram.checkpoint.store import Store, open_store
 from lowvram.config import DEFAULT_NEGATIVE_PROMPT, EXPERTS, LatentShape, Request, clip_size, shown
 from lowvram.errors import CheckpointError, UsageError
+from lowvram.memory.exhaustion import hand_back
 from lowvram.memory.heap import return_freed_memory
 from lowvram.memory.plan import Host, MemoryPlan, choose_plan
 from lowvram.memory.profile import MachineProfile
 from lowvram.models.numerics import attention_values
 from lowvram.models.vae import WanVAE
-from lowvram.models.wan import condition, load_ends
+from lowvram.models.wan import Conditioning, Ends, condition, load_ends
 from lowvram.progress import Listener, PhaseClock, silent
 from lowvram.prompt_cache import PromptCache
 from lowvram.prompt_features import prompt_features, prompt_tokens
@@ -33,6 +34,7 @@ from lowvram.streaming.transport import Transport, make_transport
 from lowvram.video import clip_metadata, to_uint8, write_video
 
 MAX_PROMPT_CHARACTERS = 20_000
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,18 @@ class Video:
 def draw_noise(shape: LatentShape, seed: int) -> Tensor:
     """[C, T, h, w] float32 from the CPU's generator, so that a seed means the same on every machine."""
     return torch.randn(shape.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moved(expert: Expert, device: torch.device) -> Expert:
+    """Copies on `device` of all that an expert keeps, one after the other.
+
+    By way of the host and an empty cache they come to lie together: made between large weights, tensors of a few megabytes would keep
+    segments of hundreds in torch's allocator.
+    """
+    time, modulation, contexts = expert.conditioning
+    copies = [tensor.to(device, copy=True) for tensor in (time, modulation, *contexts, *expert.ends)]
+    ends = len(copies) - len(expert.ends)
+    return Expert(Conditioning(copies[0], copies[1], tuple(copies[2:ends])), Ends(*copies[ends:]))
 
 
 class Pipeline:
@@ -194,14 +208,19 @@ class Pipeline:
     def _condition(self, run: Run, schedule: Schedule, features: list[Tensor]) -> dict[str, Expert]:
         clock = PhaseClock(run.listener, "conditioning", len(EXPERTS))
         config, format = self.store.config.dit, self.store.format
+        apart = self.host.rounds
         experts = {}
         for number, name in enumerate(EXPERTS):
             read = self.store.files[name].read
             branches = features[: branches_of(name, run.request)]
             conditioning = condition(read, config, format, schedule.timesteps, branches, self.device)
             experts[name] = Expert(conditioning, load_ends(read, format, self.device))
+            del conditioning
+            if apart:
+                experts[name] = moved(experts[name], HOST)
+                hand_back(self.device)
             clock.report(number + 1)
-        return experts
+        return {name: moved(expert, self.device) for name, expert in experts.items()} if apart else experts
 
     def _decode(self, run: Run, latents: Tensor) -> Tensor:
         """[F, H, W, 3] uint8 on the host."""
@@ -244,6 +263,12 @@ def load(
         raise CheckpointError(f"{path} does not exist: make it with `lowvram quantize SOURCE {path}`")
     budgets = resolve_budgets(vram, ram, device)
     target = torch.device(budgets.device)
+    if target.index is not None:
+        torch.cuda.set_device(target)  # what asks for "the" GPU means this one
     profile = this_machine(target.type)
     cache = PromptCache() if prompt_cache else None
-    return Pipeline(open_store(path), target, budgets.vram_bytes, budgets.ram_bytes, budgets.process_bytes, profile, cache)
+    pipeline = Pipeline(open_store(path), target, budgets.vram_bytes, budgets.ram_bytes, budgets.process_bytes, profile, cache)
+    # Never below what is assumed where nothing is measured: kernels and libraries that load later add to it.
+    context = max(pipeline.host.context_bytes, budgets.context_bytes or 0)
+    pipeline.host = replace(pipeline.host, context_bytes=context)
+    return pipeline

@@ -18,12 +18,17 @@ PROCESS_GROWTH_BYTES = 400 * 10**6
 
 @dataclass(frozen=True)
 class Budgets:
-    """A device and what may be used of it and of host RAM; `process_bytes` of the RAM are lowvram's own code and libraries."""
+    """A device and what may be used of it and of host RAM.
+
+    process_bytes: of the RAM, lowvram's own code and libraries; context_bytes: of the device, what driver and libraries were measured to
+    take, None where they were not.
+    """
 
     device: str
     vram_bytes: int
     ram_bytes: int
     process_bytes: int
+    context_bytes: int | None = None
 
 
 def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:
@@ -32,6 +37,7 @@ def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:
     Raises `UsageError` for text that is no amount or no device, `BudgetError` where the machine has less than was asked for.
     """
     name = _device(device)
+    context = _context(name)  # before anything else touches the device
     process = psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES
     free_ram = _free_ram()
     free_vram, total_vram = _vram(name, free_ram)
@@ -41,7 +47,7 @@ def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:
         auto_vram, auto_ram = int(free_vram * AUTO_SHARE), int(free_ram * AUTO_SHARE) + process
     vram_bytes = _amount("VRAM", vram, auto_vram, total_vram)
     ram_bytes = _amount("RAM", ram, auto_ram, _total_ram())
-    return Budgets(name, vram_bytes, ram_bytes, process)
+    return Budgets(name, vram_bytes, ram_bytes, process, context)
 
 
 def amount_bytes(label: str, amount: str | int) -> int:
@@ -75,6 +81,14 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if count else "cpu"
     return name
+
+
+def _context(device: str) -> int | None:
+    if device == "cpu":
+        return None
+    from lowvram.memory.machine import context_bytes
+
+    return context_bytes(device)
 
 
 def _devices(count: int) -> str:

@@ -12,6 +12,9 @@ import torch
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory.heap import trim_heap
 
+# What messages of drivers, allocators and libraries say. A cuBLAS that "is not initialized" is one that found no room for its handle.
+SIGNS = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+
 
 @contextmanager
 def as_out_of_memory() -> Iterator[None]:
@@ -35,9 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
-    )
+    return isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)
 
 
 def short_budget(error: BaseException) -> str:

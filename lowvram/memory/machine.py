@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from lowvram.memory.limits import cpu_count, host_memory
 
 DISK_PROBE_BYTES = 64 << 20
 LINK_PROBE_BYTES = 256 << 20
+NVML = "nvml.dll" if platform.system() == "Windows" else "libnvidia-ml.so.1"
+MOST_CONTEXT_BYTES = 3 << 30  # what grows by more than this is another program
 PACKAGES = ("lowvram", "torch", "triton", "diffusers", "safetensors", "tokenizers", "optimum-quanto", "av")
 
 
@@ -159,7 +163,74 @@ def _link_speed() -> float:
         target.copy_(source, non_blocking=True)
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
+    del source, target  # torch would keep both, the host's pages locked, for the life of the process
+    if hasattr(torch._C, "_host_emptyCache"):
+        torch._C._host_emptyCache()
+    torch.cuda.empty_cache()
     return LINK_PROBE_BYTES / best
+
+
+@cache
+def context_bytes(device: str) -> int | None:
+    """What this process takes of a CUDA device before it holds a tensor: context, kernels' code, cuBLAS with the workspace it keeps.
+
+    device: cuda or cuda:N. The growth of what the driver's library says is used, so that of other programs only what they take meanwhile
+    counts. None where it cannot be told: this process has a context there already, or the library does not know the device.
+    """
+    import torch
+
+    target = torch.device("cuda", torch.device(device).index or 0)
+    if _has_context(target):
+        return None
+    try:
+        uuid = str(getattr(torch.cuda.get_device_properties(target), "uuid", ""))
+        before = _used_bytes(uuid)
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.ones(16, 16, device=target, dtype=dtype)
+            torch.mm(x, x)
+        torch.cuda.synchronize(target)
+        del x
+        torch.cuda.empty_cache()
+        after = _used_bytes(uuid)
+    except RuntimeError:  # a full or broken device: whoever asks it next says so
+        return None
+    if before is None or after is None or not 0 < after - before <= MOST_CONTEXT_BYTES:
+        return None
+    return after - before
+
+
+def _has_context(device: Any) -> bool:
+    """Whether this process already has a context on the device: asking for a GPU's name makes none."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    has_context = getattr(torch._C, "_cuda_hasPrimaryContext", None)
+    return has_context is None or bool(has_context(device.index))
+
+
+class _NvmlMemory(ctypes.Structure):
+    """nvmlMemory_t."""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def _used_bytes(uuid: str) -> int | None:
+    """Bytes in use on the GPU of this UUID, by all programs, as NVML says; it makes no context. None where NVML cannot tell."""
+    try:
+        nvml = ctypes.CDLL(NVML)
+    except OSError:
+        return None
+    handle, memory = ctypes.c_void_p(), _NvmlMemory()
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    try:
+        name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+        if nvml.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)) != 0:
+            return None
+        return int(memory.used) if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0 else None
+    finally:
+        nvml.nvmlShutdown()
 
 
 def _version(package: str) -> str | None:

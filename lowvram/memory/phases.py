@@ -7,6 +7,7 @@ against every allocation that a run makes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lowvram.checkpoint.store_layout import component_layout
 from lowvram.config import LatentShape, ModelConfig, VAEConfig
@@ -34,11 +35,92 @@ LATENTS_IN_STATE = 4
 # torch convolves smaller inputs (channels x frames x rows) on a CPU by unfolding them.
 UNFOLDED_BELOW_VALUES = 20480
 PATCH_VALUES = 4  # latent cells of one token, per channel
+# torch's caching allocator takes segments from the driver (c10/core/AllocatorConfig.h): small tensors share segments of 2 MiB, those up to
+# 10 MiB segments of 20 MiB, larger ones have their own, rounded up to 2 MiB. What is left of a segment is used by others where it fits.
+SMALL_BYTES, SMALL_SEGMENT_BYTES = 1 << 20, 2 << 20
+LARGE_BYTES, SEGMENT_BYTES, SEGMENT_STEP_BYTES = 10 << 20, 20 << 20, 2 << 20
+ALLOCATION_STEP_BYTES = 512
+# Segments of either kind that short-lived tensors open beside those of the buffers that a phase is known to hold.
+PASSING_SEGMENTS = 3
+# The decoder's tensors are large and of many sizes: of its working set, what lies idle between them. Replays of its allocations through a
+# model of the allocator came to 0.24 to 0.46; not measured on a GPU.
+DECODE_ROUNDING_SHARE = 0.5
 
 
 def conditioning_bytes(config: ModelConfig, format: str, steps: int) -> int:
     """VRAM that lives through the loop, of both experts: modulation of every step, both prompts' context, patch embedding and head."""
     return 2 * sum(_conditioning_parts(config, format, steps))
+
+
+def segment_bytes(nbytes: int) -> int:
+    """What torch's allocator takes of a device for the first of its tensors that has this size."""
+    if nbytes <= SMALL_BYTES:
+        return SMALL_SEGMENT_BYTES
+    if nbytes < LARGE_BYTES:
+        return SEGMENT_BYTES
+    return -(-nbytes // SEGMENT_STEP_BYTES) * SEGMENT_STEP_BYTES
+
+
+def packed_bytes(nbytes: int) -> int:
+    """What one of many buffers of this size takes of a device: its own segment, or its share of one."""
+    segment = segment_bytes(nbytes)
+    return -(-segment // (segment // nbytes))
+
+
+def segments_bytes(sizes: Sequence[int]) -> int:
+    """What tensors of these sizes, made one after the other in an empty cache, take of a device: each goes where it fits best."""
+    total = 0
+    free: dict[bool, list[int]] = {True: [], False: []}  # what is left of small and of other segments
+    for nbytes in sizes:
+        small = nbytes <= SMALL_BYTES
+        size = -(-nbytes // ALLOCATION_STEP_BYTES) * ALLOCATION_STEP_BYTES
+        room = min((left for left in free[small] if left >= size), default=0)
+        if room:
+            free[small].remove(room)
+        else:
+            room = segment_bytes(size)
+            total += room
+        if room - size > (0 if small else SMALL_BYTES):  # a smaller rest is not split off
+            free[small].append(room - size)
+    return total
+
+
+def loop_rounding_bytes(
+    config: ModelConfig, format: str, latents: LatentShape, steps: int, slots: int, slot_bytes: int, arena_bytes: int
+) -> int:
+    """VRAM that torch's allocator takes in the loop beyond the tensors in it, on a device of its own.
+
+    Counted from what the loop holds: slots, arena, both experts' conditioning, made one after the other once the cache is empty, and
+    latents; a bound for the pieces that come and go: `PASSING_SEGMENTS`.
+    """
+    held = [arena_bytes, *2 * _conditioning_tensors(config, format, steps)]
+    held += (LATENTS_IN_BLOCK + LATENTS_IN_SOLVER) * [latent_bytes(latents)]
+    last_segment = SEGMENT_BYTES if slot_bytes < LARGE_BYTES else 0  # which the last of many slots may have opened
+    return slots * (packed_bytes(slot_bytes) - slot_bytes) + last_segment + segments_bytes(held) - sum(held) + _passing_bytes()
+
+
+def phase_rounding_bytes(buffers: Sequence[int]) -> int:
+    """VRAM that torch's allocator takes in another phase beyond the tensors in it. buffers: sizes of the large ones."""
+    return segments_bytes(buffers) - sum(buffers) + _passing_bytes()
+
+
+def decode_rounding_bytes(config: ModelConfig, latents: LatentShape, tile: int) -> int:
+    """The same of the VAE's phase, which makes and frees tensors of many sizes."""
+    working = decode_bytes(config, latents, tile)[0] - _decoder_weight_bytes(config)
+    return int(DECODE_ROUNDING_SHARE * working) + _passing_bytes()
+
+
+def _passing_bytes() -> int:
+    return PASSING_SEGMENTS * (SEGMENT_BYTES + SMALL_SEGMENT_BYTES)
+
+
+def _conditioning_tensors(config: ModelConfig, format: str, steps: int) -> list[int]:
+    """Sizes of the tensors of one expert that live through the loop: those of `Conditioning` and of `Ends`, in their order."""
+    dit = config.dit
+    compute, _ = element_bytes(format)
+    row, values = dit.dim * FP32, dit.out_dim * PATCH_VALUES
+    time = [steps * row, steps * 6 * row, *2 * [dit.text_len * dit.dim * compute]]
+    return [*time, dit.dim * dit.in_dim * PATCH_VALUES * compute, dit.dim * compute, values * row, values * FP32, 2 * row]
 
 
 def _conditioning_parts(config: ModelConfig, format: str, steps: int) -> tuple[int, int, int]:
@@ -66,8 +148,9 @@ def conditioning_phase_bytes(config: ModelConfig, format: str, steps: int, stage
     # Two padded branches; then both embedded, and one linear's result while its GELU is taken.
     text = 2 * dit.text_len * dit.text_dim * compute + 3 * dit.text_len * dit.dim * compute
     features = features_bytes(config, format)
-    if staged:
-        return first + max(largest + time, text_weight + text, contexts + ends), largest + features
+    if staged:  # in the end what stays passes through the host
+        passing = max(largest, conditioning_bytes(config, format, steps))
+        return first + max(largest + time, text_weight + text, contexts + ends), passing + features
     return first + max(time, text + text_weight - largest, contexts + ends - largest), largest + features
 
 
@@ -204,8 +287,7 @@ def decode_bytes(config: ModelConfig, latents: LatentShape, tile: int) -> tuple[
     """(VRAM, RAM): the decoder's weights and one tile's working set; the frames as bytes and one row of tiles as floats on the host."""
     vae = config.vae
     stride = vae.spatial_stride
-    layout = component_layout("vae", config, "fp32")
-    weights = sum(tensor.nbytes for tensor in layout.tensors if tensor.name.startswith(("decoder.", "conv2.")))
+    weights = _decoder_weight_bytes(config)
     width, height = latents.width * stride, latents.height * stride
     frames = (latents.frames - 1) * vae.temporal_stride + 1
     columns, rows = min(width, tile or width), min(height, tile or height)
@@ -218,6 +300,11 @@ def decode_bytes(config: ModelConfig, latents: LatentShape, tile: int) -> tuple[
     band = (frames * 3 + 1) * rows * width * FP32
     weight_planes = 2 * rows * columns * FP32
     return weights + working + (2 * cells + math.prod(latents.shape) * 2) * FP32, video + band + weight_planes
+
+
+def _decoder_weight_bytes(config: ModelConfig) -> int:
+    layout = component_layout("vae", config, "fp32")
+    return sum(tensor.nbytes for tensor in layout.tensors if tensor.name.startswith(("decoder.", "conv2.")))
 
 
 def decoder_peak_values(vae: VAEConfig, height: int, width: int) -> int:

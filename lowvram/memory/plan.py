@@ -21,9 +21,13 @@ from lowvram.memory.phases import (
     conditioning_bytes,
     conditioning_phase_bytes,
     decode_bytes,
+    decode_rounding_bytes,
     latent_bytes,
     loop_host_bytes,
+    loop_rounding_bytes,
     loop_temporaries_bytes,
+    packed_bytes,
+    phase_rounding_bytes,
     text_bytes,
     vae_tile_pixels,
 )
@@ -122,6 +126,11 @@ class Host:
         references = not cuda or os.environ.get("LOWVRAM_BACKEND") == "reference" or find_spec("triton") is None
         return cls(cuda, CUDA_CONTEXT_BYTES if cuda else 0, process_bytes, references)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the device's memory comes in segments of torch's caching allocator: where there is a driver's context, there is one."""
+        return self.context_bytes > 0
+
 
 def describe_plan(
     config: ModelConfig, format: str, size: tuple[int, int], num_frames: int, steps: int, choice: Choice, host: Host
@@ -147,6 +156,8 @@ def describe_plan(
         ),
         "context of the driver": host.context_bytes,
     }
+    if host.rounds:
+        items["allocator rounding"] = loop_rounding_bytes(config, format, latents, steps, slots, slot_bytes, workspace.nbytes)
     items["text keys and values"] = workspace.persistent_bytes - items["residual stream"] - items["keys and values"]
     staging = STAGING_BUFFERS if host.staged else 0
     ram = host.process_bytes + (choice.host_blocks + staging) * slot_bytes + loop_host_bytes(config, format, latents, host.staged)
@@ -155,6 +166,11 @@ def describe_plan(
     conditioning_vram, conditioning_ram = conditioning_phase_bytes(config, format, steps, host.staged)
     tile = vae_tile_pixels(width, height)
     vae_vram, vae_ram = decode_bytes(config, latents, tile)
+    if host.rounds:
+        state = LATENTS_IN_STATE * [latent_bytes(latents)]
+        text_vram += phase_rounding_bytes([*state, *2 * [text_slot_bytes]])
+        conditioning_vram += phase_rounding_bytes(state)
+        vae_vram += decode_rounding_bytes(config, latents, tile)
     phases = (
         PhasePeak("text", host.context_bytes + resumed + text_vram, host.process_bytes + text_ram),
         PhasePeak("conditioning", host.context_bytes + resumed + conditioning_vram, host.process_bytes + conditioning_ram),
@@ -198,7 +214,8 @@ def choose_plan(
         return describe_plan(config, format, size, num_frames, steps, choice, host)
 
     def completed(base: MemoryPlan) -> Choice:
-        return _add_host_blocks(base, _add_residents(base, vram_bytes), ram_bytes, limit if host.staged else 0)
+        slot_bytes = packed_bytes(base.slot_bytes) if host.rounds else base.slot_bytes
+        return _add_host_blocks(base, _add_residents(base, vram_bytes, slot_bytes), ram_bytes, limit if host.staged else 0)
 
     chunks = sorted({min(chunk, padded) for chunk in CHUNK_TOKENS}, reverse=True)
     smallest = plan_of(Choice(chunks[-1], 1, 0, 0, False))
@@ -261,10 +278,10 @@ def _add_host_blocks(base: MemoryPlan, choice: Choice, ram_bytes: int, pinned_li
     return replace(choice, host_blocks=host_blocks, pinned_blocks=min(host_blocks, pinned))
 
 
-def _add_residents(base: MemoryPlan, vram_bytes: int) -> Choice:
-    """Spends what is left of the denoising phase's VRAM on resident blocks; a whole expert needs no ring."""
+def _add_residents(base: MemoryPlan, vram_bytes: int, slot_bytes: int) -> Choice:
+    """Spends what is left of the denoising phase's VRAM on resident blocks of `slot_bytes`; a whole expert needs no ring."""
     denoise = next(phase.vram_bytes for phase in base.phases if phase.phase == "denoise")
-    spare = (vram_bytes - denoise) // base.slot_bytes
+    spare = (vram_bytes - denoise) // slot_bytes
     if spare + base.choice.ring_slots >= base.num_blocks:
         return replace(base.choice, resident_blocks=base.num_blocks, ring_slots=0)
     return replace(base.choice, resident_blocks=spare)

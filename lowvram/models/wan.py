@@ -67,6 +67,8 @@ def condition(
     """Time and text embeddings of one expert; features: one [L, text_dim] per branch, padded here with zeros (spec 2.1)."""
 
     def linear(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the next weight has another size: the one before is not to stay in torch's allocator beside it
         weight, bias = (read(f"{name}.{part}").to(device, dtype) for part in ("weight", "bias"))
         return F.linear(x, weight, bias)
 

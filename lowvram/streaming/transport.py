@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
 
 
 class Transport(Protocol):
@@ -88,12 +91,20 @@ class CudaTransport:
         with torch.cuda.device(self._device):
             if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)) == 0:
                 return True
-            with contextlib.suppress(RuntimeError):  # the refusal stays the thread's last error until a launch's check takes it off
-                torch.zeros(1, device=self._device)
+            self._clear_error()
         return False
 
     def unpin(self, buffer: Tensor) -> None:
-        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        with torch.cuda.device(self._device):
+            code = int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+            if code != 0:
+                self._clear_error()
+                _log.warning("the driver did not unlock %d bytes of host memory (CUDA error %d)", buffer.numel(), code)
+
+    def _clear_error(self) -> None:
+        """A refusal stays the thread's last error until a launch's check takes it off: left there, an innocent kernel would raise it."""
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=self._device)
 
     def begin(self) -> None:
         self._stream.wait_stream(self._computing)

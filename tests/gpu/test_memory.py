@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,8 +16,6 @@ from tests.checkpoints import write_store
 from tests.runs import digest
 
 SIZE, FRAMES, STEPS = (640, 384), 17, 3
-# Workspaces of cuBLAS and cuDNN, which torch's allocator holds for the life of the process; the plan has them in the driver's context.
-LIBRARY_BYTES = 64 * 2**20
 CHOICES = {
     "two slots, separate branches": Choice(1024, 2, 0, 0, False),
     "everything resident, shared visits": Choice(2048, 0, 2, 0, True),
@@ -51,16 +51,25 @@ class Peaks:
             self.reserved[self._phase] = torch.cuda.max_memory_reserved()
 
 
-def context_bytes() -> int:
-    """What the driver says is used beside torch's memory."""
+def driver_bytes() -> int:
+    """What is used beside torch's memory."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """Its plans count the context that is there once libraries have their workspaces, in torch's memory, and kernels are compiled."""
     store = open_store(write_store(tmp_path_factory.mktemp("large") / "model", large_config(), "int8"))
-    return Pipeline(store, torch.device("cuda"), 2**40, 2**40, 10**9)
+    pipeline = Pipeline(store, torch.device("cuda"), 2**40, 2**40, 10**9)
+    for choice in CHOICES.values():
+        run(pipeline, choice)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    if total - free > 3 * 10**9:
+        pytest.skip("another program uses this GPU")
+    pipeline.host = replace(pipeline.host, context_bytes=total - free)
+    return pipeline
 
 
 def run(pipeline: Pipeline, choice: Choice) -> tuple[MemoryPlan, Peaks, str]:
@@ -70,23 +79,21 @@ def run(pipeline: Pipeline, choice: Choice) -> tuple[MemoryPlan, Peaks, str]:
     before, peaks = torch.cuda.memory_allocated(), Peaks()
     frames = pipeline.generate(request, plan=plan, listener=peaks).frames
     peaks.close()
-    assert torch.cuda.memory_allocated() - before < 64 * 2**20, "a run hands its memory back, but for the libraries' workspace"
+    assert torch.cuda.memory_allocated() - before < 64 * 2**20, "a run hands its memory back, but for the libraries' workspaces"
     return plan, peaks, digest(frames)
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_p15_no_phase_takes_more_of_the_gpu_than_the_plan_says(pipeline: Pipeline, name: str) -> None:
     """Allocated: within 5 % in the loop. Reserved, with the driver's own: what other programs see, never above the plan."""
-    run(pipeline, CHOICES[name])  # libraries take their workspaces and kernels are compiled
+    torch.cuda.empty_cache()
+    libraries = torch.cuda.memory_allocated()
     plan, peaks, _ = run(pipeline, CHOICES[name])
-    context = context_bytes()
-    if context > 2 * 10**9:
-        pytest.skip("another program uses this GPU")
+    driver = driver_bytes()
     for phase in plan.phases:
-        assert peaks.reserved[phase.phase] + context <= phase.vram_bytes, (phase, peaks.reserved, context)
-        assert peaks.allocated[phase.phase] <= phase.vram_bytes - pipeline.host.context_bytes + LIBRARY_BYTES, (phase, peaks.allocated)
-    denoise = next(phase for phase in plan.phases if phase.phase == "denoise")
-    assert peaks.allocated["denoise"] >= 0.95 * (denoise.vram_bytes - pipeline.host.context_bytes)
+        assert peaks.reserved[phase.phase] + driver <= phase.vram_bytes, (phase, peaks.reserved, driver)
+    planned = sum(nbytes for item, nbytes in plan.items.items() if item not in ("context of the driver", "allocator rounding"))
+    assert 0.95 * planned <= peaks.allocated["denoise"] - libraries <= planned, (peaks.allocated, libraries)
 
 
 def test_p15_a_run_lives_in_what_the_plan_grants(pipeline: Pipeline) -> None:
@@ -95,7 +102,7 @@ def test_p15_a_run_lives_in_what_the_plan_grants(pipeline: Pipeline) -> None:
     plan, _, expected = run(pipeline, choice)
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction((plan.peak_vram_bytes - context_bytes()) / total)
+    torch.cuda.set_per_process_memory_fraction((plan.peak_vram_bytes - driver_bytes()) / total)
     try:
         assert run(pipeline, choice)[2] == expected
     finally:

@@ -14,6 +14,7 @@ from lowvram.checkpoint.store import Store
 from lowvram.config import T2V_A14B, Request
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory import arena
+from lowvram.memory.exhaustion import is_out_of_memory, short_budget
 from lowvram.memory.ladder import RAM, VRAM, Ladder
 from lowvram.memory.limits import HostMemory
 from lowvram.memory.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
@@ -105,6 +106,23 @@ def rungs(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 ERRORS = (cuda_error, cpu_error, python_error)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_p16_what_libraries_say_when_the_device_is_full(message: str, is_memory: bool) -> None:
+    assert is_out_of_memory(RuntimeError(message)) is is_memory
+    assert not is_out_of_memory(ValueError(message)), "only errors of torch's own kind"
+    assert short_budget(RuntimeError(message)) == VRAM
 
 
 def test_p16_any_allocation_may_fail_once(

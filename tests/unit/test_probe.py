@@ -7,8 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -248,3 +251,103 @@ def test_the_limit_of_a_container_is_named() -> None:
 def test_triton_is_not_missed_without_a_gpu() -> None:
     found = finding("Triton", gpu=None, gpu_reason="none", triton_works=False, triton_reason="no module")
     assert (found["status"], found["advice"]) == ("ok", "")
+
+
+def test_the_probe_of_the_link_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch keeps freed page-locked memory in a cache of its own: emptied once the buffers are gone."""
+    made: list[weakref.ref[torch.UntypedStorage]] = []
+    emptied: list[str] = []
+
+    def buffer(*arguments: object, **settings: object) -> torch.Tensor:
+        tensor = torch.zeros(64, dtype=torch.uint8)
+        made.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    def empty(name: str) -> None:
+        assert [storage() for storage in made] == [None, None], "buffers still held are not handed back"
+        emptied.append(name)
+
+    monkeypatch.setattr(torch, "empty", buffer)
+    monkeypatch.setattr(torch, "empty_like", buffer)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: empty("device"))
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: empty("host"), raising=False)
+    assert machine_module._link_speed() > 0
+    assert emptied == ["host", "device"]
+    monkeypatch.delattr(torch._C, "_host_emptyCache")
+    made.clear()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert machine_module._link_speed() > 0
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int | None]]:
+    """What NVML says is used, answer by answer, while torch makes a context on a GPU that is host memory."""
+    answers: list[int | None] = []
+    real = torch.ones
+    machine_module.context_bytes.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: False, raising=False)
+    monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: real(*size, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(machine_module, "_used_bytes", lambda uuid: answers.pop(0))
+    yield answers
+    machine_module.context_bytes.cache_clear()
+
+
+def test_the_context_is_what_this_process_adds(nvml: list[int | None]) -> None:
+    nvml += [5 << 30, (5 << 30) + 450 * MIB]
+    assert machine_module.context_bytes("cuda") == 450 * MIB
+    assert machine_module.context_bytes("cuda") == 450 * MIB, "asked once per process: later its own context counts as before"
+
+
+@pytest.mark.parametrize("used", [(None, None), (1, None), (MIB, MIB), (2 * MIB, MIB), (0, 8 << 30)])
+def test_a_context_that_cannot_be_told_is_none(nvml: list[int | None], used: tuple[int | None, int | None]) -> None:
+    """No NVML; nothing added; another program that came or went meanwhile."""
+    nvml += used
+    assert machine_module.context_bytes("cuda:0") is None
+
+
+def test_a_context_that_is_there_already_is_not_measured(nvml: list[int | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: index == 1)
+    assert machine_module.context_bytes("cuda:1") is None
+    monkeypatch.delattr(torch._C, "_cuda_hasPrimaryContext")
+    assert machine_module.context_bytes("cuda:0") is None, "where torch cannot say, it may be there"
+
+
+class FakeNvml:
+    """The driver's library as ctypes sees it."""
+
+    def __init__(self, handle: int = 0, memory: int = 0) -> None:
+        self.codes, self.open = (handle, memory), 0
+
+    def nvmlInit_v2(self) -> int:
+        self.open += 1
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        self.open -= 1
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: object) -> int:
+        assert uuid == b"GPU-1-2"
+        return self.codes[0]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: object, memory: Any) -> int:
+        memory._obj.total, memory._obj.free, memory._obj.used = 12 << 30, 9 << 30, 3 << 30
+        return self.codes[1]
+
+
+@pytest.mark.parametrize(("codes", "used"), [((0, 0), 3 << 30), ((6, 0), None), ((0, 15), None)])
+def test_nvml_is_asked_by_the_cards_own_name(monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int], used: int | None) -> None:
+    library = FakeNvml(*codes)
+    monkeypatch.setattr(machine_module.ctypes, "CDLL", lambda name: library)
+    assert machine_module._used_bytes("1-2") == machine_module._used_bytes("GPU-1-2") == used
+    assert library.open == 0
+
+
+def test_without_nvml_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_module, "NVML", "no such library")
+    assert machine_module._used_bytes("1-2") is None
