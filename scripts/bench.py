@@ -2,10 +2,11 @@
 
     python scripts/bench.py kernels [--tokens 8192 32760 75600] [--only attention]
     python scripts/bench.py block [--size 832x480]
-    python scripts/bench.py stream [--layers 40] [--vram 24 12 8 6] [--ram 40 16 6]
+    python scripts/bench.py stream [--layers 40] [--sizes 832x480] [--vram 24 12 8 6] [--ram 40 16 6] [--only lowvram]
 
 The tests on the GPU run first: no speed is reported where a kernel is wrong. Writes the raw numbers as CSV, row by row, and a plot into
-docs/benchmarks, named after the GPU. Medians of 20 calls after 3 to warm up, random data, inputs in rotation.
+docs/benchmarks, named after the GPU; `stream` adds its rows to those of the same commit, so that it can be run in parts. Medians of 20
+calls after 3 to warm up, random data, inputs in rotation.
 """
 
 from __future__ import annotations
@@ -130,6 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     three.add_argument("--steps", type=int, default=4, help="at least 2; the second half is the second expert's")
     three.add_argument("--vram", nargs="*", type=float, default=[24, 12, 8, 6], help="GB, beside everything resident")
     three.add_argument("--ram", nargs="+", type=float, default=[40, 16, 6], help="GB")
+    three.add_argument("--only", default="", help="only providers whose name contains this: lowvram, resident, offloading, quanto")
     three.add_argument("--no-baselines", action="store_true", help="lowvram alone")
     return parser
 

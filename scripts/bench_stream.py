@@ -14,33 +14,38 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from bench_timing import machine, write_csv
-from plots import Bar, bars, timeline_plot, write_svg
+from bench_timing import machine, reason, write_csv
+from plots import bars, timeline_plot, write_svg
 from random_store import FORMAT, bench_config, write_random_store
-from timed_transport import TimedCuda, TimedHost, Timeline
+from stream_rows import FAILED, GAVE_UP, NOT_MEASURED, StreamRow, merged, problems, read_rows, row_bars
+from timed_transport import TimedCuda, TimedHost, TimedStreamer, TimedVisit, Timeline, stall_seconds
 from torch import Tensor
 
 from lowvram.checkpoint.store import Store, open_store
 from lowvram.config import EXPERTS, ModelConfig, Request, format_bytes, latent_shape, parse_size
 from lowvram.errors import BudgetError
 from lowvram.memory.budget import PROCESS_GROWTH_BYTES
+from lowvram.memory.exhaustion import is_out_of_memory
+from lowvram.memory.heap import return_freed_memory
 from lowvram.memory.measure import measure_profile
-from lowvram.memory.plan import Host, MemoryPlan
+from lowvram.memory.plan import Choice, Host, MemoryPlan
 from lowvram.memory.profile import MachineProfile
 from lowvram.pipeline import Pipeline
-from lowvram.progress import Progress
+from lowvram.progress import Listener, Progress, silent
 from lowvram.run import Run
 from lowvram.sampling.schedule import make_schedule
 from lowvram.streaming.source import BlockFile
+from lowvram.streaming.stream import Buffers
 from lowvram.streaming.transport import Transport
+from lowvram.streaming.visits import BlockId
 
 GB = 10**9
 SHIFT = 5.0
@@ -48,44 +53,21 @@ PROMPT_TOKENS = 64
 RSS_PERIOD_S = 0.02
 
 
-@dataclass(frozen=True)
-class StreamRow:
-    """One provider under one pair of budgets at one size. Empty: not measured, or of no meaning there; `note` says why.
+class TimedRun(Run):
+    """A run that notes every visit of its last stream, and what it gave up of its plan on the way."""
 
-    overhead: of the median step against lowvram with everything resident; switch_s: the first step of the second expert;
-    predicted_s: the plan's prediction of a step, from `rates` "measured" here or of a "table".
-    """
+    pipeline: BenchPipeline
+    gave_up: tuple[str, ...] = ()
 
-    provider: str
-    size: str
-    frames: int
-    tokens: int
-    layers: int
-    vram_budget_gb: float | None = None
-    ram_budget_gb: float | None = None
-    resident: int | None = None
-    ring: int | None = None
-    host: int | None = None
-    pinned: int | None = None
-    chunk: int | None = None
-    joint: bool | None = None
-    step_s: float | None = None
-    steps_s: str = ""
-    switch_s: float | None = None
-    overhead: float | None = None
-    peak_vram_gb: float | None = None
-    planned_vram_gb: float | None = None
-    peak_rss_gb: float | None = None
-    planned_ram_gb: float | None = None
-    predicted_s: float | None = None
-    predicted_switch_stall_s: float | None = None
-    rates: str = ""
-    disk_gb_s: float | None = None
-    latents_sha256: str = ""
-    gpu: str = ""
-    torch: str = ""
-    commit: str = ""
-    note: str = ""
+    def go_on_with(self, plan: MemoryPlan) -> None:
+        before, after = asdict(self.plan.choice), asdict(plan.choice)
+        self.gave_up += tuple(f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name])
+        super().go_on_with(plan)
+
+    @contextmanager
+    def stream(self, schedule: Sequence[BlockId], buffers: Buffers) -> Iterator[TimedStreamer]:
+        with super().stream(schedule, buffers) as streamer:
+            yield TimedStreamer(streamer, self.pipeline.timed)
 
 
 class BenchPipeline(Pipeline):
@@ -96,7 +78,12 @@ class BenchPipeline(Pipeline):
     ) -> None:
         super().__init__(store, device, vram_bytes, ram_bytes, host.process_bytes, profile)
         self.host = replace(host, staged=True)
-        self.timed: TimedCuda | TimedHost | None = None
+        self.timed: TimedCuda | TimedHost
+
+    def new_run(self, request: Request, plan: MemoryPlan, listener: Listener = silent) -> TimedRun:
+        run = TimedRun(self.store, self.device, self.host, request, plan, listener, self._transport)
+        run.pipeline = self
+        return run
 
     def _encode_prompts(self, run: Run) -> list[Tensor]:
         generator = torch.Generator().manual_seed(1)
@@ -182,36 +169,61 @@ class Case:
     budgets: Sequence[tuple[int, int]]
 
 
+def tidy(device: torch.device) -> None:
+    """Hands back all that a provider has left behind: on the device, and in torch's cache of page-locked memory, which counts as RAM."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        if hasattr(torch._C, "_host_emptyCache"):
+            torch._C._host_emptyCache()
+
+
 def lowvram_rows(
-    store: Store, case: Case, device: torch.device, profile: MachineProfile | None = None
+    store: Store, case: Case, device: torch.device, profile: MachineProfile | None = None, disk_gb_s: float | None = None
 ) -> Iterator[tuple[StreamRow, Timeline]]:
+    """A row per pair of budgets; of pairs that lead to the same plan, the first is measured. A row that fails says why."""
     resident_s: float | None = None
-    speed = disk_speed(store)
-    for vram, ram in case.budgets:
-        gc.collect()
-        host = Host(True, context_bytes(device), psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES)
-        pipeline = BenchPipeline(store, device, vram, ram, host, profile)
-        request = request_of(pipeline, case.size, case.frames, case.steps)
-        row = _row(f"lowvram {FORMAT}", store.config, case, vram, ram)
+    measured: dict[Choice, str] = {}
+    for number, (vram, ram) in enumerate(dict.fromkeys(case.budgets)):
+        row, timeline = replace(_row(f"lowvram {FORMAT}", store.config, case, vram, ram), disk_gb_s=disk_gb_s), Timeline()
         try:
+            tidy(device)
+            references = Host.of(device.type).references
+            host = Host(True, context_bytes(device), psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES, references)
+            pipeline = BenchPipeline(store, device, vram, ram, host, profile)
+            request = request_of(pipeline, case.size, case.frames, case.steps)
             plan = pipeline.plan(request)
+            if plan.choice in measured:
+                row = replace(row, disk_gb_s=None, note=f"{NOT_MEASURED}same plan as {measured[plan.choice]}")
+            else:
+                values, timeline = _measure(pipeline, request, plan, device)
+                row = replace(row, **values)
         except BudgetError as error:
-            yield replace(row, note=f"not measured: {error}"), Timeline()
-            continue
-        measured, timeline = _measure(pipeline, request, plan, device)
-        resident_s = resident_s or measured["step_s"]
-        yield replace(row, overhead=measured["step_s"] / resident_s - 1, disk_gb_s=speed, **measured), timeline
+            row = replace(row, note=f"{NOT_MEASURED}{error}")
+        except Exception as error:
+            row = replace(row, note=f"{FAILED}{_cause(error)}")
+        if row.step_s is not None and not row.note:
+            measured[plan.choice] = row.budgets
+            if number == 0 and row.resident == row.layers:
+                resident_s = row.step_s
+            row = replace(row, overhead=None if resident_s is None else row.step_s / resident_s - 1)
+        yield row, timeline
+
+
+def _cause(error: Exception) -> str:
+    return f"{'out of memory' if is_out_of_memory(error) else type(error).__name__}: {reason(error)}"
 
 
 def _row(provider: str, config: ModelConfig, case: Case, vram: int | None, ram: int | None) -> StreamRow:
     tokens = latent_shape(config, *case.size, case.frames).num_tokens
     budgets = (None if amount is None else amount / GB for amount in (vram, ram))
-    row = StreamRow(provider, "x".join(map(str, case.size)), case.frames, tokens, config.dit.num_layers, *budgets)
+    row = StreamRow(provider, "x".join(map(str, case.size)), case.frames, tokens, config.dit.num_layers, case.steps, *budgets)
     name, version, commit = machine()
     return replace(row, gpu=name, torch=version, commit=commit)
 
 
 def _measure(pipeline: BenchPipeline, request: Request, plan: MemoryPlan, device: torch.device) -> tuple[dict[str, Any], Timeline]:
+    """A row's values and its timeline. Where the run left its plan, they are of the plan that it ended with, and `note` says so."""
     ends: list[float] = []
 
     def listen(event: Progress) -> None:
@@ -226,8 +238,8 @@ def _measure(pipeline: BenchPipeline, request: Request, plan: MemoryPlan, device
         # The device's own peak; on a CPU, where nobody counts it, the ledger's.
         reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else run.vram.peak_bytes
     steps = [after - before for before, after in pairwise(ends)]
-    choice = plan.choice
-    denoise = next(phase for phase in plan.phases if phase.phase == "denoise")
+    plan, choice, timeline = run.plan, run.plan.choice, pipeline.timed.timeline()
+    conditioning, denoise = (next(phase for phase in plan.phases if phase.phase == name) for name in ("conditioning", "denoise"))
     return {
         "resident": choice.resident_blocks,
         "ring": choice.ring_slots,
@@ -239,12 +251,21 @@ def _measure(pipeline: BenchPipeline, request: Request, plan: MemoryPlan, device
         "step_s": statistics.median(steps[1:] or steps),  # the first step also fills the slots
         "steps_s": " ".join(f"{seconds:.4f}" for seconds in steps),
         "switch_s": steps[request.steps // 2],
+        **({} if run.gave_up else stalls(timeline.visits, request.steps)),
         "peak_vram_gb": (reserved + pipeline.host.context_bytes) / GB,
-        "planned_vram_gb": max(denoise.vram_bytes, plan.phases[1].vram_bytes) / GB,
+        "planned_vram_gb": max(denoise.vram_bytes, conditioning.vram_bytes) / GB,
         "peak_rss_gb": rss.nbytes / GB,
         "planned_ram_gb": max(phase.ram_bytes for phase in plan.phases) / GB,
         "latents_sha256": hashlib.sha256(latents.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
-    }, pipeline.timed.timeline() if pipeline.timed is not None else Timeline()  # fmt: skip
+        "note": f"{GAVE_UP}{', '.join(run.gave_up)}" if run.gave_up else "",
+    }, timeline  # fmt: skip
+
+
+def stalls(visits: Sequence[TimedVisit], steps: int) -> dict[str, float]:
+    """Of all visits of a run whose second half is the second expert's: the stall after the first step, and that of the switch."""
+    first, second = ([visit for visit in visits if visit.component == name] for name in EXPERTS)
+    per_step, per_second = len(first) // (steps // 2), len(second) // (steps - steps // 2)
+    return {"stall_s": stall_seconds(visits[per_step:]), "switch_stall_s": stall_seconds(second[:per_second])}
 
 
 def _predicted(plan: MemoryPlan) -> dict[str, Any]:
@@ -254,35 +275,51 @@ def _predicted(plan: MemoryPlan) -> dict[str, Any]:
     return {"predicted_s": found.step_s, "predicted_switch_stall_s": found.switch_stall_s, "rates": found.basis}
 
 
-def baseline_rows(config: ModelConfig, case: Case, device: torch.device) -> Iterator[StreamRow]:
-    """diffusers' model of the same shapes, one expert with both guidance branches per step: bf16 resident and offloaded, quanto int8."""
-    providers: dict[str, Callable[[Any], None]] = {"diffusers bf16 resident": lambda model: None}
-    providers["diffusers bf16 group offloading, stream"] = lambda model: _offload(model, device)
-    providers["diffusers optimum-quanto int8"] = _quantize
-    for name, prepare in providers.items():
+def baselines(device: torch.device) -> dict[str, Callable[[Any], None]]:
+    """Names of diffusers' providers, and what each does to its model."""
+    return {
+        "diffusers bf16 resident": lambda model: None,
+        "diffusers bf16 group offloading, stream": lambda model: _offload(model, device),
+        "diffusers optimum-quanto int8": lambda model: _quantize(model),
+    }
+
+
+def baseline_rows(config: ModelConfig, case: Case, device: torch.device, only: str = "") -> Iterator[StreamRow]:
+    """diffusers' model of the same shapes, one expert with both guidance branches per step: bf16 resident and offloaded, quanto int8.
+
+    only: what a provider's name must contain. A provider that fails gives a row without numbers.
+    """
+    for name, prepare in baselines(device).items():
         row = _row(name, config, case, None, None)
-        if "offloading" in name and device.type != "cuda":
-            yield replace(row, note="not measured: group offloading with a stream needs a CUDA device")
+        if only not in name:
             continue
-        gc.collect()
+        if "offloading" in name and device.type != "cuda":
+            yield replace(row, note=f"{NOT_MEASURED}group offloading with a stream needs a CUDA device")
+            continue
         try:
-            with PeakRss() as rss, torch.no_grad():
-                model = _diffusers_model(config, device)
-                prepare(model)
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats(device)
-                steps = _diffusers_steps(model, config, case, device)
-                peak = torch.cuda.max_memory_reserved(device) + context_bytes(device) if device.type == "cuda" else None
-            note = "one expert; a run holds two"
-            yield replace(
-                row, step_s=statistics.median(steps[1:] or steps), steps_s=" ".join(f"{seconds:.4f}" for seconds in steps),
-                peak_vram_gb=None if peak is None else peak / GB, peak_rss_gb=rss.nbytes / GB, note=note,
-            )  # fmt: skip
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            yield replace(row, note=f"not measured: out of memory: {str(error).splitlines()[0] if str(error) else 'MemoryError'}")
-        with suppress(UnboundLocalError):
-            del model
+            tidy(device)
+            row = replace(row, **_measure_baseline(prepare, config, case, device))
+        except Exception as error:
+            row = replace(row, note=f"{NOT_MEASURED}{_cause(error)}")
+        yield row
+
+
+def _measure_baseline(prepare: Callable[[Any], None], config: ModelConfig, case: Case, device: torch.device) -> dict[str, Any]:
+    with PeakRss() as rss, torch.no_grad():
+        model = _diffusers_model(config, device)
+        prepare(model)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        steps = _diffusers_steps(model, config, case, device)
+        peak = torch.cuda.max_memory_reserved(device) + context_bytes(device) if device.type == "cuda" else None
+    return {
+        "step_s": statistics.median(steps[1:] or steps),
+        "steps_s": " ".join(f"{seconds:.4f}" for seconds in steps),
+        "peak_vram_gb": None if peak is None else peak / GB,
+        "peak_rss_gb": rss.nbytes / GB,
+        "note": "one expert; a run holds two",
+    }
 
 
 def _diffusers_model(config: ModelConfig, device: torch.device) -> Any:
@@ -328,97 +365,83 @@ def _diffusers_steps(model: Any, config: ModelConfig, case: Case, device: torch.
 
 
 def run(
-    store: Store,
+    store: Store | None,
+    config: ModelConfig,
     cases: Sequence[Case],
     device: torch.device,
     output: Path,
-    baselines: bool = True,
+    only: str = "",
     profile: MachineProfile | None = None,
+    disk_gb_s: float | None = None,
 ) -> list[StreamRow]:
-    """Measures every case, writing rows as they come: OUTPUT.csv, OUTPUT.svg (seconds per step against budget), a timeline per size."""
-    rows: list[StreamRow] = []
+    """Measures every case, writing rows as they come: OUTPUT.csv, OUTPUT.svg (seconds per step against budget), a timeline per size.
+
+    Rows that OUTPUT.csv holds already stay, but for those that are measured again. store: None measures the baselines alone;
+    only: what a provider's name must contain. Returns the rows of this call, in the order in which they were measured: all of lowvram's
+    before any baseline, which leaves torch's allocators in another state.
+    """
+    return_freed_memory()
+    earlier, rows = read_rows(output.with_suffix(".csv")), []
+    for case in cases if store is not None and only in f"lowvram {FORMAT}" else ():
+        last, budgets = Timeline(), ""
+        for row, timeline in lowvram_rows(store, case, device, profile, disk_gb_s):
+            rows.append(row)
+            last, budgets = (timeline, row.budgets) if timeline.copies else (last, budgets)
+            _report(output, earlier, rows)
+        if last.visits:
+            size = "x".join(map(str, case.size))
+            picture = timeline_plot(last, f"{size} x {case.frames}, {budgets}")
+            write_svg(output.with_name(f"{output.name}-timeline-{size}.svg"), picture)
     for case in cases:
-        last = Timeline()
-        for row, timeline in lowvram_rows(store, case, device, profile):
+        for row in baseline_rows(config, case, device, only):
             rows.append(row)
-            last = timeline if timeline.copies else last
-            _report(output, rows)
-        if last.copies:
-            write_svg(
-                output.with_name(f"{output.name}-timeline-{rows[-1].size}.svg"), timeline_plot(last, f"{rows[-1].size} x {case.frames}")
-            )
-        for row in baseline_rows(store.config, case, device) if baselines else ():
-            rows.append(row)
-            _report(output, rows)
+            _report(output, earlier, rows)
+    tidy(device)
     return rows
 
 
-def _report(output: Path, rows: list[StreamRow]) -> None:
+def _report(output: Path, earlier: Sequence[StreamRow], rows: Sequence[StreamRow]) -> None:
     row = rows[-1]
-    took = f"{row.step_s:.3f} s per step" if row.step_s is not None else row.note
-    budgets = f" within {row.vram_budget_gb:.1f} and {row.ram_budget_gb:.1f} GB" if row.vram_budget_gb and row.ram_budget_gb else ""
-    print(f"{row.provider} {row.size} x {row.frames}{budgets}: {took}", flush=True)
-    write_csv(output.with_suffix(".csv"), rows)
-    write_svg(output.with_suffix(".svg"), bars(f"{row.gpu}, torch {row.torch}, {row.commit}", _bars(rows)))
+    took = f"{row.step_s:.3f} s per step" if row.step_s is not None else ""
+    within = f" within {row.budgets}" if row.budgets else ""
+    print(f"{row.provider} {row.size} x {row.frames}{within}: {'; '.join(filter(None, (took, row.note)))}", flush=True)
+    everything = merged(earlier, rows)
+    write_csv(output.with_suffix(".csv"), everything)
+    write_svg(output.with_suffix(".svg"), bars(f"{row.gpu}, torch {row.torch}, {row.commit}", row_bars(everything)))
 
 
-def _bars(rows: Sequence[StreamRow]) -> list[Bar]:
-    """Seconds per step of each row that was measured, grouped by size."""
-    longest = max((row.step_s for row in rows if row.step_s is not None), default=1.0)
-    found = []
-    for row in rows:
-        if row.step_s is None:
-            continue
-        budgets = f", {row.vram_budget_gb:.0f} + {row.ram_budget_gb:.0f} GB" if row.vram_budget_gb and row.ram_budget_gb else ""
-        group = f"{row.size} x {row.frames}, seconds per step"
-        found.append(Bar(group, row.provider + budgets, row.step_s / longest, f"{row.step_s:.3f}"))
-    return found
-
-
-def disagreements(rows: Sequence[StreamRow]) -> list[str]:
-    """Sizes whose latents differ between budgets."""
-    digests: dict[str, set[str]] = {}
-    for row in rows:
-        if row.latents_sha256:
-            digests.setdefault(row.size, set()).add(row.latents_sha256)
-    return [f"{size}: the budgets changed the latents: {', '.join(sorted(found))}" for size, found in digests.items() if len(found) > 1]
-
-
-def exceeded(rows: Sequence[StreamRow]) -> list[str]:
-    """Rows whose measured peak lies above the plan's."""
-    pairs = (("VRAM", "peak_vram_gb", "planned_vram_gb"), ("RAM", "peak_rss_gb", "planned_ram_gb"))
-    found = []
-    for row in rows:
-        for label, peak, planned in pairs:
-            measured, allowed = getattr(row, peak), getattr(row, planned)
-            if measured is not None and allowed is not None and measured > allowed:
-                found.append(
-                    f"{row.size} within {row.vram_budget_gb} + {row.ram_budget_gb} GB: {label} {measured:.3f} GB of {allowed:.3f} planned"
-                )
-    return found
-
-
-def budgets_of(options: argparse.Namespace, total_vram: int) -> list[tuple[int, int]]:
-    """Everything on the device with the largest RAM budget, then every pair."""
+def budgets_of(options: argparse.Namespace, free_vram: int) -> list[tuple[int, int]]:
+    """Everything on the device with the largest RAM budget, then every pair. Whole GB of free VRAM: another call gives the same."""
     largest = int(max(options.ram) * GB)
-    return [(total_vram, largest)] + [(int(vram * GB), int(ram * GB)) for vram in options.vram for ram in options.ram]
+    return [(free_vram // GB * GB, largest)] + [(int(vram * GB), int(ram * GB)) for vram in options.vram for ram in options.ram]
 
 
 def stream(options: argparse.Namespace, output: Path) -> int:
-    """The benchmark on a CUDA machine; 1 where budgets changed the latents or a peak exceeded its plan."""
+    """The benchmark on a CUDA machine; 1 where a row of lowvram failed or left its plan, budgets changed the latents, or a peak exceeded
+    its plan.
+    """
     if options.steps < 2:
         print("bench.py stream: --steps must be at least 2, so that the expert switch is among them", file=sys.stderr)
         return 2
-    device, folder = torch.device("cuda"), options.work / f"a14b-{options.layers}"
+    device, config, name = torch.device("cuda"), bench_config(options.layers), f"lowvram {FORMAT}"
+    only = name if options.no_baselines else options.only
+    if not any(only in provider for provider in (name, *baselines(device))):
+        print(f"bench.py stream: --only {only!r} is in no provider's name: {', '.join((name, *baselines(device)))}", file=sys.stderr)
+        return 2
     torch.zeros(1, device=device)
-    store = open_store(folder) if (folder / "lowvram.json").exists() else write_random_store(folder, bench_config(options.layers))
     free, _ = torch.cuda.mem_get_info(device)
     budgets = budgets_of(options, free)
     cases = [Case(parse_size(size), options.frames, options.steps, budgets) for size in options.sizes]
-    with store:
-        print(f"random store at {folder}, disk {disk_speed(store):.2f} GB/s, {format_bytes(free)} of VRAM free")
-        rows = run(store, cases, device, output, not options.no_baselines, measure_profile("cuda", options.work))
-    problems = disagreements(rows) + exceeded(rows)
-    for problem in problems:
+    if only not in name:
+        rows = run(None, config, cases, device, output, only)
+    else:
+        folder = options.work / f"a14b-{options.layers}"
+        with open_store(folder) if (folder / "lowvram.json").exists() else write_random_store(folder, config) as store:
+            speed = disk_speed(store)
+            print(f"random store at {folder}, disk {speed:.2f} GB/s, {format_bytes(free)} of VRAM free")
+            profile = measure_profile("cuda", options.work, disk_bytes_s=speed * GB)
+            rows = run(store, config, cases, device, output, only, profile, speed)
+    found = problems(rows)
+    for problem in found:
         print(f"bench.py stream: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return 1 if found else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from timed_transport import Timeline
+from timed_transport import Timeline, stall_seconds
 
 ROW = 18  # pixels
 LABELS, BARS = 290, 400  # width of the names and of the longest bar
@@ -40,13 +40,14 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
 
 
 def timeline_plot(timeline: Timeline, title: str) -> str:
-    """Copies (above) and computations (below) of the last blocks of a run, on one axis of seconds."""
-    copies, computations = timeline.copies[-TIMELINE_BLOCKS:], timeline.computations[-TIMELINE_BLOCKS:]
-    spans = copies + computations
-    first = min(start for start, _ in spans)
-    scale = 960 / max(1e-9, max(end for _, end in spans) - first)
-    lines = [f'<text x="10" y="20">{escape(title)}: copies above, blocks computing below; {1 / scale * 960:.3f} s in all</text>']
-    for row, (label, parts) in enumerate((("copy", copies), ("compute", computations))):
+    """The last visits of a run (below) and the copies beside them (above), on one axis of seconds; while computing waits there is a gap."""
+    visits = timeline.visits[-TIMELINE_BLOCKS:]
+    first, last = visits[0].asked_s, visits[-1].end_s
+    copies = [(max(start, first), min(end, last)) for start, end in timeline.copies if end > first and start < last]
+    scale = 960 / max(1e-9, last - first)
+    waited = f"{last - first:.3f} s in all, {stall_seconds(visits):.3f} s of it stalls (gaps below)"
+    lines = [f'<text x="10" y="20">{escape(title)}: copies above, blocks computing below; {waited}</text>']
+    for row, (label, parts) in enumerate((("copy", copies), ("compute", [(visit.start_s, visit.end_s) for visit in visits]))):
         lines.append(f'<text x="10" y="{52 + 30 * row}">{label}</text>')
         for number, (start, end) in enumerate(parts):
             colour = (("#2266cc", "#77aaee"), ("#cc6622", "#eeaa77"))[row][number % 2]

@@ -1,32 +1,105 @@
-"""Transports that note when every copy and every block's computation began and ended."""
+"""Transports, and a streamer over them, that note when every copy and every block's computation began and ended."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowvram.streaming.block import BlockView
+from lowvram.streaming.streamer import Streamer
 from lowvram.streaming.transport import CudaTransport, HostTransport
+
+
+class TimedVisit(NamedTuple):
+    """One use of a block, in seconds: all work before it was over at `asked_s`, its bytes had come at `start_s`, it was done at `end_s`."""
+
+    component: str
+    index: int
+    asked_s: float
+    start_s: float
+    end_s: float
+
+    @property
+    def stall_s(self) -> float:
+        return self.start_s - self.asked_s
 
 
 @dataclass
 class Timeline:
-    """When copies and computations of one run began and ended, in seconds from its first event."""
+    """When copies and visits of one stream began and ended, in seconds from its first event. Between visits there is other work."""
 
     copies: list[tuple[float, float]] = field(default_factory=list)
-    computations: list[tuple[float, float]] = field(default_factory=list)
+    visits: list[TimedVisit] = field(default_factory=list)
 
 
-class TimedCuda(CudaTransport):
-    """Events with times around every copy and at the start of every block's computation."""
+def stall_seconds(visits: Sequence[TimedVisit]) -> float:
+    """How long the computation waited for the bytes of these visits."""
+    return sum(visit.stall_s for visit in visits)
+
+
+class Marks:
+    """The moments that a timed transport and a timed streamer note: events of a device, or seconds of the host's clock."""
+
+    def __init__(self) -> None:
+        self.copied: list[tuple[Any, Any]] = []
+        self.visited: list[tuple[str, int, Any, Any, Any]] = []
+
+    def tick(self) -> Any:
+        """The moment at which all work issued so far on the computing stream is over."""
+        raise NotImplementedError
+
+    def seconds(self, first: Any, second: Any) -> float:
+        """From one moment to another; negative where the second came earlier."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Waits until every moment has come."""
+
+    def timeline(self) -> Timeline:
+        self.finish()
+        if not self.visited:
+            return Timeline()
+        origin = self.visited[0][2]
+        copies = [(self.seconds(origin, start), self.seconds(origin, end)) for start, end in self.copied]
+        visits = [(name, index, *(self.seconds(origin, moment) for moment in moments)) for name, index, *moments in self.visited]
+        first = min([0.0, *(start for start, _ in copies)])
+        return Timeline(
+            [(start - first, end - first) for start, end in copies],
+            [TimedVisit(name, index, asked - first, start - first, end - first) for name, index, asked, start, end in visits],
+        )
+
+
+class TimedStreamer:
+    """A streamer whose visits are noted in `marks`: when a block was asked for, when it was there, and when it was computed.
+
+    The moment of asking is marked before the streamer is entered: it may hold the host back until a copy can be issued, and on a GPU
+    that has run dry a mark behind that would come after the stall. Blocks that are on the device already are noted like all others.
+    """
+
+    def __init__(self, streamer: Streamer, marks: Marks) -> None:
+        self._streamer, self._marks = streamer, marks
+
+    @contextmanager
+    def block(self, component: str, index: int) -> Iterator[BlockView]:
+        asked = self._marks.tick()
+        with self._streamer.block(component, index) as view:
+            start = self._marks.tick()
+            yield view
+            self._marks.visited.append((component, index, asked, start, self._marks.tick()))
+
+
+class TimedCuda(CudaTransport, Marks):
+    """Events with times around every copy, and on the computing stream."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.copied: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.computed: list[torch.cuda.Event] = []
+        CudaTransport.__init__(self, device)
+        Marks.__init__(self)
 
     def copy(self, host: Tensor, slot: Tensor, after: object | None) -> torch.cuda.Event:
         start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
@@ -39,40 +112,30 @@ class TimedCuda(CudaTransport):
         self.copied.append((start, end))
         return end
 
-    def wait(self, event: object | None) -> None:
-        super().wait(event)
-        start = torch.cuda.Event(enable_timing=True)
-        start.record(self._computing)
-        self.computed.append(start)
+    def tick(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._computing)
+        return event
 
-    def timeline(self) -> Timeline:
-        torch.cuda.synchronize()
-        if not self.copied or not self.computed:
-            return Timeline()
-        origin = self.copied[0][0]
-        starts = [origin.elapsed_time(event) / 1e3 for event in self.computed]
-        copies = [(origin.elapsed_time(start) / 1e3, origin.elapsed_time(end) / 1e3) for start, end in self.copied]
-        return Timeline(copies, list(pairwise(starts)))
+    def seconds(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+        return first.elapsed_time(second) / 1e3
+
+    def finish(self) -> None:
+        torch.cuda.synchronize(self._device)
 
 
-class TimedHost(HostTransport):
+class TimedHost(HostTransport, Marks):
     """The same on a CPU, through staging buffers as on a GPU; copies run in line."""
 
     staged = True
 
-    def __init__(self) -> None:
-        self._times = Timeline()
-        self._starts: list[float] = []
-
     def copy(self, host: Tensor, slot: Tensor, after: object | None) -> None:
-        start_s = time.perf_counter()
+        start = self.tick()
         super().copy(host, slot, after)
-        self._times.copies.append((start_s, time.perf_counter()))
+        self.copied.append((start, self.tick()))
 
-    def wait(self, event: object | None) -> None:
-        self._starts.append(time.perf_counter())
+    def tick(self) -> float:
+        return time.perf_counter()
 
-    def timeline(self) -> Timeline:
-        begun = min([start for start, _ in self._times.copies] + self._starts, default=0.0)
-        starts = [start - begun for start in self._starts]
-        return Timeline([(a - begun, b - begun) for a, b in self._times.copies], list(pairwise(starts)))
+    def seconds(self, first: float, second: float) -> float:
+        return second - first

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from lowvram.checkpoint.store import Store
 from lowvram.config import T2V_A14B
 from lowvram.memory.cards import find_card
 from lowvram.memory.plan import Choice, Host
@@ -22,7 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench
 import bench_stream
 import random_store
+import stream_rows
 from bench_stream import BenchPipeline, Case
+from plots import timeline_plot
+from stream_rows import StreamRow
+from timed_transport import TimedHost, Timeline
 
 MIB, GIB = 2**20, 2**30
 HOST = Host(staged=True, context_bytes=0, process_bytes=GIB)
@@ -30,7 +38,7 @@ LAYERS = 24  # their slots take more than decoding does
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[bench_stream.StreamRow], Path]:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[StreamRow], Path]:
     """Everything resident, as much as decoding takes anyway, and a budget that is too small."""
     folder = tmp_path_factory.mktemp("bench")
     config = tiny_config(num_layers=LAYERS)
@@ -40,12 +48,33 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[bench_stream.St
         least = plan_of(everything, request, Choice(64, 2, 0, 0, False))
         budgets = [(2 * GIB, 16 * GIB), (least.peak_vram_bytes, 16 * GIB), (MIB, 16 * GIB)]
         found = bench_stream.run(
-            store, [Case((64, 64), 9, 4, budgets)], CPU, folder / "stream-cpu", profile=find_card("RTX 3060 12GB").profile()
+            store,
+            config,
+            [Case((64, 64), 9, 4, budgets)],
+            CPU,
+            folder / "stream-cpu",
+            profile=find_card("RTX 3060 12GB").profile(),
+            disk_gb_s=bench_stream.disk_speed(store),
         )
     return found, folder
 
 
-def test_rows_hold_times_peaks_and_one_digest(rows: tuple[list[bench_stream.StreamRow], Path]) -> None:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A store of four blocks per expert."""
+    with random_store.write_random_store(tmp_path_factory.mktemp("small") / "store", tiny_config(num_layers=4)) as store:
+        yield store
+
+
+def measured(store: Store, output: Path, *budgets: tuple[int, int], only: str = "lowvram", steps: int = 4) -> list[StreamRow]:
+    return bench_stream.run(store, store.config, [Case((64, 64), 9, steps, budgets)], CPU, output, only)
+
+
+def in_file(output: Path) -> list[StreamRow]:
+    return stream_rows.read_rows(output.with_suffix(".csv"))
+
+
+def test_rows_hold_times_peaks_and_one_digest(rows: tuple[list[StreamRow], Path]) -> None:
     found, _ = rows
     lowvram = [row for row in found if row.provider.startswith("lowvram")]
     assert lowvram[0].resident == LAYERS
@@ -63,14 +92,17 @@ def test_rows_hold_times_peaks_and_one_digest(rows: tuple[list[bench_stream.Stre
         assert row.peak_vram_gb is not None
         assert row.planned_vram_gb is not None
         assert 0 < row.peak_vram_gb <= row.planned_vram_gb
+        assert row.stall_s is not None
+        assert row.switch_stall_s is not None
+        assert 0 < row.switch_stall_s <= row.stall_s < sum(map(float, row.steps_s.split()))
     assert len({row.latents_sha256 for row in lowvram[:2]}) == 1
     assert lowvram[0].overhead == 0
     assert lowvram[2].step_s is None
     assert lowvram[2].note.startswith("not measured: 64x64 x 9 frames in int8: VRAM of")
-    assert bench_stream.disagreements(found) == []
+    assert stream_rows.problems(found) == []
 
 
-def test_diffusers_and_quanto_run_on_the_same_shapes(rows: tuple[list[bench_stream.StreamRow], Path]) -> None:
+def test_diffusers_and_quanto_run_on_the_same_shapes(rows: tuple[list[StreamRow], Path]) -> None:
     others = {row.provider: row for row in rows[0] if not row.provider.startswith("lowvram")}
     assert others["diffusers bf16 resident"].step_s is not None
     assert others["diffusers optimum-quanto int8"].step_s is not None
@@ -79,7 +111,7 @@ def test_diffusers_and_quanto_run_on_the_same_shapes(rows: tuple[list[bench_stre
     assert "needs a CUDA device" in offloaded.note
 
 
-def test_csv_and_plots_show_what_was_measured(rows: tuple[list[bench_stream.StreamRow], Path]) -> None:
+def test_csv_and_plots_show_what_was_measured(rows: tuple[list[StreamRow], Path]) -> None:
     found, folder = rows
     written = list(csv.DictReader((folder / "stream-cpu.csv").open(encoding="utf-8")))
     assert [row["provider"] for row in written] == [row.provider for row in found]
@@ -87,10 +119,154 @@ def test_csv_and_plots_show_what_was_measured(rows: tuple[list[bench_stream.Stre
     bars = ElementTree.parse(folder / "stream-cpu.svg").getroot().findall(".//{*}rect")
     assert len(bars) == 1 + sum(row.step_s is not None for row in found)
     timeline = ElementTree.parse(folder / "stream-cpu-timeline-64x64.svg").getroot()
-    assert len(timeline.findall(".//{*}rect")) > 20
+    assert len(timeline.findall(".//{*}rect[@y='70']")) == 60  # a bar for each of the last visits, resident or not
 
 
-def test_the_switch_is_in_the_middle_of_the_steps(rows: tuple[list[bench_stream.StreamRow], Path], tmp_path: Path) -> None:
+def test_a_run_in_parts_keeps_the_rows_of_every_part(small: Store, tmp_path: Path) -> None:
+    output = tmp_path / "stream"
+    (first,) = measured(small, output, (2 * GIB, 16 * GIB))
+    assert in_file(output) == [first]  # every column comes back as it was
+    others = measured(small, output, only="quanto")
+    assert in_file(output) == [first, *others]
+    again, refused = measured(small, output, (2 * GIB, 16 * GIB), (MIB, 16 * GIB))
+    assert again.steps_s != first.steps_s
+    assert in_file(output) == [again, refused, *others]
+    longer = measured(small, output, (2 * GIB, 16 * GIB), steps=2)
+    assert in_file(output) == [again, refused, *others, *longer]
+    bars = ElementTree.parse(output.with_suffix(".svg")).getroot().findall(".//{*}rect")
+    assert len(bars) == 1 + 3
+
+
+def test_rows_of_another_commit_are_kept_under_its_name(small: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "stream"
+    for number, name in enumerate(("stream-abc1234.csv", "stream-abc1234-2.csv")):
+        old = StreamRow("lowvram int8", "64x64", 9, 48, 4, 4, step_s=float(number), commit="abc1234")
+        bench_stream.write_csv(output.with_suffix(".csv"), [old])
+        before = output.with_suffix(".csv").read_bytes()
+        found = measured(small, output, (MIB, 16 * GIB))
+        assert in_file(output) == found
+        assert (tmp_path / name).read_bytes() == before
+        assert f"kept as {name}" in capsys.readouterr().out
+
+
+def test_a_plan_is_measured_once_and_named_by_the_rows_that_share_it(small: Store, tmp_path: Path) -> None:
+    first, same, other = measured(small, tmp_path / "stream", (2 * GIB, 16 * GIB), (3 * GIB, 16 * GIB), (MIB, 16 * GIB))
+    assert first.step_s is not None
+    assert same.note == f"not measured: same plan as {first.budgets}"
+    assert same == replace(
+        first, note=same.note, vram_budget_gb=3 * GIB / 1e9, **dict.fromkeys(NUMBERS), steps_s="", latents_sha256="", rates=""
+    )
+    assert "too little" in other.note
+    assert stream_rows.problems([first, same, other]) == []
+
+
+NUMBERS = (
+    *("resident", "ring", "host", "pinned", "chunk", "joint", "step_s", "switch_s", "stall_s", "switch_stall_s", "overhead"),
+    *("peak_vram_gb", "planned_vram_gb", "peak_rss_gb", "planned_ram_gb", "predicted_s", "predicted_switch_stall_s", "disk_gb_s"),
+)
+
+
+def test_a_plan_that_was_left_is_named_and_fails_the_benchmark(small: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One copy finds no memory, as where another program has taken it: the row is that of the plan the run ended with."""
+    copies = [0]
+
+    class Crowded(TimedHost):
+        def copy(self, host: torch.Tensor, slot: torch.Tensor, after: object | None) -> None:
+            copies[0] += 1
+            if copies[0] == 6:  # the second expert's second block
+                raise torch.OutOfMemoryError("CUDA out of memory: a test")
+            super().copy(host, slot, after)
+
+    monkeypatch.setattr(bench_stream, "TimedHost", Crowded)
+    (row,) = measured(small, tmp_path / "stream", (2 * GIB, 16 * GIB))
+    assert row.note == "the plan did not hold: ring_slots 0 -> 2, resident_blocks 4 -> 0"
+    assert (row.resident, row.ring) == (0, 2)
+    assert row.step_s is not None
+    assert (row.overhead, row.stall_s, row.switch_stall_s) == (None, None, None)
+    assert stream_rows.problems([row]) == [f"64x64 within {row.budgets}: {row.note}"]
+    assert in_file(tmp_path / "stream") == [row]
+
+
+def test_a_failing_row_ends_no_other(small: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resident row fails, so that nothing has an overhead; a provider of diffusers fails, too, which is no fault of lowvram's."""
+    latents = BenchPipeline.latents
+
+    def failing(self: BenchPipeline, run: bench_stream.TimedRun) -> torch.Tensor:
+        if self.vram_bytes == 2 * GIB:
+            raise RuntimeError("no such kernel\nand more")
+        return latents(self, run)
+
+    def unfit(model: object) -> None:
+        raise NotImplementedError("not for this model")
+
+    monkeypatch.setattr(BenchPipeline, "latents", failing)
+    monkeypatch.setattr(bench_stream, "_quantize", unfit)
+    broken, fine, *others = measured(small, tmp_path / "stream", (2 * GIB, 16 * GIB), (3 * GIB, 16 * GIB), only="")
+    assert broken.note == "failed: RuntimeError: no such kernel"
+    assert broken.step_s is None
+    assert fine.step_s is not None
+    assert (fine.overhead, fine.note) == (None, "")
+    assert [row.step_s is None for row in others] == [False, True, True]
+    assert others[2].note == "not measured: NotImplementedError: not for this model"
+    assert stream_rows.problems([broken, fine, *others]) == [f"64x64 within {broken.budgets}: {broken.note}"]
+
+
+def test_all_of_lowvram_is_measured_before_any_baseline(small: Store, tmp_path: Path) -> None:
+    cases = [Case(size, 5, 2, [(2 * GIB, 16 * GIB)]) for size in ((64, 64), (32, 64))]
+    found = bench_stream.run(small, small.config, cases, CPU, tmp_path / "stream")
+    order = [(row.provider.split()[0], row.size) for row in found]
+    assert order == [("lowvram", "64x64"), ("lowvram", "32x64"), *3 * [("diffusers", "64x64")], *3 * [("diffusers", "32x64")]]
+    assert [row.size for row in in_file(tmp_path / "stream")] == 4 * ["64x64"] + 4 * ["32x64"]
+
+
+@pytest.mark.parametrize("slow", ["copy", "read"])
+def test_stalls_are_seen_and_resident_blocks_have_bars_of_their_own(small: Store, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    """Two of four blocks stay; a slow link or a slow disk holds up the two that share a slot in every pass, the others once per expert."""
+    delay_s = 0.05
+
+    class Delayed(TimedHost):
+        def copy(self, host: torch.Tensor, slot: torch.Tensor, after: object | None) -> None:
+            time.sleep(delay_s if slow == "copy" else 0)
+            super().copy(host, slot, after)
+
+    class SlowFile(bench_stream.BlockFile):
+        def read_into(self, block: int, buffer: torch.Tensor) -> torch.Tensor:
+            time.sleep(delay_s if slow == "read" else 0)
+            return super().read_into(block, buffer)
+
+    monkeypatch.setattr(bench_stream, "TimedHost", Delayed)
+    monkeypatch.setattr("lowvram.streaming.stream.BlockFile", SlowFile)
+    pipeline = BenchPipeline(small, CPU, 2 * GIB, 16 * GIB, HOST)
+    request = bench_stream.request_of(pipeline, (64, 64), 9, 4)
+    plan = plan_of(pipeline, request, Choice(64, 1, 2, 0, False))
+    values, timeline = bench_stream._measure(pipeline, request, plan, CPU)
+    assert [visit.component for visit in timeline.visits] == 16 * ["high_noise"] + 16 * ["low_noise"]
+    assert [visit.index for visit in timeline.visits] == 8 * [0, 1, 2, 3]
+    moments = [moment for visit in timeline.visits for moment in visit[2:]]
+    assert moments == sorted(moments)
+    settled = [visit.stall_s for visit in timeline.visits[4:16] + timeline.visits[20:] if visit.index < 2]
+    assert max(settled) < delay_s / 2
+    high, low = ([visit.stall_s for visit in timeline.visits if visit.component == name] for name in ("high_noise", "low_noise"))
+    assert values["switch_stall_s"] == pytest.approx(sum(low[:8]))
+    assert values["stall_s"] == pytest.approx(sum(high[8:]) + sum(low))
+    # Six passes of two loads, and two more at the switch: computing, some milliseconds a block, hides less than half of each.
+    assert 14 * delay_s / 2 < values["stall_s"] < sum(map(float, values["steps_s"].split()))
+    assert 6 * delay_s / 2 < values["switch_stall_s"]
+    drawn = ElementTree.fromstring(timeline_plot(timeline, "a test"))
+    bars = [(float(bar.attrib["x"]), float(bar.attrib["width"])) for bar in drawn.findall(".//{*}rect[@y='70']")]
+    assert len(bars) == 32
+    gaps = [after - (x + width) for (x, width), (after, _) in pairwise(bars)]
+    scale = 960 / (timeline.visits[-1].end_s - timeline.visits[0].asked_s)
+    longest = max(range(1, 32), key=lambda number: timeline.visits[number].stall_s)
+    assert gaps[longest - 1] == pytest.approx((timeline.visits[longest].start_s - timeline.visits[longest - 1].end_s) * scale, abs=0.5)
+    assert gaps[longest - 1] > delay_s / 2 * scale
+
+
+def test_a_stream_of_no_visits_has_no_timeline() -> None:
+    assert TimedHost().timeline() == Timeline()
+
+
+def test_the_switch_is_in_the_middle_of_the_steps(rows: tuple[list[StreamRow], Path], tmp_path: Path) -> None:
     from lowvram.sampling.denoise import block_schedule
     from lowvram.sampling.schedule import make_schedule
 
@@ -102,11 +278,11 @@ def test_the_switch_is_in_the_middle_of_the_steps(rows: tuple[list[bench_stream.
             assert [name for name, _ in visits] == ["high_noise"] * (steps // 2) + ["low_noise"] * (steps - steps // 2)
 
 
-def test_other_bits_and_exceeded_plans_are_complained_about(rows: tuple[list[bench_stream.StreamRow], Path]) -> None:
+def test_other_bits_and_exceeded_plans_are_complained_about(rows: tuple[list[StreamRow], Path]) -> None:
     first, second = rows[0][0], replace(rows[0][1], latents_sha256="0" * 64, peak_vram_gb=1e3)
-    (changed,) = bench_stream.disagreements([first, second])
+    changed, above = stream_rows.problems([first, second])
     assert "64x64: the budgets changed the latents" in changed
-    assert any("VRAM 1000.000 GB of" in line for line in bench_stream.exceeded([first, second]))
+    assert "VRAM 1000.000 GB of" in above
 
 
 def test_the_store_of_true_shapes_holds_both_experts() -> None:
@@ -116,7 +292,7 @@ def test_the_store_of_true_shapes_holds_both_experts() -> None:
     assert layouts[0].block_bytes == component_layout("high_noise", T2V_A14B, "int8").block_bytes
     assert sum(layout.total_bytes for layout in layouts) == pytest.approx(29.9e9, rel=0.02)
     options = bench.make_parser().parse_args(["stream"])
-    pairs = bench_stream.budgets_of(options, 140 * 10**9)
+    pairs = bench_stream.budgets_of(options, 140 * 10**9 + 12345)
     assert pairs[0] == (140 * 10**9, 40 * 10**9)
     assert len(pairs) == 1 + 4 * 3
 
