@@ -308,7 +308,7 @@ def test_plan_answers_for_a_card_of_the_table() -> None:
 
 
 def test_plan_without_a_size_says_what_fits() -> None:
-    asked = ["plan", "i2v-a14b", "--frames", "81", "--vram", "3GB", "--ram", "8GB"]
+    asked = ["plan", "i2v-a14b", "--frames", "81", "--vram", "3.3GB", "--ram", "8GB"]
     matrix = json.loads(run(*asked, "--json").stdout)
     assert matrix["times_are"] == "predicted"
     assert matrix["machine"] == "RTX 4090"
