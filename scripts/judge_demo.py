@@ -9,6 +9,7 @@ Prints a table, also for shuffled captions (which must fail), and writes JSON wi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import random
@@ -79,6 +80,14 @@ def judge(format: str, pairs: list[tuple[scenes.Scene, int]], strip: list[torch.
     return score
 
 
+def fingerprint(model: Path) -> str:
+    """sha256 over the names and bytes of the model's files: which weights a score is of."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in model.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(model).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def save_sheet(path: Path, clips: list[torch.Tensor], columns: int = 8) -> None:
     """One row per clip, its frames evenly spaced."""
     rows = [np.concatenate([clip[i] for i in np.linspace(0, len(clip) - 1, columns).round().astype(int)], axis=1) for clip in clips]
@@ -113,12 +122,8 @@ def main() -> None:
         save_sheet(args.sheet, strip)
     if args.json:
         machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
-        args.json.write_text(
-            json.dumps(
-                {"machine": machine, "split": args.split, "figures": args.figures, "scores": [asdict(score) for score in scores]}, indent=1
-            )
-            + "\n"
-        )
+        record = {"machine": machine, "model_sha256": fingerprint(args.model), "split": args.split, "figures": args.figures}
+        args.json.write_text(json.dumps(record | {"scores": [asdict(score) for score in scores]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

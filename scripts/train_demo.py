@@ -6,9 +6,9 @@
 Everything is drawn by `lowvram.demo.scenes`, so there is no data set. Each stage is seeded, saves its state every
 `SAVE_EVERY` steps and continues from it. `export` writes the official file layout that `lowvram quantize` reads.
 
-The weights that ship took about three hours on 2 shared CPU cores: the VAE 80 minutes, the shared DiT 40, both experts side by side 45.
-All but the first two stages ran as they stand here. Those two had run earlier, with purple among the colours of the crowds, so a run from
-nothing gives similar weights, not the same ones, and has not been made.
+The weights that ship took about four hours on 2 shared CPU cores: the VAE 80 minutes, the shared DiT 40, both experts side by side 45, and
+the low-noise expert alone another 80, on one core. All but the first two stages ran as they stand here. Those two had run earlier, with
+purple among the colours of the crowds, so a run from nothing gives similar weights, not the same ones, and has not been made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ BATCH = 8  # clips of the shared DiT's half batch
 EXPERT_BATCH = 16  # clips of an expert's batch: one thread each, so that both train side by side in two processes
 DRAWINGS = {1: 24, 2: 2}  # of every training caption, by its figures: a little more than half of all clips show one figure
 NO_CAPTION = 0.1  # share of training clips whose caption is dropped, for classifier-free guidance
-HARD = {"square": 2.0, "triangle": 1.5, "gray": 1.5}  # what the low-noise expert gets right last: corners, most of all at low contrast
+# What the low-noise expert gets right last: corners, most of all at low contrast. How many times as often it sees them.
+HARD = {"square": 2.0, "triangle": 1.5, "gray": 1.5}
 TRAIN_SHIFTS = (2.0, 10.0)  # half the noise levels lie as on a grid of each shift: most are high, where the caption decides
 
 MODEL_FOLDER = Path(scenes.__file__).parent / "model"
@@ -228,12 +229,15 @@ class Clips:
         chosen = ~says(cache["ids"], "and") | (not of_one_figure)
         self.latents, self.ids = cache["latents"][chosen].float(), cache["ids"][chosen]
         self.none, self.device = networks.unconditional_ids(), device
-        self.weight = torch.ones(len(self.ids))
+        self.weight = torch.ones(len(self.ids)) if weights else None
         for word, times in (weights or {}).items():
             self.weight[says(self.ids, word)] *= times
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = torch.multinomial(self.weight, self.count, replacement=True, generator=generator)
+        if self.weight is None:
+            index = torch.randint(len(self.latents), (self.count,), generator=generator)
+        else:
+            index = torch.multinomial(self.weight, self.count, replacement=True, generator=generator)
         dropped = torch.rand(self.count, 1, generator=generator) < NO_CAPTION
         none = self.none[torch.randint(len(self.none), (self.count,), generator=generator)]
         return self.latents[index].to(self.device), torch.where(dropped, none, self.ids[index]).to(self.device)
@@ -267,7 +271,10 @@ def train_dit(work: Path, device: torch.device) -> None:
 
 
 def train_expert(work: Path, device: torch.device, name: str, low: float, high: float) -> None:
-    """The shared DiT, continued on its own noise levels with the text encoder frozen: on all clips, then on those of one figure."""
+    """The shared DiT, continued on its own noise levels with the text encoder frozen: on all clips, then on those of one figure.
+
+    Corners come last, and from the low-noise expert alone: begun on drawn clips' latents at the boundary, it lost as many of them.
+    """
     shared = nn.ModuleDict({"dit": networks.new_dit(), "text": networks.new_text_encoder()})
     shared.load_state_dict(averaged(work / "dit.pt"))
     dit, text = shared["dit"].to(device), shared["text"].to(device).requires_grad_(False)
@@ -299,9 +306,9 @@ def export(work: Path, device: torch.device, model: Path = MODEL_FOLDER) -> None
     shared = nn.ModuleDict({"dit": networks.new_dit(), "text": networks.new_text_encoder()})
     shared.load_state_dict(averaged(work / "dit.pt"))
     experts = {}
-    for name in ("high_noise", "low_noise"):
+    for name, last in (("high_noise", "high-noise.pt"), ("low_noise", "low-noise-edges.pt")):
         experts[name] = networks.new_dit()
-        weights = averaged(work / f"{name.replace('_', '-')}.pt")
+        weights = averaged(work / last)
         experts[name].load_state_dict({key.removeprefix("dit."): value for key, value in weights.items()})
     vae = networks.new_vae()
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in averaged(work / "vae-decoder.pt").items()})

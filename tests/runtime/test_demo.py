@@ -109,11 +109,13 @@ def test_held_out_captions_come_out_right_and_shuffled_ones_do_not() -> None:
 
 
 def test_the_record_is_of_held_out_captions_and_quantization_costs_nothing() -> None:
-    """The goal of 90 % in bf16 is not reached (README says what is); int8 and fp8 lose at most 2 points against bf16."""
+    """90 % in bf16, at most 2 points less in int8 and fp8, of the weights that ship."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     scores = {score["format"]: score for score in record["scores"]}
+    assert record["model_sha256"] == judge_demo.fingerprint(judge_demo.MODEL)
     assert record["split"] == "test"
     assert set(scores) == {"bf16", "int8", "fp8"}
     assert all(score["pairs"] == 50 for score in scores.values())
     assert all(scores["bf16"]["right"] - score["right"] <= 1 for score in scores.values())
-    assert all(score["right"] >= 40 and score["shuffled_right"] <= 2 for score in scores.values())
+    assert scores["bf16"]["right"] >= 45
+    assert all(score["shuffled_right"] <= 2 for score in scores.values())
