@@ -182,6 +182,43 @@ def test_rows_past_2_to_the_31_elements() -> None:
     assert not linear.mismatch(cases.changed(a=far))
 
 
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        (lambda: cases.rms_rope(3, 2, device=CUDA), "x"),
+        (lambda: cases.values(3, 2, device=CUDA), "v"),
+        (lambda: cases.attention(3, 70, 3, device=CUDA), "q"),
+        (lambda: cases.attention(3, 70, 3, device=CUDA), "k"),
+        (lambda: cases.attention(3, 70, 3, device=CUDA), "v"),
+    ],
+)
+def test_heads_and_values_past_2_to_the_31_elements(case: cases.Callable[[], cases.Case], name: str) -> None:
+    """The first dimension, rows or heads, 2^30 elements apart."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 12 * 2**30:
+        pytest.skip("needs 12 GB of free device memory")
+    made, stride = case(), 2**30 + 256
+    near = made.inputs[name]
+    whole = torch.empty(2 * stride + near[0].numel(), dtype=near.dtype, device=CUDA)
+    far = whole.as_strided(near.shape, (stride, *near[0].contiguous().stride()))
+    far.copy_(near)
+    assert not made.mismatch(cases.changed(**{name: far}))
+
+
+def test_outputs_past_2_to_the_31_elements() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 20 * 2**30:
+        pytest.skip("needs 20 GB of free device memory")
+    stride = 2**30 + 256
+    for made, width in ((cases.linear_add(3, 32, 64, device=CUDA), 32), (cases.attention(3, 70, 2, device=CUDA), 256)):
+        out = torch.empty(2 * stride + width, device=CUDA).as_strided((3, width), (stride, 1))
+        out.copy_(made.outputs["out"].cut(made.outputs["out"].whole))
+        expected = made.outputs["out"].cut(made.run("triton")["out"])
+        dispatch.OPS[made.op].triton(**made.inputs, out=out)
+        assert torch.equal(out.cpu(), expected)
+        del out
+
+
 def test_tensors_on_the_gpu_take_the_kernels_and_tensors_on_the_cpu_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOWVRAM_BACKEND", raising=False)
     for case in (cases.linear(33, 65, 96), cases.attention(33, 65, 1), cases.values(65, 1), cases.rms_rope(5, 2)):

@@ -157,9 +157,34 @@ def test_heads_and_values_past_2_to_the_31_elements() -> None:
     assert torch.equal(v, one.run("reference")["out"][:, :, 64:])
 
 
-def test_attention_past_2_to_the_31_elements() -> None:
-    case = cases.attention(3, 70, 3)
+def far_heads(rows: int, columns: int) -> torch.Tensor:
+    """[3, rows, columns] int8, whose heads lie 2^30 elements apart, in memory that is reserved and never filled."""
     stride = 2**30 + 256
-    k = torch.empty(2 * stride + 70 * 128, dtype=torch.int8).as_strided((3, 70, 128), (stride, 128, 1))
-    k.copy_(case.inputs["k"])
-    assert not case.mismatch(cases.changed(k=k))
+    return torch.empty(2 * stride + rows * columns, dtype=torch.int8).as_strided((3, rows, columns), (stride, columns, 1))
+
+
+def test_heads_and_values_are_written_past_2_to_the_31_elements() -> None:
+    case, out, scale = cases.rms_rope(5, 3), far_heads(5, 128), torch.full((3, 5), float("nan"))
+    rms_rope_quantize_triton.rms_rope_quantize(**case.inputs, out=out, out_scale=scale)
+    assert torch.equal(out, case.run("reference")["out"][:, 1:-2])
+    one, v, v_scale = cases.values(70, 3), far_heads(128, 128), torch.full((3, 128, 2), float("nan"))
+    quantize_values(one.inputs["v"], v, v_scale)
+    assert torch.equal(v, one.run("reference")["out"][:, :, 64:])
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_attention_reads_past_2_to_the_31_elements(name: str) -> None:
+    case = cases.attention(3, 70, 3)
+    near = case.inputs[name]
+    far = far_heads(*near.shape[1:])
+    far.copy_(near)
+    assert not case.mismatch(cases.changed(**{name: far}))
+
+
+def test_attention_writes_rows_past_2_to_the_31_elements() -> None:
+    case = cases.attention(3, 70, 2)
+    stride = 2**30 + 256
+    out = torch.empty(2 * stride + 256, dtype=torch.bfloat16).as_strided((3, 256), (stride, 1))
+    attention_int8(**case.inputs, out=out)
+    expected = case.run("triton")["out"][:-1]
+    assert torch.equal(out, expected.bfloat16())

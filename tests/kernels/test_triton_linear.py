@@ -166,3 +166,12 @@ def test_linear_reads_and_writes_rows_past_2_to_the_31_elements() -> None:
     out = torch.empty(2 * stride + n, dtype=torch.bfloat16).as_strided((3, n), (stride, 1))
     quantized_linear_triton.quantized_linear(**(case.inputs | {"a": far}), out=out)
     assert torch.equal(out, case.run("reference")["out"][1:-1, :n])
+
+
+def test_linear_adds_to_rows_past_2_to_the_31_elements() -> None:
+    stride, k, n = 2**30 + 64, 64, 32
+    case = cases.linear_add(3, n, k)
+    out = torch.empty(2 * stride + n, dtype=torch.float32).as_strided((3, n), (stride, 1))
+    out.copy_(case.outputs["out"].whole)
+    quantized_linear_triton.quantized_linear(**case.inputs, out=out)
+    assert torch.equal(out, case.run("reference")["out"])
