@@ -13,6 +13,7 @@ from torch import Tensor
 from lowvram.checkpoint.store import Store, open_store
 from lowvram.config import DEFAULT_NEGATIVE_PROMPT, EXPERTS, LatentShape, Request, clip_size, shown
 from lowvram.errors import CheckpointError, UsageError
+from lowvram.memory.cap import vram_cap
 from lowvram.memory.exhaustion import hand_back
 from lowvram.memory.heap import return_freed_memory
 from lowvram.memory.plan import Host, MemoryPlan, choose_plan
@@ -162,8 +163,10 @@ class Pipeline:
         """
         return_freed_memory()
         run = self.new_run(request, plan or self.plan(request), listener)
-        latents = self.latents(run, noise, state_file, resume)
-        frames = run.phase("decode", lambda: self._decode(run, latents))
+        granted = max(self.vram_bytes, run.plan.peak_vram_bytes)  # a plan of the caller's own may ask for more
+        with vram_cap(self.device, granted - self.host.context_bytes):
+            latents = self.latents(run, noise, state_file, resume)
+            frames = run.phase("decode", lambda: self._decode(run, latents))
         return Video(frames, request, self.model, {"vram": run.vram.peak_bytes, "ram": run.ram.peak_bytes})
 
     def new_run(self, request: Request, plan: MemoryPlan, listener: Listener = silent) -> Run:

@@ -33,6 +33,7 @@ from lowvram.checkpoint.store import Store, open_store
 from lowvram.config import EXPERTS, ModelConfig, Request, format_bytes, latent_shape, parse_size
 from lowvram.errors import BudgetError
 from lowvram.memory.budget import PROCESS_GROWTH_BYTES
+from lowvram.memory.cap import vram_cap
 from lowvram.memory.exhaustion import is_out_of_memory
 from lowvram.memory.heap import return_freed_memory
 from lowvram.memory.measure import measure_profile
@@ -112,22 +113,6 @@ class PeakRss:
         process = psutil.Process()
         while not self._stop.wait(RSS_PERIOD_S):
             self.nbytes = max(self.nbytes, process.memory_info().rss)
-
-
-@contextmanager
-def vram_cap(device: torch.device, nbytes: int) -> Iterator[None]:
-    """Torch's allocator refuses more than `nbytes` on a CUDA device."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-        torch.cuda.empty_cache()
 
 
 def request_of(pipeline: Pipeline, size: tuple[int, int], frames: int, steps: int) -> Request:
