@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from lowvram.checkpoint.store_layout import component_layout
 from lowvram.config import LatentShape, ModelConfig, VAEConfig
+from lowvram.memory.segments import LARGE_BYTES, SEGMENT_BYTES, SMALL_SEGMENT_BYTES, packed_bytes, segments_bytes
 from lowvram.memory.workspace import QUANTIZED_FORMATS, SMOOTHING_TOKENS, element_bytes
 
 # The torch references work on this many rows at a time (`lowvram_kernels.slices`), the unquantized yardstick on `PLAIN_ROWS`.
@@ -35,11 +36,6 @@ LATENTS_IN_STATE = 4
 # torch convolves smaller inputs (channels x frames x rows) on a CPU by unfolding them.
 UNFOLDED_BELOW_VALUES = 20480
 PATCH_VALUES = 4  # latent cells of one token, per channel
-# torch's caching allocator takes segments from the driver (c10/core/AllocatorConfig.h): small tensors share segments of 2 MiB, those up to
-# 10 MiB segments of 20 MiB, larger ones have their own, rounded up to 2 MiB. What is left of a segment is used by others where it fits.
-SMALL_BYTES, SMALL_SEGMENT_BYTES = 1 << 20, 2 << 20
-LARGE_BYTES, SEGMENT_BYTES, SEGMENT_STEP_BYTES = 10 << 20, 20 << 20, 2 << 20
-ALLOCATION_STEP_BYTES = 512
 # Segments of either kind that short-lived tensors open beside those of the buffers that a phase is known to hold.
 PASSING_SEGMENTS = 3
 # The decoder's tensors are large and of many sizes: of its working set, what lies idle between them. Replays of its allocations through a
@@ -50,39 +46,6 @@ DECODE_ROUNDING_SHARE = 0.5
 def conditioning_bytes(config: ModelConfig, format: str, steps: int) -> int:
     """VRAM that lives through the loop, of both experts: modulation of every step, both prompts' context, patch embedding and head."""
     return 2 * sum(_conditioning_parts(config, format, steps))
-
-
-def segment_bytes(nbytes: int) -> int:
-    """What torch's allocator takes of a device for the first of its tensors that has this size."""
-    if nbytes <= SMALL_BYTES:
-        return SMALL_SEGMENT_BYTES
-    if nbytes < LARGE_BYTES:
-        return SEGMENT_BYTES
-    return -(-nbytes // SEGMENT_STEP_BYTES) * SEGMENT_STEP_BYTES
-
-
-def packed_bytes(nbytes: int) -> int:
-    """What one of many buffers of this size takes of a device: its own segment, or its share of one."""
-    segment = segment_bytes(nbytes)
-    return -(-segment // (segment // nbytes))
-
-
-def segments_bytes(sizes: Sequence[int]) -> int:
-    """What tensors of these sizes, made one after the other in an empty cache, take of a device: each goes where it fits best."""
-    total = 0
-    free: dict[bool, list[int]] = {True: [], False: []}  # what is left of small and of other segments
-    for nbytes in sizes:
-        small = nbytes <= SMALL_BYTES
-        size = -(-nbytes // ALLOCATION_STEP_BYTES) * ALLOCATION_STEP_BYTES
-        room = min((left for left in free[small] if left >= size), default=0)
-        if room:
-            free[small].remove(room)
-        else:
-            room = segment_bytes(size)
-            total += room
-        if room - size > (0 if small else SMALL_BYTES):  # a smaller rest is not split off
-            free[small].append(room - size)
-    return total
 
 
 def loop_rounding_bytes(

@@ -26,12 +26,12 @@ from lowvram.memory.phases import (
     loop_host_bytes,
     loop_rounding_bytes,
     loop_temporaries_bytes,
-    packed_bytes,
     phase_rounding_bytes,
     text_bytes,
     vae_tile_pixels,
 )
 from lowvram.memory.predict import Prediction
+from lowvram.memory.segments import packed_bytes
 from lowvram.memory.workspace import KEY_TILE, READ_SLACK_BYTES, Workspace, dit_workspace
 
 CHUNK_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)

@@ -14,6 +14,7 @@ from lowvram.checkpoint.store import StoreFile, open_store
 from lowvram.checkpoint.store_layout import component_layout
 from lowvram.config import I2V_A14B, T2V_A14B, DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 from lowvram.memory import budget, measure, phases
+from lowvram.memory import segments as segment_sizes
 from lowvram.memory.plan import CUDA_CONTEXT_BYTES, Choice, Host
 from lowvram.models.wan import Conditioning, Ends, condition, load_ends
 from lowvram.pipeline import Pipeline, moved
@@ -50,7 +51,7 @@ def test_p15_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None
     for _ in range(2):
         for tensor in kept:
             together.allocate(tensor.nbytes)
-    assert together.reserved == phases.segments_bytes(2 * phases._conditioning_tensors(config, "int8", STEPS))
+    assert together.reserved == segment_sizes.segments_bytes(2 * phases._conditioning_tensors(config, "int8", STEPS))
     assert together.reserved < 2 * sum(tensor.nbytes for tensor in kept) + 40 * MIB
 
 
@@ -62,14 +63,14 @@ def test_segments_are_those_of_the_allocator(sizes: list[int]) -> None:
     segments = Segments()
     for nbytes in sizes:
         segments.allocate(nbytes)
-    assert phases.segments_bytes(sizes) == segments.reserved
+    assert segment_sizes.segments_bytes(sizes) == segments.reserved
 
 
 @pytest.mark.parametrize("nbytes", [300_000, 3 * MIB, 9 * MIB, 16 * MIB + 1, 352 * 10**6])
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
 def test_many_equal_buffers_take_no_more_than_their_share(nbytes: int, count: int) -> None:
-    bound = count * phases.packed_bytes(nbytes) + (phases.SEGMENT_BYTES if nbytes < phases.LARGE_BYTES else 0)
-    assert phases.segments_bytes([nbytes] * count) <= bound
+    bound = count * segment_sizes.packed_bytes(nbytes) + (segment_sizes.SEGMENT_BYTES if nbytes < segment_sizes.LARGE_BYTES else 0)
+    assert segment_sizes.segments_bytes([nbytes] * count) <= bound
 
 
 def test_moving_changes_no_bit() -> None:
