@@ -85,12 +85,6 @@ def attend_tile(
 
 
 @triton.jit
-def larger_or_nan(maximum, tile_maximum):
-    """The running maximum; a tile's NaN, of a query's scale or of every key's, becomes the row's, which a maximum of floats would drop."""
-    return tl.where(tile_maximum <= maximum, maximum, tile_maximum)
-
-
-@triton.jit
 def add_int8(
     result, total, maximum, logits, query_scale, tile_maximum, v_ptrs, v_scale_ptrs, tile, T, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
@@ -100,7 +94,7 @@ def add_int8(
     v = tl.load(v_ptrs)
     offset = tl.sum(v.to(tl.int32), axis=1) * 128
     product = tl.dot(p.to(tl.int32, bitcast=True).to(tl.int8), tl.trans(v), out_dtype=tl.int32) + offset[None, :]
-    new_maximum = larger_or_nan(maximum, tile_maximum)
+    new_maximum = tl.maximum(maximum, tile_maximum)
     decay = tl.exp2(maximum - new_maximum)
     weight = tl.exp2(tile_maximum - new_maximum)
     total = total * decay + tl.sum(p - ROUND_LESS_128, axis=1) * weight
@@ -123,7 +117,7 @@ def add_float(
     e4m3, which tensor cores keep in 14 to 22 bits, runs over more than 64 keys."""
     v = tl.load(v_ptrs)
     half: tl.constexpr = v.dtype == tl.float16
-    new_maximum = larger_or_nan(maximum, tile_maximum)
+    new_maximum = tl.maximum(maximum, tile_maximum)
     decay = tl.exp2(maximum - new_maximum)
     p = tl.exp2(logits * query_scale[:, None] - (new_maximum if half else new_maximum - LOG2_448)[:, None])
     total = total * decay + tl.sum(p, axis=1)
