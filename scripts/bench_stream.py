@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import torch
 from bench_timing import machine, reason, write_csv
+from diffusers_model import baselines, new_model, time_steps
 from plots import bars, timeline_plot, write_svg
 from random_store import FORMAT, bench_config, write_random_store
 from stream_rows import FAILED, GAVE_UP, NOT_MEASURED, StreamRow, merged, problems, read_rows, row_bars
@@ -260,15 +261,6 @@ def _predicted(plan: MemoryPlan) -> dict[str, Any]:
     return {"predicted_s": found.step_s, "predicted_switch_stall_s": found.switch_stall_s, "rates": found.basis}
 
 
-def baselines(device: torch.device) -> dict[str, Callable[[Any], None]]:
-    """Names of diffusers' providers, and what each does to its model."""
-    return {
-        "diffusers bf16 resident": lambda model: None,
-        "diffusers bf16 group offloading, stream": lambda model: _offload(model, device),
-        "diffusers optimum-quanto int8": lambda model: _quantize(model),
-    }
-
-
 def baseline_rows(config: ModelConfig, case: Case, device: torch.device, only: str = "") -> Iterator[StreamRow]:
     """diffusers' model of the same shapes, one expert with both guidance branches per step: bf16 resident and offloaded, quanto int8.
 
@@ -291,12 +283,12 @@ def baseline_rows(config: ModelConfig, case: Case, device: torch.device, only: s
 
 def _measure_baseline(prepare: Callable[[Any], None], config: ModelConfig, case: Case, device: torch.device) -> dict[str, Any]:
     with PeakRss() as rss, torch.no_grad():
-        model = _diffusers_model(config, device)
+        model = new_model(config, device)
         prepare(model)
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        steps = _diffusers_steps(model, config, case, device)
+        steps = time_steps(model, config, case.size, case.frames, case.steps, device)
         peak = torch.cuda.max_memory_reserved(device) + context_bytes(device) if device.type == "cuda" else None
     return {
         "step_s": statistics.median(steps[1:] or steps),
@@ -305,48 +297,6 @@ def _measure_baseline(prepare: Callable[[Any], None], config: ModelConfig, case:
         "peak_rss_gb": rss.nbytes / GB,
         "note": "one expert; a run holds two",
     }
-
-
-def _diffusers_model(config: ModelConfig, device: torch.device) -> Any:
-    from diffusers import WanTransformer3DModel
-
-    dit, before = config.dit, torch.get_default_dtype()
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            return WanTransformer3DModel(
-                patch_size=dit.patch_size, num_attention_heads=dit.num_heads, attention_head_dim=dit.head_dim, in_channels=dit.in_dim,
-                out_channels=dit.out_dim, text_dim=dit.text_dim, freq_dim=dit.freq_dim, ffn_dim=dit.ffn_dim, num_layers=dit.num_layers,
-            ).eval()  # fmt: skip
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _offload(model: Any, device: torch.device) -> None:
-    model.to("cpu")
-    model.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=True)
-
-
-def _quantize(model: Any) -> None:
-    from optimum.quanto import freeze, qint8, quantize
-
-    quantize(model, weights=qint8)
-    freeze(model)
-
-
-def _diffusers_steps(model: Any, config: ModelConfig, case: Case, device: torch.device) -> list[float]:
-    shape = latent_shape(config, *case.size, case.frames)
-    latents = torch.randn(1, *shape.shape, device=device, dtype=torch.bfloat16)
-    text = torch.randn(1, config.dit.text_len, config.dit.text_dim, device=device, dtype=torch.bfloat16)
-    seconds = []
-    for step in range(case.steps):
-        begin = time.perf_counter()
-        timestep = torch.tensor([900 - step], device=device)
-        positive, negative = (model(latents, timestep, branch, return_dict=False)[0] for branch in (text, -text))
-        bool(torch.isfinite(negative + 3 * (positive - negative)).all())  # waits for the device, as the sampling loop does
-        seconds.append(time.perf_counter() - begin)
-    return seconds
 
 
 def run(

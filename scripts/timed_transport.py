@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,21 +44,22 @@ def stall_seconds(visits: Sequence[TimedVisit]) -> float:
     return sum(visit.stall_s for visit in visits)
 
 
-class Marks:
+class Marks(ABC):
     """The moments that a timed transport and a timed streamer note: events of a device, or seconds of the host's clock."""
 
     def __init__(self) -> None:
         self.copied: list[tuple[Any, Any]] = []
         self.visited: list[tuple[str, int, Any, Any, Any]] = []
 
+    @abstractmethod
     def tick(self) -> Any:
         """The moment at which all work issued so far on the computing stream is over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def seconds(self, first: Any, second: Any) -> float:
         """From one moment to another; negative where the second came earlier."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> None:
         """Waits until every moment has come."""
 
@@ -139,3 +141,6 @@ class TimedHost(HostTransport, Marks):
 
     def seconds(self, first: float, second: float) -> float:
         return second - first
+
+    def finish(self) -> None:
+        """All work was done in line."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -198,3 +199,30 @@ def test_triton_is_not_imported_before_it_is_chosen() -> None:
     found = "any(name.split('.')[0] == 'triton' or name.endswith('_triton') for name in sys.modules)"
     code = f"import sys, lowvram_kernels.dispatch; print({found})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_p19_tensors_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraints, "wrong_device", lambda tensor: None)
+    case = cases.linear(3, 32, 32)
+    op, out = dispatch.OPS[case.op], {name: output.cut(output.whole) for name, output in case.outputs.items()}
+    assert op.refusal(**case.inputs, **out) is None
+    elsewhere = {"weight": case.inputs["weight"].to("meta")}
+    assert op.refusal(**(case.inputs | elsewhere), **out) == "its tensors lie on cpu and meta"
+
+
+def test_an_op_runs_with_the_gpu_of_its_tensors_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, whichever the tensors lie on; a CPU's ops leave it alone."""
+    events: list[str] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        events.append("enter")
+        yield
+        events.append("leave")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(dispatch, "choose", lambda name, *args, **kwargs: lambda *args, **kwargs: events.append(name))
+    dispatch.quantize_rows(torch.zeros(1))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    dispatch.quantize_rows(torch.zeros(1))
+    assert events == ["quantize_rows", "enter", "quantize_rows", "leave"]

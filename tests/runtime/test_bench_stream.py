@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import bench
 import bench_stream
+import diffusers_model
 import random_store
 import stream_rows
 from bench_stream import BenchPipeline, Case
@@ -200,7 +201,7 @@ def test_a_failing_row_ends_no_other(small: Store, tmp_path: Path, monkeypatch: 
         raise NotImplementedError("not for this model")
 
     monkeypatch.setattr(BenchPipeline, "latents", failing)
-    monkeypatch.setattr(bench_stream, "_quantize", unfit)
+    monkeypatch.setattr(diffusers_model, "quantize_weights", unfit)
     broken, fine, *others = measured(small, tmp_path / "stream", (2 * GIB, 16 * GIB), (3 * GIB, 16 * GIB), only="")
     assert broken.note == "failed: RuntimeError: no such kernel"
     assert broken.step_s is None

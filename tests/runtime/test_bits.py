@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lowvram import pipeline as pipeline_module
 from lowvram.checkpoint.store import Store
 from lowvram.errors import NumericsError, ResumeError
 from lowvram.memory.plan import Choice
@@ -168,3 +171,21 @@ def test_p20_nan_names_step_expert_and_block(tiny_store: StoreOf, monkeypatch: p
     plan = plan_of(pipeline, request, Choice(64, 2, 0, 0, True))
     with pytest.raises(NumericsError, match=r"step 2 of 3 .*expert high_noise, block 1"):
         Pipeline.generate(pipeline, request, plan=plan)
+
+
+def test_p15_a_run_is_capped_at_its_budget(tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first phase to the last; less what the driver has taken, which torch's allocator does not see."""
+    events: list[object] = []
+
+    @contextmanager
+    def cap(device: torch.device, nbytes: int) -> Iterator[None]:
+        events.append(nbytes)
+        yield
+        events.append("end")
+
+    monkeypatch.setattr(pipeline_module, "vram_cap", cap)
+    pipeline = pipeline_of(tiny_store("int8"))
+    pipeline.host = replace(pipeline.host, context_bytes=1000)
+    pipeline.generate(request_of(pipeline, steps=1), listener=lambda event: events.append(event.phase))
+    assert (events[0], events[-1]) == (pipeline.vram_bytes - 1000, "end")
+    assert {"text", "decode"} < set(events[1:-1])
