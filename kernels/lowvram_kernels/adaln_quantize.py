@@ -20,5 +20,5 @@ def adaln_quantize(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, out_sca
     x: [M, D] float32 or bfloat16; scale, shift: [D] float32; out: [M, D] int8 or float8_e4m3fn; out_scale: [M, 1] float32.
     LN is over D with biased variance (spec 2.1); everything up to the one rounding is fp32.
     """
-    for rows in row_slices(x.shape[0]):
+    for rows in row_slices(*x.shape):
         store_quantized(adaln(x[rows], scale, shift, eps), out[rows], out_scale[rows], rotated)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowvram.errors import UnsupportedError
 from lowvram_kernels.quantize_rows import INT8_MAX, SMALLEST_ABSMAX
-from lowvram_kernels.slices import row_slices
+from lowvram_kernels.slices import REFERENCE_ROWS, row_slices
 
 KEY_TILE = 64
 # The largest value of a tile and channel, and the largest probability, by the dtype that both are multiplied in. A tile's sum stays within
@@ -66,12 +66,16 @@ def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Te
     if v.shape[-1] != math.ceil(num_keys / KEY_TILE) * KEY_TILE:
         raise UnsupportedError(f"{num_keys} keys need {math.ceil(num_keys / KEY_TILE) * KEY_TILE} value columns, got {v.shape[-1]}")
     value_max(v)
+    num_heads, _, head_dim = q.shape
+    per_head = out.unflatten(-1, (num_heads, head_dim)).transpose(0, 1)
     for rows in row_slices(q.shape[1]):
-        _attend(q[:, rows], q_scale[:, rows], k, k_scale, v, v_scale, out[rows])
+        for heads in row_slices(num_heads, REFERENCE_ROWS * head_dim):
+            queries, keys, values = (q[heads, rows], q_scale[heads, rows]), (k[heads], k_scale[heads]), (v[heads], v_scale[heads])
+            _attend(*queries, *keys, *values, per_head[heads, rows])
 
 
 def _attend(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, out: Tensor) -> None:
-    """`attention_int8` of a few queries: its temporaries are as many fp32 rows."""
+    """`attention_int8` of a few queries and heads, whose output of each head is a matrix: its temporaries are as many fp32 rows."""
     num_heads, num_queries, head_dim = q.shape
     num_keys = k.shape[1]
     query_scale = (q_scale / math.sqrt(head_dim)).unsqueeze(-1)  # [H, M, 1]
@@ -93,7 +97,7 @@ def _attend(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v
         total = total * decay + p_sum * weight
         result = result * decay + product * v_scale[:, :, tile].unsqueeze(1) * weight
         maximum = new_maximum
-    out.copy_((result / total).transpose(0, 1).reshape(num_queries, num_heads * head_dim))
+    out.copy_(result / total)
 
 
 def _int8_sums(p: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def quantize_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -
 
     x: [M, K] float; out: [M, K] int8 or float8_e4m3fn; out_scale: [M, 1] float32. Arithmetic in fp32.
     """
-    for rows in row_slices(x.shape[0]):
+    for rows in row_slices(*x.shape):
         store_quantized(x[rows].float(), out[rows], out_scale[rows], rotated)
 
 
@@ -64,5 +64,5 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
     """out, out_scale = quantize(GELU_tanh(x)): the input of ffn.2. Shapes and rounding as `quantize_rows`."""
-    for rows in row_slices(x.shape[0]):
+    for rows in row_slices(*x.shape):
         store_quantized(gelu_tanh(x[rows].float()), out[rows], out_scale[rows], rotated)

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from lowvram.errors import UnsupportedError
 from lowvram_kernels.quantize_rows import gelu_tanh
-from lowvram_kernels.slices import row_slices
+from lowvram_kernels.slices import output_slices, row_slices
 
-# fp64 copies of e4m3 weights are made for this many outputs at a time.
-E4M3_OUTPUT_TILE = 256
 GELU_ALONE = "quantized_linear stores GELU(y) or adds gate * y to the residual stream, not both"
 
 
@@ -25,12 +23,7 @@ def product(a: Tensor, weight: Tensor) -> Tensor:
     if a.dtype == torch.int8:
         return int8_product(a, weight)
     if a.dtype == torch.float8_e4m3fn:
-        left = a.to(torch.float64)
-        result = torch.empty(a.shape[0], weight.shape[0], device=a.device)
-        for start in range(0, weight.shape[0], E4M3_OUTPUT_TILE):
-            outputs = slice(start, start + E4M3_OUTPUT_TILE)
-            result[:, outputs] = left @ weight[outputs].to(torch.float64).t()
-        return result
+        return (a.to(torch.float64) @ weight.to(torch.float64).t()).float()
     raise UnsupportedError(f"quantized_linear multiplies int8 or float8_e4m3fn, got {a.dtype}")
 
 
@@ -63,14 +56,15 @@ def quantized_linear(
     if gelu and (gate is not None or accumulate):
         raise UnsupportedError(GELU_ALONE)
     for rows in row_slices(a.shape[0]):
-        y = product(a[rows], weight).float() * a_scale[rows] * weight_scale.view(1, -1)
-        if bias is not None:
-            y += bias
-        if gelu:
-            y = gelu_tanh(y)
-        if gate is not None:
-            y *= gate
-        if accumulate:
-            out[rows] += y
-        else:
-            out[rows] = y
+        for outputs in output_slices(weight.shape[0]):
+            y = product(a[rows], weight[outputs]).float().mul_(a_scale[rows]).mul_(weight_scale[outputs].view(1, -1))
+            if bias is not None:
+                y += bias[outputs]
+            if gelu:
+                y = gelu_tanh(y)
+            if gate is not None:
+                y *= gate[outputs]
+            if accumulate:
+                out[rows, outputs] += y
+            else:
+                out[rows, outputs] = y

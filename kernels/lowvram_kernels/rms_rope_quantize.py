@@ -45,7 +45,7 @@ def rms_rope_quantize(
     x, weight, cos, sin: as `rms_rope`; smoothing: [H, head_dim] float32 or None (any constant vector taken from every key
     leaves the softmax unchanged); out: [H, M, head_dim] int8; out_scale: [H, M] float32, may be views with strides.
     """
-    for rows in row_slices(x.shape[0]):
+    for rows in row_slices(*x.shape):
         angles = (None, None) if cos is None or sin is None else (cos[rows], sin[rows])
         heads = rms_rope(x[rows], weight, *angles, num_heads=out.shape[0], eps=eps)
         if smoothing is not None:

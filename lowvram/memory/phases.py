@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from lowvram.checkpoint.store_layout import component_layout
 from lowvram.config import LatentShape, ModelConfig, VAEConfig
 from lowvram.memory.segments import LARGE_BYTES, SEGMENT_BYTES, SMALL_SEGMENT_BYTES, packed_bytes, segments_bytes
-from lowvram.memory.workspace import QUANTIZED_FORMATS, SMOOTHING_TOKENS, element_bytes
+from lowvram.memory.workspace import KEY_TILE, QUANTIZED_FORMATS, SMOOTHING_TOKENS, element_bytes
 
-# The torch references work on this many rows at a time (`lowvram_kernels.slices`), the unquantized yardstick on `PLAIN_ROWS`.
+# The torch references work on this many rows of a product and this many fp32 values at a time (`lowvram_kernels.slices`), the unquantized
+# yardstick on `PLAIN_ROWS`.
 REFERENCE_ROWS = 256
+REFERENCE_VALUES = 1 << 17
 # Of one piece of the vocabulary, once the `tokenizers` library has read it: 2.3 kB were measured.
 TOKENIZER_BYTES = 2560
 PLAIN_ROWS = 1024
@@ -177,24 +179,33 @@ def _reference_operations(config: ModelConfig, format: str, latents: LatentShape
     """The torch references, in fp32 values per channel of the rows at work, as counted from their lines."""
     dit = config.dit
     chunk = min(chunk_tokens, latents.num_tokens)
-    rows, text_rows = min(REFERENCE_ROWS, chunk), min(REFERENCE_ROWS, max(chunk, dit.text_len))
+    longest = max(chunk, dit.text_len)
+    text_rows = min(REFERENCE_ROWS, longest)
+    rows = min(REFERENCE_ROWS, chunk)
     smoothed = min(latents.num_tokens, SMOOTHING_TOKENS)
     row, angles = dit.dim * FP32, _angles_bytes(config, chunk)
+    outputs = REFERENCE_VALUES // REFERENCE_ROWS
+    heads = _slice_rows(REFERENCE_ROWS * dit.head_dim, dit.num_heads)
+    head, scores = rows * dit.head_dim * FP32, rows * KEY_TILE * FP32
     quantized = 4.25 if format == "int8" else 2.0
-    scores = rows * dit.num_heads * 64 * FP32
     operations = {
-        "quantize": int(quantized * text_rows * row),
-        "quantize the tokens of the mean key": int((1 + quantized) * smoothed * row),
-        "gelu": 7 * rows * dit.ffn_dim * FP32,
-        "project": 2 * text_rows * 2 * row,
-        "heads": int(RMS_ROPE_VALUES * rows * row) + angles,
-        "attention": int((6 + 64 / REFERENCE_ROWS) * rows * row) + 2 * scores + 9 * rows * dit.num_heads * FP32,
+        "quantize": int(quantized * _slice_rows(dit.dim, longest) * row),
+        "quantize the tokens of the mean key": smoothed * row + int(quantized * _slice_rows(dit.dim, smoothed) * row),
+        "gelu": 7 * _slice_rows(dit.ffn_dim, chunk) * dit.ffn_dim * FP32,
+        "project": 3 * text_rows * min(outputs, dit.ffn_dim) * FP32,
+        "values": 3 * text_rows * row,
+        "heads": int(RMS_ROPE_VALUES * _slice_rows(dit.dim, longest) * row) + angles,
+        "attention": heads * int((6 + KEY_TILE / REFERENCE_ROWS) * head + 2 * scores + 9 * rows * FP32),
     }
     if format == "fp8":
-        for name, inputs, outputs in (("ffn.0", dit.dim, dit.ffn_dim), ("ffn.2", dit.ffn_dim, dit.dim)):
-            copies = (rows * inputs + REFERENCE_ROWS * inputs + rows * REFERENCE_ROWS) * 8
-            operations[f"e4m3 {name}"] = copies + rows * outputs * FP32
+        for name, inputs in (("ffn.0", dit.dim), ("ffn.2", dit.ffn_dim)):
+            operations[f"e4m3 {name}"] = (rows * inputs + outputs * inputs + rows * outputs) * 8
     return operations
+
+
+def _slice_rows(width: int, count: int) -> int:
+    """Rows of `width` values that an element-wise reference works on at a time, of `count`."""
+    return min(REFERENCE_ROWS, max(1, REFERENCE_VALUES // width), count)
 
 
 def _plain_operations(config: ModelConfig, format: str, latents: LatentShape, chunk_tokens: int) -> dict[str, int]:

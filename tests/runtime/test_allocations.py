@@ -151,5 +151,5 @@ def test_p15_a_run_lives_within_a_limit_of_what_the_plan_says(tmp_path: Path) ->
 
 
 def test_constants_that_the_planner_cannot_import() -> None:
-    assert slices.REFERENCE_ROWS == phases.REFERENCE_ROWS
+    assert (slices.REFERENCE_ROWS, slices.REFERENCE_VALUES) == (phases.REFERENCE_ROWS, phases.REFERENCE_VALUES)
     assert text_encoder.HEADS_AT_ONCE == phases.TEXT_HEADS_AT_ONCE
