@@ -31,8 +31,11 @@ def bench_config(layers: int) -> ModelConfig:
     return replace(T2V_A14B, variant="t2v-custom", dit=replace(T2V_A14B.dit, num_layers=layers), text_encoder=text, vae=vae)
 
 
-def write_random_store(path: Path, config: ModelConfig) -> Store:
-    """A store whose weights have the variance of a trained model's, so that latents stay finite. Raises `DiskFullError`."""
+def write_random_store(path: Path, config: ModelConfig, tokenizer: bytes = b"{}") -> Store:
+    """A store whose weights have the variance of a trained model's, so that latents stay finite. Raises `DiskFullError`.
+
+    tokenizer: the file's bytes; what the default says cannot read a prompt.
+    """
     layouts = {component: component_layout(component, config, FORMAT) for component in COMPONENTS}
     path.mkdir(parents=True, exist_ok=True)
     check_room(path / TOKENIZER_NAME, sum(layout.total_bytes for layout in layouts.values()))
@@ -51,7 +54,6 @@ def write_random_store(path: Path, config: ModelConfig) -> Store:
                 codes = base[kind]
                 writer.write(codes.flatten().roll(number).view(codes.shape) if tensor.role == "weight" else codes)
             files[component] = ComponentManifest(component_file(component), writer.header_sha256, writer.finish())
-    tokenizer = b"{}"
     (path / TOKENIZER_NAME).write_bytes(tokenizer)
     digest = hashlib.sha256(tokenizer).hexdigest()
     Manifest(config, FORMAT, {"format": FORMAT}, {"layout": "random"}, files, digest, "0").write(path)
