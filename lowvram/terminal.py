@@ -30,6 +30,8 @@ LABELS = {
     "write": "writing the video",
 }
 
+LINE_PERIOD_S = 15.0
+
 
 def duration(seconds: float) -> str:
     """`45 s`, `3 min 20 s`, `1 h 5 min`."""
@@ -41,9 +43,31 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+class Lines:
+    """Progress where no terminal can show bars, such as a log: what begins, and every `LINE_PERIOD_S` seconds how far it is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._said: dict[str, float] = {}
+
+    def say(self, label: str, state: str) -> None:
+        now = time.monotonic()
+        if label not in self._said:
+            self._console.print(label, soft_wrap=True)
+        elif now - self._said[label] >= LINE_PERIOD_S:
+            self._console.print(f"{label}: {state}", soft_wrap=True, highlight=False)
+        else:
+            return
+        self._said[label] = now
+
+
 @contextmanager
 def generation_progress(console: Console) -> Iterator[progress.Listener]:
     """One bar per phase; the time left is the pipeline's own estimate."""
+    if not console.is_terminal:
+        lines = Lines(console)
+        yield lambda event: lines.say(LABELS[event.phase], f"{event.done} of {event.total}{_left(event)}")
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -58,10 +82,13 @@ def generation_progress(console: Console) -> Iterator[progress.Listener]:
         def listen(event: progress.Progress) -> None:
             if event.phase not in bars:
                 bars[event.phase] = shown.add_task(LABELS[event.phase], total=event.total, left="")
-            left = "" if event.seconds_left is None or event.done == event.total else f"{duration(event.seconds_left)} left"
-            shown.update(bars[event.phase], completed=event.done, left=left)
+            shown.update(bars[event.phase], completed=event.done, left=_left(event).removeprefix(", "))
 
         yield listen
+
+
+def _left(event: progress.Progress) -> str:
+    return "" if event.seconds_left is None or event.done == event.total else f", {duration(event.seconds_left)} left"
 
 
 class PhaseTimer:
@@ -147,7 +174,7 @@ def plan_table(plan: MemoryPlan) -> Table:
 def _add_prediction(table: Table, prediction: Prediction | None) -> None:
     if prediction is None:
         table.add_section()
-        table.add_row("predicted time", "name a card with --gpu, or run `lowvram doctor`")
+        table.add_row("predicted time", "name a card with --gpu, or run `lowvram doctor` where the GPU is")
         return
     table.add_section()
     table.add_row(f"predicted from the {_BASES[prediction.basis]}", prediction.machine)
@@ -201,6 +228,15 @@ def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress],
     )
     labels = {"scan": "checking the source", "quantize": "quantizing"}
     bars: dict[str, TaskID] = {}
+    if not console.is_terminal:
+        lines = Lines(console)
+
+        def say(event: QuantizeProgress) -> None:
+            amount = f"{format_bytes(event.done_bytes)} of {format_bytes(event.total_bytes)}, {format_bytes(event.bytes_per_s)}/s"
+            lines.say(labels[event.phase], f"{amount}, {duration(event.left_s)} left")
+
+        yield say
+        return
     with RichProgress(*columns, console=console) as shown:
 
         def listen(event: QuantizeProgress) -> None:
@@ -221,6 +257,10 @@ def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress],
 @contextmanager
 def verify_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
     """One bar over the bytes hashed."""
+    if not console.is_terminal:
+        lines = Lines(console)
+        yield lambda done, total: lines.say("verifying", f"{format_bytes(done)} of {format_bytes(total)}")
+        return
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with RichProgress(*columns, console=console, transient=True) as shown:
         bar = shown.add_task("verifying", total=None)
