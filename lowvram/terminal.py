@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lowvram.memory.matrix import Matrix
     from lowvram.memory.plan import MemoryPlan
     from lowvram.memory.predict import Prediction
+    from lowvram.memory.usage import PhaseUsage
 
 LABELS = {
     "text": "reading the prompt",
@@ -133,6 +134,31 @@ def times_table(prediction: Prediction, times: dict[str, Any]) -> Table:
         actual = times["actual"].get(phase)
         ratio = f"{actual / predicted:.2f}" if actual and predicted > 0 else "-"
         table.add_row(labels[phase], _precise(predicted), "-" if actual is None else _precise(actual), ratio)
+    return table
+
+
+def compared_peaks(plan: MemoryPlan, actual: Mapping[str, PhaseUsage]) -> dict[str, Any]:
+    """{"planned": {phase: {"vram_bytes", "ram_bytes"}}, "actual": the same}: what the plan grants, and what was really taken."""
+    planned = {phase.phase: {"vram_bytes": phase.vram_bytes, "ram_bytes": phase.ram_bytes} for phase in plan.phases}
+    return {"planned": planned, "actual": {phase: usage.to_dict() for phase, usage in actual.items()}}
+
+
+def peaks_table(peaks: dict[str, Any]) -> Table:
+    """Planned and actual bytes side by side; where the device's memory is the host's, both in one."""
+    apart = any(usage["vram_bytes"] is not None for usage in peaks["actual"].values())
+    table = Table(title="peak memory")
+    kinds = {"VRAM": ("vram_bytes",), "RAM": ("ram_bytes",)} if apart else {"memory": ("vram_bytes", "ram_bytes")}
+    table.add_column("phase")
+    for kind in kinds:
+        table.add_column(f"{kind}, planned", justify="right")
+        table.add_column(f"{kind}, actual", justify="right")
+    for phase, planned in peaks["planned"].items():
+        actual = peaks["actual"].get(phase, {})
+        cells = []
+        for names in kinds.values():
+            found = [actual[name] for name in names if actual.get(name) is not None]
+            cells += [format_bytes(sum(planned[name] for name in names)), format_bytes(sum(found)) if found else "-"]
+        table.add_row(LABELS[phase], *cells)
     return table
 
 

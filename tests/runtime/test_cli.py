@@ -59,6 +59,7 @@ def test_generate_writes_a_playable_clip_that_says_what_it_is(model: Path, tmp_p
     told = json.loads(result.stdout)
     assert told["out"] == str(out)
     assert told["peak_bytes"]["vram"] <= told["plan"]["peak_vram_bytes"]
+    assert set(told["memory"]["planned"]) == set(told["memory"]["actual"]) == {"text", "conditioning", "denoise", "decode"}
     metadata = read_metadata(out)
     assert metadata["ai_generated"] is True
     assert metadata["request"]["prompt"] == "a red circle"
@@ -77,7 +78,7 @@ def test_the_same_command_gives_the_same_file(model: Path, tmp_path: Path) -> No
 
 def test_progress_names_every_phase(model: Path, tmp_path: Path) -> None:
     result = run("generate", model, "--prompt", "a circle", "--out", tmp_path / "clip.mp4", *CLIP)
-    for text in ("plan:", "reading the prompt", "denoising", "2/2", "decoding frames"):
+    for text in ("plan:", "reading the prompt", "denoising", "decoding frames", "peak memory"):
         assert text in result.stderr
 
 
