@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lowvram_kernels.constraints import refused_gpu
 from torch import Tensor
 
 from lowvram.checkpoint.store import Store, open_store
@@ -95,7 +96,8 @@ class Pipeline:
         self.profile = profile
         self.device = device
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
-        self.host = Host.of(device.type, process_bytes)
+        host = Host.of(device.type, process_bytes)
+        self.host = replace(host, references=host.references or refused_gpu(device) is not None)
         self.model = hashlib.sha256((store.path / "lowvram.json").read_bytes()).hexdigest()
 
     def plan(self, request: Request) -> MemoryPlan:
