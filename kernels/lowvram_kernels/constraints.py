@@ -29,7 +29,7 @@ def no_triton() -> str | None:
 
 @cache
 def broken_triton() -> str | None:
-    """Why an installed Triton cannot reach the GPU: it builds a small library at its first call, which takes a C compiler and Python's headers."""
+    """Why an installed Triton cannot reach the GPU: at its first call it builds a small library, with a C compiler and Python's headers."""
     try:
         from triton.runtime import driver
 
