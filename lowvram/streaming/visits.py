@@ -30,6 +30,23 @@ class Visit:
     host_after: int = NEVER
 
 
+def spread(count: int, total: int) -> list[int]:
+    """`count` of the numbers 0 .. total - 1, evenly apart; the last number is always one of them."""
+    return [number for number in range(total) if (number + 1) * count // total > number * count // total]
+
+
+def tiers(num_blocks: int, resident_blocks: int, host_blocks: int) -> tuple[list[int], list[int]]:
+    """(blocks that stay on the device, blocks that are kept in RAM), of one component.
+
+    Both are fixed sets, because a cyclic scan defeats any least-recently-used cache, and both are spread: what travels has the time of the
+    blocks between to arrive, and what comes from the disk that of the ones from RAM.
+    """
+    travelling = spread(num_blocks - resident_blocks, num_blocks)
+    from_disk = {travelling[place] for place in spread(max(0, len(travelling) - host_blocks), len(travelling))}
+    away = set(travelling)
+    return [block for block in range(num_blocks) if block not in away], [block for block in travelling if block not in from_disk]
+
+
 def assign_slots(
     schedule: Iterable[BlockId],
     resident_blocks: int,
@@ -38,11 +55,11 @@ def assign_slots(
     staging_buffers: int = 0,
     pinned: Collection[int] = (),
 ) -> list[Visit]:
-    """Slots 0 .. resident-1 keep the first blocks of the component at work; the rest go round the ring after them.
+    """Slots 0 .. resident-1 keep blocks of the component at work, host buffers others, as `tiers` says; the ring is for all that travel.
 
-    Host buffers keep the `host_blocks` next ones: a fixed prefix, because a cyclic scan defeats any least-recently-used cache.
-    When the component changes (the expert switch), its blocks take the same slots over as they are first visited.
-    Loads take turns at the staging buffers, but for those whose host buffer is one of `pinned`; without staging none does.
+    schedule: whole passes through a component's blocks. When the component changes (the expert switch), its blocks take the same slots over
+    as they are first visited. Loads take turns at the staging buffers, but for those whose host buffer is one of `pinned`; without staging
+    none does.
     """
     in_slot: dict[int, BlockId] = {}
     in_host: dict[int, BlockId] = {}
@@ -51,15 +68,19 @@ def assign_slots(
     last_staged: dict[int, int] = {}
     visits: list[Visit] = []
     turn = staged = 0
-    for number, block in enumerate(schedule):
+    blocks = list(schedule)
+    num_blocks = max((index for _, index in blocks), default=-1) + 1
+    residents, kept = tiers(num_blocks, min(resident_blocks, num_blocks), host_blocks)
+    slot_of, host_of = ({block: place for place, block in enumerate(tier)} for tier in (residents, kept))
+    for number, block in enumerate(blocks):
         index = block[1]
-        if index < resident_blocks:
-            slot = index
+        if index in slot_of:
+            slot = slot_of[index]
         else:
             slot = resident_blocks + turn % ring_slots
             turn += 1
         load = in_slot.get(slot) != block
-        host = index - resident_blocks if resident_blocks <= index < resident_blocks + host_blocks else None
+        host = host_of.get(index)
         read, host_after, stage, stage_after = load, NEVER, None, NEVER
         if load and host is not None:
             read = in_host.get(host) != block
