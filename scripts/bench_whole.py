@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import torch
 from bench_timing import ROOT, machine, write_csv
 from memory_group import NoGroupError, memory_group
 from random_store import bench_config, write_random_store
@@ -31,28 +31,30 @@ from lowvram.checkpoint.store import open_store
 from lowvram.config import T2V_A14B, ModelConfig, format_bytes, parse_bytes
 from lowvram.errors import LowvramError
 from lowvram.memory.measure import machine_profile
+from lowvram.streaming.read_speed import read_speed
 
 GB = 10**9
 OUTPUT = ROOT / "docs" / "benchmarks" / "whole.csv"
 TOKENIZER = ROOT / "lowvram" / "demo" / "model" / "google" / "umt5-xxl" / "tokenizer.json"
 PHASES = ("text", "conditioning", "denoise", "decode")
-# Runs a command and then prints the most bytes that it had resident.
+# Runs a command and then prints the most bytes that it had resident, and how many it read from the disk.
 WATCH = (
     "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); "
-    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(code)"
+    "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_maxrss * 1024, used.ru_inblock * 512); sys.exit(code)"
 )
 PROMPT = "a red circle moves right on a white background"
 # Of which two steps are one of each expert.
 SHIFT = "5"
 # Everything resident first: what the others are compared with.
-BUDGETS = ("15.5GB+3GB", "8GB+4GB", "3GB+3GB", "1.5GB+1.6GB")
+BUDGETS = ("15.5GB+3GB", "8GB+4GB", "1.5GB+1.6GB")
 
 
 @dataclass(frozen=True)
 class WholeRow:
     """One run. GB are 10^9 bytes; blocks: of one expert's, how many stay in the workspace ("VRAM") and in RAM, the others are read at
-    every visit; seconds by phase, `predicted_` by the plan; overhead: of a step, against the first row; rss_gb: the most that was
-    resident; plan_gb: the most that a phase may take by the plan. The group that a run is held to has the budgets' sum.
+    every visit; seconds by phase, `predicted_` by the plan; overhead: of a step, against the first row. rss_gb: the most that was
+    resident; plan_gb: the most that a phase may take by the plan, and the group that a run is held to has the budgets' sum; read_gb: from
+    the disk in all, disk_gb_s: its speed before the first run.
     """
 
     size: str
@@ -80,9 +82,10 @@ class WholeRow:
     predicted_denoise_s: float
     predicted_decode_s: float
     predicted_step_s: float
+    read_gb: float
     disk_gb_s: float
     video_sha256: str
-    cpus: int
+    threads: int
     torch: str
     commit: str
 
@@ -107,14 +110,14 @@ def parameters(config: ModelConfig) -> int:
 
 def rows(store: Path, clip: Clip, budgets: Sequence[str], work: Path) -> Iterator[WholeRow]:
     """A row per pair of budgets. Raises `NoGroupError` where memory cannot be limited, `RunFailed` with a run's last words."""
-    profile, _ = machine_profile(work)  # by which plans are chosen and times predicted
+    profile, _ = machine_profile(work, disk_bytes_s=read_speed(work))  # by which plans are chosen and times predicted
     with open_store(store) as opened:
         config = opened.config
     resident_s: float | None = None
     for pair in budgets:
         vram, ram = pair.split("+")
         out = work / "clip.mp4"
-        facts, rss_bytes = generate(store, clip, vram, ram, out)
+        facts, rss_bytes, read_bytes = generate(store, clip, vram, ram, out)
         plan, seconds, predicted = facts["plan"], facts["seconds"]["actual"], facts["seconds"]["predicted"]
         resident_s = resident_s or seconds["step"]
         choice, (_, version, commit) = plan["choice"], machine()
@@ -123,8 +126,8 @@ def rows(store: Path, clip: Clip, budgets: Sequence[str], work: Path) -> Iterato
             choice["resident_blocks"], choice["ring_slots"], choice["host_blocks"], choice["chunk_tokens"], choice["joint_guidance"],
             rss_bytes / GB, max(phase["vram_bytes"] + phase["ram_bytes"] for phase in plan["phases"]) / GB,
             *(round(seconds[name], 3) for name in PHASES), seconds["step"], seconds["step"] / resident_s - 1,
-            *(round(predicted[name], 3) for name in PHASES), predicted["step"], profile.disk_bytes_s / GB,
-            hashlib.sha256(out.read_bytes()).hexdigest(), psutil.cpu_count() or 1, version, commit,
+            *(round(predicted[name], 3) for name in PHASES), predicted["step"], read_bytes / GB, profile.disk_bytes_s / GB,
+            hashlib.sha256(out.read_bytes()).hexdigest(), torch.get_num_threads(), version, commit,
         )  # fmt: skip
 
 
@@ -132,8 +135,8 @@ class RunFailed(Exception):
     """A run ended without a video, or the kernel killed it."""
 
 
-def generate(store: Path, clip: Clip, vram: str, ram: str, out: Path) -> tuple[dict[str, Any], int]:
-    """What the command says as JSON, and the most bytes that were resident, of one run held to both budgets together."""
+def generate(store: Path, clip: Clip, vram: str, ram: str, out: Path) -> tuple[dict[str, Any], int, int]:
+    """What the command says as JSON, the most bytes that were resident, and those read, of one run held to both budgets together."""
     command = [sys.executable, "-m", "lowvram", "generate", str(store), "--prompt", PROMPT, "--no-prompt-cache", "--json", "--overwrite"]
     command += ["--size", clip.size, "--frames", str(clip.frames), "--steps", str(clip.steps), "--shift", SHIFT, "--out", str(out)]
     command += ["--device", "cpu", "--vram", vram, "--ram", ram]
@@ -143,8 +146,9 @@ def generate(store: Path, clip: Clip, vram: str, ram: str, out: Path) -> tuple[d
     if done.returncode or kills:
         killed = f"killed {kills} times within {format_bytes(group.limit_bytes)}; " if kills else ""
         raise RunFailed(f"{vram} + {ram}: {killed}it ended with {done.returncode}: {' '.join(done.stderr.split()[-60:])}")
-    facts, rss = done.stdout.splitlines()
-    return json.loads(facts), int(rss)
+    facts, counted = done.stdout.splitlines()
+    rss, read = counted.split()
+    return json.loads(facts), int(rss), int(read)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
