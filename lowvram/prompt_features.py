@@ -72,7 +72,8 @@ def _encode(run: Run, prompts: list[list[int]], after_block: Callable[[int], Non
     config, file = run.store.config.text_encoder, run.store.files["text_encoder"]
     encoder = TextEncoder(config, compute_dtype(run.store.format), run.device)
     schedule = [("text_encoder", index) for index in range(config.num_layers)]
-    with run.stream(schedule, Buffers(run.plan.text_slot_bytes, 0, RING_SLOTS, 0, run.plan.staging_buffers)) as streamer:
+    ring, staging = (1, min(1, run.plan.staging_buffers)) if run.lean else (RING_SLOTS, run.plan.staging_buffers)
+    with run.stream(schedule, Buffers(run.plan.text_slot_bytes, 0, ring, 0, staging)) as streamer:
         embed, norm = (lambda ids: file.read_rows("token_embedding.weight", ids)), file.read("norm.weight")
         features = encoder.encode(prompts, embed, norm, streamer, after_block)
     return [rows.cpu() for rows in features]
