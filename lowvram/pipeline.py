@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lowvram.run import Run
 from lowvram.sampling.denoise import Expert, branches_of
 from lowvram.sampling.recovery import denoise_within_budgets
 from lowvram.sampling.schedule import Schedule, make_schedule
-from lowvram.sampling.solvers import make_solver
+from lowvram.sampling.solvers import Solver, make_solver
 from lowvram.sampling.state import RunState, load_state, save_state
 from lowvram.streaming.forecast import Forecast
 from lowvram.streaming.transport import Transport, make_transport
@@ -183,10 +184,8 @@ class Pipeline:
         if tuple(latents.shape) != shape.shape:
             raise UsageError(f"noise of shape {list(latents.shape)} does not fit latents of {list(shape.shape)}")
         if resume and state_file is not None:
-            state = load_state(state_file, request, self.model, values)
-            solver.load_state_dict({name: value.to(self.device) if value.ndim else value for name, value in state.solver.items()})
-            latents = state.latents.to(self.device)
-            del state
+            run.resumable = True
+            latents = run.phase("resume", partial(self._load_state, state_file, request, values, solver))
         if solver.index == schedule.steps:
             return latents
         features = run.phase("text", lambda: self._encode_prompts(run))
@@ -203,6 +202,12 @@ class Pipeline:
     def prompt_tokens(self, request: Request) -> dict[str, dict[str, int]]:
         """`tokens` of each prompt, its end included, and how many of them are `kept`: no model reads more than its `text_len`."""
         return prompt_tokens(self.store, request)
+
+    def _load_state(self, path: Path, request: Request, values: str, solver: Solver) -> Tensor:
+        """The latents of an interrupted run, on the device; `solver` goes on from its step."""
+        state = load_state(path, request, self.model, values)
+        solver.load_state_dict({name: value.to(self.device) if value.ndim else value for name, value in state.solver.items()})
+        return state.latents.to(self.device)
 
     def _transport(self) -> Transport:
         return make_transport(self.device)
