@@ -195,6 +195,7 @@ class Pipeline:
         def on_step(finished: int, current: Tensor) -> None:
             if state_file is not None:
                 save_state(state_file, RunState(request, self.model, values, finished, current, solver.state_dict()))
+                run.resumable = True
             clock.report(finished)
 
         return denoise_within_budgets(run, experts, schedule, solver, latents, on_step)
@@ -235,7 +236,7 @@ class Pipeline:
     def _decode(self, run: Run, latents: Tensor) -> Tensor:
         """[F, H, W, 3] uint8 on the host."""
         file, plan = self.store.files["vae"], run.plan
-        vae = WanVAE(self.store.config.vae, file.rest, file.read, self.device)
+        vae = WanVAE(self.store.config.vae, file.rest, file.read, self.device, run.lean)
         clock: list[PhaseClock] = []
 
         def progress(done: int, total: int) -> None:
