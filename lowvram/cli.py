@@ -246,7 +246,7 @@ def plan(
         _show(matrix.to_dict(), lambda: terminal.matrix_table(matrix), as_json)
         return
     made = planning.plan(model, size=size, frames=frames, steps=steps, vram=vram, ram=ram, format=format, gpu=gpu, link=link, disk=disk)
-    _show(made.to_dict(), lambda: terminal.plan_table(made), as_json)
+    _show(made.to_dict(), lambda: terminal.plan_table(made, gpu), as_json)
 
 
 def _show(data: dict[str, Any], table: Callable[[], Any], as_json: bool) -> None:
@@ -283,10 +283,11 @@ def doctor(
 ) -> None:
     """GPU, Triton, disk, memory, speeds: what is there, what is missing and how to get it."""
     from lowvram.memory.probe import check_folder, doctor_report, measured_speeds, probe_machine
+    from lowvram.streaming.read_speed import read_speed
     from lowvram.terminal import doctor_table
 
     check_folder(path)
-    machine = probe_machine(path, measure=True)
+    machine = probe_machine(path, measure=True, disk_speed=read_speed)
     report = doctor_report(path, machine, measured_speeds(path, machine, refresh))
     _show(report, lambda: doctor_table(report), as_json)
 

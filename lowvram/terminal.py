@@ -13,7 +13,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from lowvram import progress
-from lowvram.config import format_bytes
+from lowvram.config import I2V_A14B, format_bytes
 
 if TYPE_CHECKING:
     from lowvram_quantize.progress import Progress as QuantizeProgress
@@ -169,8 +169,8 @@ def _precise(seconds: float) -> str:
     return duration(seconds) if seconds >= 60 else f"{seconds:.3g} s"
 
 
-def plan_table(plan: MemoryPlan) -> Table:
-    """The denoising phase's VRAM item by item, then the peak of every phase, then the predicted time."""
+def plan_table(plan: MemoryPlan, gpu: str | None = None) -> Table:
+    """The denoising phase's VRAM item by item, then the peak of every phase, then the predicted time. gpu: the card that was named."""
     choice = plan.choice
     table = Table(title=f"{plan.variant} {plan.format}, {plan.width}x{plan.height} x {plan.num_frames} frames, {plan.num_tokens:,} tokens")
     table.add_column("VRAM while denoising")
@@ -190,24 +190,38 @@ def plan_table(plan: MemoryPlan) -> Table:
         table.add_row(f"peak of the {phase.phase} phase", peak)
     table.add_row("peak of the run", f"{format_bytes(plan.peak_vram_bytes)} VRAM, {format_bytes(plan.peak_ram_bytes)} RAM", style="bold")
     streamed = plan.num_blocks - choice.resident_blocks
-    _add_prediction(table, plan.prediction)
+    _add_prediction(table, plan, gpu)
     in_ram = f"{choice.host_blocks} in RAM" + (f" ({choice.pinned_blocks} of them page-locked)" if choice.pinned_blocks else "")
     where = f"{choice.resident_blocks} in VRAM, {in_ram}, {streamed - choice.host_blocks} from disk"
-    table.caption = f"blocks of the expert at work: {where}" + ("; both guidance branches share a visit" if choice.joint_guidance else "")
+    visits = "; both guidance branches share a visit" if choice.joint_guidance else ""
+    table.caption = f"blocks of the expert at work: {where}{visits}{_only_planned(plan.variant)}"
     return table
 
 
-def _add_prediction(table: Table, prediction: Prediction | None) -> None:
+def _add_prediction(table: Table, plan: MemoryPlan, gpu: str | None) -> None:
+    prediction = plan.prediction
     if prediction is None:
         table.add_section()
-        table.add_row("predicted time", "name a card with --gpu, or run `lowvram doctor` where the GPU is")
+        advice = f"none: {_no_rate(plan.format)}" if gpu else "name a card with --gpu, or run `lowvram doctor` where the GPU is"
+        table.add_row("predicted time", advice)
         return
     table.add_section()
     table.add_row(f"predicted from the {_BASES[prediction.basis]}", prediction.machine)
-    table.add_row("a denoising step, predicted", f"{_precise(prediction.step_s)}, {prediction.overhead:.1%} more than if all were resident")
+    table.add_row("a denoising step, predicted", f"{_precise(prediction.step_s)}, {prediction.overhead:.1%} more than with all resident")
     for phase, seconds in prediction.phase_s.items():
         table.add_row(f"{LABELS[phase]}, predicted", _precise(seconds))
     table.add_row("the video, predicted", _precise(prediction.video_s), style="bold")
+
+
+def _no_rate(format: str) -> str:
+    return f"the table of cards has no rate for {format}; it has those of int8, int8-plain, fp8 and bf16"
+
+
+def _only_planned(variant: str) -> str:
+    """What the tables add for image to video, which is planned and not yet generated."""
+    if variant != I2V_A14B.variant:
+        return ""
+    return "\nimage to video can be planned but not run yet; encoding the image is not counted, neither its time nor its memory"
 
 
 def matrix_table(matrix: Matrix) -> Table:
@@ -227,7 +241,10 @@ def matrix_table(matrix: Matrix) -> Table:
         rows.setdefault((cell.width, cell.height, cell.num_frames), {})[cell.vram_bytes] = text
     for (width, height, frames), texts in rows.items():
         table.add_row(f"{width}x{height} x {frames}", *(texts[budget] for budget in budgets))
-    table.caption = "all times are predictions; --size WIDTHxHEIGHT --frames N --vram … shows one of them in full"
+    timed = any(cell.plan and cell.plan.prediction for cell in matrix.cells)
+    known = timed or all(cell.plan is None for cell in matrix.cells)
+    times = "all times are predictions" if known else f"no time is predicted: {_no_rate(matrix.format)}"
+    table.caption = f"{times}; --size WIDTHxHEIGHT --frames N --vram … shows one of them in full" + _only_planned(matrix.variant)
     return table
 
 

@@ -1,4 +1,4 @@
-"""docs/plans.md and docs/streaming.md say what the planner and the model of time say: some of their lines made again, and, slowly, all."""
+"""docs/plans.md and docs/streaming.md say what the planner and the model of time say: every line is made again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from lowvram.config import I2V_A14B, T2V_A14B
 from lowvram.memory.predict import attention_ops, linear_ops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,13 +27,6 @@ def lines(name: str) -> list[str]:
     return (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize(("vram_gb", "ram_gb"), [(24, 64), (8, 16), (6, 8)])
-def test_plans_are_those_of_the_planner(plans: ModuleType, vram_gb: int, ram_gb: int) -> None:
-    for config in (T2V_A14B, I2V_A14B):
-        for size in plans.SIZES:
-            assert plans.plan_row(config, size, vram_gb, ram_gb) in lines("plans.md"), "run python scripts/plans.py"
-
-
 def test_every_asked_combination_is_answered() -> None:
     rows = [line for line in lines("plans.md") if line.startswith("| ") and " GB | " in line]
     assert len(rows) == 2 * 2 * 5 * 4  # variants, sizes, VRAM, RAM
@@ -50,7 +42,6 @@ def test_a_card_is_planned_for_with_the_vram_that_it_has(plans: ModuleType) -> N
         assert "-" not in (*plan, large_step, large_video)
 
 
-@pytest.mark.slow
 def test_every_line_is_what_the_script_writes(plans: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert plans.main(["--check"]) == 0, capsys.readouterr().out
 
@@ -72,12 +63,6 @@ def test_a_changed_line_is_noticed(
         assert plans.main(["--check"]) == 1
         assert str(path) in capsys.readouterr().out
         path.write_text(good, encoding="utf-8")
-
-
-def test_thresholds_are_those_of_the_simulation(plans: ModuleType) -> None:
-    for row in (plans.SECTION_5[1], plans.SECTION_5[4]):
-        assert plans.threshold_row(row) in lines("streaming.md"), "run python scripts/plans.py"
-    assert plans.hidden_row("RTX 4060 8GB") in lines("streaming.md"), "run python scripts/plans.py"
 
 
 def test_the_simulation_agrees_with_the_closed_form_and_the_facts(plans: ModuleType) -> None:

@@ -167,6 +167,13 @@ def test_a_matrix_of_this_machine_leaves_out_what_it_has_not(measured: Callable[
     assert planning.plan("t2v-a14b", size="640x384", frames=33).peak_vram_bytes <= 5 * GIB  # 8 GiB, or what there is
 
 
+def test_auto_on_a_host_with_more_memory_than_any_card_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "resolve_budgets", lambda vram, ram, device: Budgets("cpu", 400 * GIB, 400 * GIB, GIB))
+    matrix = planning.plan_matrix("t2v-a14b", vram="auto", ram="16GiB", frames=33, sizes=[(640, 384)])
+    assert (matrix.machine, matrix.cells[0].vram_bytes) == ("H200", find_card("H200").vram_bytes)
+    assert planning.plan("t2v-a14b", vram="auto", ram="16GiB").peak_vram_bytes <= 400 * GIB
+
+
 OTHER_DISK = Path("/proc")  # of no disk; where it is missing, a folder that is gone: no disk that was measured either
 
 
