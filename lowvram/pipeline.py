@@ -265,7 +265,7 @@ def load(
     Raises `CheckpointError` where MODEL is not a store, `UsageError` for a budget or device that cannot be read.
     """
     from lowvram.memory.budget import resolve_budgets
-    from lowvram.memory.measure import this_machine
+    from lowvram.memory.measure import on_disk_of, this_machine
 
     if not isinstance(model, (str, Path)):
         raise UsageError(f"model is {shown(model)}: expected the folder of a quantized model")
@@ -276,7 +276,8 @@ def load(
     target = torch.device(budgets.device)
     if target.index is not None:
         torch.cuda.set_device(target)  # what asks for "the" GPU means this one
-    profile = this_machine(target.type)
+    measured = this_machine(target.type)
+    profile = None if measured is None else on_disk_of(path, measured)
     cache = PromptCache() if prompt_cache else None
     pipeline = Pipeline(open_store(path), target, budgets.vram_bytes, budgets.ram_bytes, budgets.process_bytes, profile, cache)
     # Never below what is assumed where nothing is measured: kernels and libraries that load later add to it.
