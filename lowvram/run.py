@@ -25,8 +25,8 @@ from lowvram.streaming.visits import BlockId
 # What a phase does with where memory is short a second time: slower, and the same bit for bit. The denoising phase has a ladder of its own;
 # a phase that stands nowhere takes the least that it can from the start.
 LEANER = {
-    "text": "one block slot and one staging buffer, so that no block travels while another computes",
-    "decode": "the decoder's weights read one by one as they are needed",
+    "text": "one block slot and one staging buffer",
+    "decode": "the decoder's weights read one by one",
 }
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class Run:
                 short, failure = error.budget, str(error)
             hand_back(self.device)
             if attempt < len(ways):
-                _log.warning("out of %s in the %s phase (%s): trying it %s", short, name, failure, ways[attempt])
+                _log.warning("out of %s in the %s phase (%s): trying it %s; the video stays the same", short, name, failure, ways[attempt])
         raise self.exhausted(name, f"the {name} phase", short, failure)
 
     def exhausted(self, phase: str, where: str, short: str, failure: str) -> OutOfMemoryError:
