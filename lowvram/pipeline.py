@@ -180,7 +180,11 @@ class Pipeline:
         request, shape = run.request, run.shape
         schedule = make_schedule(request.solver, request.steps, request.shift)
         solver, values = make_solver(request.solver, schedule), attention_values(self.store.format, self.device)
-        latents = (draw_noise(shape, request.seed) if noise is None else noise).to(self.device, torch.float32)
+
+        def begin() -> Tensor:
+            return (draw_noise(shape, request.seed) if noise is None else noise).to(self.device, torch.float32)
+
+        latents = run.phase("noise", begin)
         if tuple(latents.shape) != shape.shape:
             raise UsageError(f"noise of shape {list(latents.shape)} does not fit latents of {list(shape.shape)}")
         if resume and state_file is not None:
