@@ -205,7 +205,7 @@ def _vram(rows: Sequence[StreamRow]) -> Judged:
     asked = [row for row in _lowvram(rows) if row.vram_budget_gb is not None and row.vram_budget_gb <= SMALL_VRAM_GB]
     refused = [row for row in asked if row.note.startswith(NOT_MEASURED) and not row.note.startswith(SAME_PLAN)]
     if not values and refused:
-        return MISSED, f"no plan {refused[0].note.removeprefix(NOT_MEASURED)}", refused[0]
+        return MISSED, f"no plan: {refused[0].note.removeprefix(NOT_MEASURED)}", refused[0]
     if not values:
         return UNKNOWN, f"no row with a VRAM budget of at most {SMALL_VRAM_GB:.0f} GB", None
     row, peak, which = _worst([*values], values.__getitem__)
