@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import platform
 import shutil
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 from lowvram.memory.limits import cpu_count, host_memory
 
+logger = logging.getLogger(__name__)
 LINK_PROBE_BYTES = 256 << 20
 NVML = "nvml.dll" if platform.system() == "Windows" else "libnvidia-ml.so.1"
 MOST_CONTEXT_BYTES = 3 << 30  # what grows by more than this is another program
@@ -95,11 +97,11 @@ def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
     try:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         free, total = torch.cuda.mem_get_info()
-        link = _link_speed() if measure else None
     except RuntimeError as error:  # a broken driver, or no memory left on the device
         return None, f"the GPU does not answer: {_one_line(error)}"
     capability = (int(properties.major), int(properties.minor))
     architecture = str(getattr(properties, "gcnArchName", "")).split(":")[0] if torch.version.hip else f"sm_{capability[0]}{capability[1]}"
+    link = _link_speed_if_it_can_be_measured() if measure else None
     return Gpu(str(properties.name), int(total), int(free), capability, architecture, link), ""
 
 
@@ -124,6 +126,15 @@ def disk_free(folder: Path) -> int | None:
     try:
         return shutil.disk_usage(existing).free if existing else None
     except OSError:
+        return None
+
+
+def _link_speed_if_it_can_be_measured() -> float | None:
+    """None where pages cannot be locked or the device has no room left: that makes the GPU no less of one."""
+    try:
+        return _link_speed()
+    except RuntimeError as error:
+        logger.warning("the speed of the link to the GPU could not be measured: %s", _one_line(error))
         return None
 
 

@@ -40,8 +40,8 @@ class ProbeShape:
     pixels: int
 
 
-# On a GPU the shapes of an A14B block; on a CPU, whose references are for the small demo model, some hundredths of a second each.
-SHAPES = {"cuda": ProbeShape(8192, 5120, 32768, 96, 4, 256), "cpu": ProbeShape(256, 512, 512, 32, 4, 32)}
+# On a GPU the shapes of an A14B block. On a CPU what takes some seconds in all; smaller ones would show what each call costs, not the rate.
+SHAPES = {"cuda": ProbeShape(8192, 5120, 32768, 96, 4, 256), "cpu": ProbeShape(256, 2048, 1024, 96, 4, 64)}
 
 
 def machine_key(device: str) -> ProfileKey:
@@ -92,7 +92,7 @@ def machine_profile(
         return cached, False
     try:
         profile = measure_profile(device, folder, link_bytes_s, disk_bytes_s)
-    except (RuntimeError, ValueError, OSError) as error:  # no memory left on the device, a kernel that does not compile
+    except Exception as error:  # no memory left on the device; a kernel that does not compile raises errors of its own kind
         reason = " ".join(str(error).split())[:300]
         raise LowvramError(f"the speeds of {key.gpu} cannot be measured: {reason}") from error
     save_profile(profile, key)
@@ -104,14 +104,18 @@ def measure_profile(device: str, folder: Path, link_bytes_s: float | None = None
 
     Raises what torch raises.
     """
-    gpu, _ = find_gpu(measure=link_bytes_s is None) if device == "cuda" else (None, "")
+    gpu, missing = find_gpu(measure=link_bytes_s is None) if device == "cuda" else (None, "")
+    if missing:
+        raise LowvramError(missing)
     memory = host_memory()
     host_copy = _host_copy_speed()
     link = link_bytes_s or (gpu.link_bytes_s if gpu else None) or host_copy
-    rates = _Probe(device, SHAPES[device]).rates()
+    rates = _Probe(device, _probe_shape(device)).rates()
     sources = dict.fromkeys(
         (*rates, "link_bytes_s", "host_copy_bytes_s", "vram_total_bytes", "vram_free_bytes", "ram_total_bytes"), MEASURED
     )
+    if device == "cuda" and link == host_copy:
+        sources["link_bytes_s"] = TABLE
     sources |= {"disk_bytes_s": MEASURED if disk_bytes_s else TABLE, "pinned_limit_bytes": TABLE}
     return MachineProfile(
         name=gpu.name if gpu else f"CPU ({platform.machine()})",
@@ -127,6 +131,17 @@ def measure_profile(device: str, folder: Path, link_bytes_s: float | None = None
         sources=sources,
         **rates,
     )
+
+
+def _probe_shape(device: str) -> ProbeShape:
+    """On a GPU that no kernel is for, the references would take minutes for what kernels do in milliseconds."""
+    if device == "cuda":
+        import torch
+        from lowvram_kernels.constraints import refused_gpu
+
+        if refused_gpu(torch.device("cuda")) is not None:
+            return SHAPES["cpu"]
+    return SHAPES[device]
 
 
 class _Probe:

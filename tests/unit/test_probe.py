@@ -218,6 +218,19 @@ def test_a_gpu_that_does_not_answer_is_a_reason(monkeypatch: pytest.MonkeyPatch)
     assert find_gpu() == (None, "the GPU does not answer: CUDA error: out of memory")
 
 
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_link_that_cannot_be_measured_leaves_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As where WSL2 or little RAM lets no 256 MiB be page-locked."""
+
+    def fails() -> float:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(machine_module, "_link_speed", fails)
+    gpu, reason = find_gpu(measure=True)
+    assert (gpu, reason) == (Gpu("NVIDIA GeForce RTX 3060", 12 << 30, 11 << 30, (8, 6), "sm_86", None), "")
+    assert "the speed of the link to the GPU could not be measured: CUDA error: out of memory" in caplog.text
+
+
 def test_a_driver_that_triton_cannot_use_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     class Active:
         def get_current_target(self) -> object:

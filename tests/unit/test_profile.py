@@ -252,3 +252,28 @@ def test_a_run_uses_the_measured_disk_only_for_a_model_on_it(
     assert (pipeline.profile.disk_bytes_s, pipeline.profile.sources["disk_bytes_s"]) == ((3.5e9, "table") if folder else (7e9, "measured"))
     assert pipeline.profile.gemm_int8_ops_s == measured.gemm_int8_ops_s
     assert len([record for record in caplog.records if "lowvram doctor --path" in record.getMessage()]) == bool(folder)
+
+
+def test_a_gpu_that_does_not_answer_is_not_measured_as_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "find_gpu", lambda measure: (None, "the GPU does not answer: CUDA error: unknown error"))
+    with pytest.raises(LowvramError, match="the GPU does not answer: CUDA error: unknown error"):
+        measure.measure_profile("cuda", tmp_path)
+
+
+@pytest.mark.parametrize(("reason", "device"), [(None, "cuda"), ("compute capability 7.5 has no tensor cores", "cpu")])
+def test_a_gpu_that_only_references_serve_is_probed_with_small_shapes(
+    reason: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowvram_kernels.constraints.refused_gpu", lambda device: reason)
+    assert measure._probe_shape("cuda") == measure.SHAPES[device]
+
+
+def test_whatever_a_kernel_raises_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton's own errors are plain exceptions."""
+
+    def fails(*arguments: object) -> None:
+        raise type("PTXASError", (Exception,), {})("`ptxas` failed")
+
+    monkeypatch.setattr(measure, "measure_profile", fails)
+    with pytest.raises(LowvramError, match="cannot be measured: `ptxas` failed"):
+        measure.machine_profile(tmp_path, refresh=True)
