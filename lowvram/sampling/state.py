@@ -79,7 +79,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors. Raises `OSError` where the disk does not give them, `CheckpointError` where it is no such file."""
     try:
         with TensorFile(path) as file:
-            return file.header.metadata, {name: file.read(name, mapped=False) for name in file.header.tensors}
+            # Clones lie in torch's own memory, where all that a run holds is counted.
+            return file.header.metadata, {name: file.read(name, mapped=False).clone() for name in file.header.tensors}
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None

@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,10 +48,14 @@ class Readers:
             self._threads.append(thread)
         self._tasks.put(task)
 
-    def close(self, patience_s: float) -> bool:
-        """Ends the threads after the tasks that they have; False where one is still at work after `patience_s`."""
+    def end(self) -> None:
+        """Each thread ends after the tasks that it finds."""
         for _ in self._threads:
             self._tasks.put(None)
+
+    def close(self, patience_s: float) -> bool:
+        """Waits until the threads have ended; False where one is still at work after `patience_s`."""
+        self.end()
         until_s = time.monotonic() + patience_s
         for thread in self._threads:
             thread.join(max(0.0, until_s - time.monotonic()))
@@ -78,6 +83,7 @@ class BlockFile:
         self._stopped = threading.Event()
         self._hangs = False
         self._readers = Readers(READ_THREADS)
+        weakref.finalize(self, self._readers.end)  # where nobody closes it
         self._fd, self.direct = _open(path)
 
     def read_into(self, block: int, buffer: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import logging
 import mmap
 import os
@@ -361,6 +362,20 @@ def test_stop_leaves_a_read_that_hangs_to_itself(blocks: tuple[BlockFile, list[b
     file.close()
     disk_hangs.release()
     file.close()
+
+
+def test_a_file_that_nobody_closes_leaves_no_thread(tmp_path: Path) -> None:
+    file, contents = written(tmp_path / "blocks.safetensors")
+    assert bytes(file.read_into(3, room(file, 3)).numpy()) == contents[3]
+    assert readers()
+    descriptor = file._fd
+    del file
+    gc.collect()
+    os.close(descriptor)
+    until = time.monotonic() + 5
+    while readers() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not readers()
 
 
 def test_a_buffer_without_slack_is_refused(blocks: tuple[BlockFile, list[bytes]]) -> None:
