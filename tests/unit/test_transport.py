@@ -271,7 +271,7 @@ def installed(gpu: Gpu) -> Iterator[Gpu]:
     """torch.cuda means `gpu`."""
     names = {"Stream": gpu.new_stream, "Event": FakeEvent, "current_stream": gpu.current_stream, "stream": gpu.stream}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (names | {"synchronize": gpu.synchronize}).items():
+        for name, value in (names | {"synchronize": gpu.synchronize, "device": contextlib.nullcontext}).items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(DeviceTensor, "gpu", gpu, raising=False)
         yield gpu
@@ -443,7 +443,7 @@ RECORD = "            event.record(self._stream)\n"
 MISTAKES = {
     "begin waits for nothing": ("self._stream.wait_stream(self._computing)", "pass"),
     "begin waits the other way round": ("self._stream.wait_stream(self._computing)", "self._computing.wait_stream(self._stream)"),
-    "copies on the computing stream": ("with torch.cuda.stream(self._stream):", "if True:"),
+    "copies on the computing stream": ("torch.cuda.stream(self._stream)", "contextlib.nullcontext()"),
     "a copy does not wait for its slot": ("self._stream.wait_event(after)", "pass"),
     "computing waits in the place of the copy": ("self._stream.wait_event(after)", "self._computing.wait_event(after)"),
     "the host waits in the place of the copy": ("self._stream.wait_event(after)", "self._stream.synchronize()"),
