@@ -151,6 +151,17 @@ def outside_torch_bytes(device: torch.device) -> int:
     return int(total - free - torch.cuda.memory_reserved(device))
 
 
+def taken_bytes(device: torch.device) -> int:
+    """What is taken of the device before a run: beside torch's allocator, and in it the workspaces that libraries keep. 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    square = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    torch.mm(square, square)
+    del square
+    torch.cuda.empty_cache()
+    return outside_torch_bytes(device) + torch.cuda.memory_reserved(device)
+
+
 @dataclass(frozen=True)
 class Case:
     """One size with its pairs of budgets in bytes (vram, ram); the first pair holds everything on the device."""
@@ -181,7 +192,7 @@ def lowvram_rows(
         try:
             tidy(device)
             references = Host.of(device.type).references
-            host = Host(True, outside_torch_bytes(device), psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES, references)
+            host = Host(True, taken_bytes(device), psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES, references)
             pipeline = BenchPipeline(store, device, vram, ram, host, profile)
             request = request_of(pipeline, case.size, case.frames, case.steps)
             plan = pipeline.plan(request)
@@ -228,9 +239,10 @@ def _measure(pipeline: BenchPipeline, request: Request, plan: MemoryPlan, device
     with PeakRss() as rss, vram_cap(device, plan.peak_vram_bytes - pipeline.host.context_bytes), torch.no_grad():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            kept = torch.cuda.memory_reserved(device)  # of libraries, counted as context
         latents = pipeline.latents(run)
         # The device's own peak; on a CPU, where nobody counts it, the ledger's.
-        reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else run.vram.peak_bytes
+        reserved = torch.cuda.max_memory_reserved(device) - kept if device.type == "cuda" else run.vram.peak_bytes
     steps = [after - before for before, after in pairwise(ends)]
     plan, choice, timeline = run.plan, run.plan.choice, pipeline.timed.timeline()
     conditioning, denoise = (next(phase for phase in plan.phases if phase.phase == name) for name in ("conditioning", "denoise"))
