@@ -1,7 +1,7 @@
 """What a run gives up, rung by rung, when other programs take memory that its plan counts on: arithmetic from one plan to the next.
 
-No rung changes a bit of a video in a quantized format: residency, slots, chunks, shared visits and RAM buffers are the planner's to choose. In
-the unquantized ones libraries pick their products by the length of a chunk.
+In the quantized formats no rung changes a bit of the video: residency, slots, chunks, shared visits and RAM buffers are the planner's to
+choose. In the unquantized ones libraries pick their products by the length of a chunk.
 """
 
 from __future__ import annotations
