@@ -136,8 +136,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate a video within the budgets you name."""
+    from lowvram.memory.usage import PhasePeaks
     from lowvram.pipeline import load
-    from lowvram.terminal import PhaseTimer, compared_times, generation_progress, plan_line, times_table
+    from lowvram.terminal import PhaseTimer, compared_peaks, compared_times, generation_progress, peaks_table, plan_line, times_table
     from lowvram.video import check_output
 
     check_output(out, overwrite)
@@ -160,14 +161,17 @@ def generate(
     console.print(plan_line(plan))
     with generation_progress(console) as listener:
         timer = PhaseTimer(listener)
-        video = _resumable(pipeline, request, plan, out, resume, timer)
+        peaks = PhasePeaks(timer, pipeline.device.type, pipeline.host.context_bytes)
+        video = _resumable(pipeline, request, plan, out, resume, peaks)
+        memory = compared_peaks(plan, peaks.by_phase)
         video.save(out, overwrite=overwrite, scale=scale)
     _forget_state(out)
     times = compared_times(plan.prediction, timer)
     if as_json:
         facts = {"out": str(out), "request": video.request.__dict__, "peak_bytes": video.peak_bytes, "plan": plan.to_dict()}
-        print(json.dumps(facts | {"seconds": times, "prompt_tokens": pipeline.prompt_tokens(request)}))
+        print(json.dumps(facts | {"memory": memory, "seconds": times, "prompt_tokens": pipeline.prompt_tokens(request)}))
         return
+    console.print(peaks_table(memory))
     if plan.prediction is not None:
         console.print(times_table(plan.prediction, times))
     print(out)
@@ -242,7 +246,7 @@ def plan(
         _show(matrix.to_dict(), lambda: terminal.matrix_table(matrix), as_json)
         return
     made = planning.plan(model, size=size, frames=frames, steps=steps, vram=vram, ram=ram, format=format, gpu=gpu, link=link, disk=disk)
-    _show(made.to_dict(), lambda: terminal.plan_table(made), as_json)
+    _show(made.to_dict(), lambda: terminal.plan_table(made, gpu), as_json)
 
 
 def _show(data: dict[str, Any], table: Callable[[], Any], as_json: bool) -> None:
@@ -279,10 +283,11 @@ def doctor(
 ) -> None:
     """GPU, Triton, disk, memory, speeds: what is there, what is missing and how to get it."""
     from lowvram.memory.probe import check_folder, doctor_report, measured_speeds, probe_machine
+    from lowvram.streaming.read_speed import read_speed
     from lowvram.terminal import doctor_table
 
     check_folder(path)
-    machine = probe_machine(path, measure=True)
+    machine = probe_machine(path, measure=True, disk_speed=read_speed)
     report = doctor_report(path, machine, measured_speeds(path, machine, refresh))
     _show(report, lambda: doctor_table(report), as_json)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lowvram_kernels.constraints import refused_gpu
 from torch import Tensor
 
 from lowvram.checkpoint.store import Store, open_store
@@ -28,7 +30,7 @@ from lowvram.run import Run
 from lowvram.sampling.denoise import Expert, branches_of
 from lowvram.sampling.recovery import denoise_within_budgets
 from lowvram.sampling.schedule import Schedule, make_schedule
-from lowvram.sampling.solvers import make_solver
+from lowvram.sampling.solvers import Solver, make_solver
 from lowvram.sampling.state import RunState, load_state, save_state
 from lowvram.streaming.forecast import Forecast
 from lowvram.streaming.transport import Transport, make_transport
@@ -95,7 +97,8 @@ class Pipeline:
         self.profile = profile
         self.device = device
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
-        self.host = Host.of(device.type, process_bytes)
+        host = Host.of(device.type, process_bytes)
+        self.host = replace(host, references=host.references or refused_gpu(device) is not None)
         self.model = hashlib.sha256((store.path / "lowvram.json").read_bytes()).hexdigest()
 
     def plan(self, request: Request) -> MemoryPlan:
@@ -177,14 +180,16 @@ class Pipeline:
         request, shape = run.request, run.shape
         schedule = make_schedule(request.solver, request.steps, request.shift)
         solver, values = make_solver(request.solver, schedule), attention_values(self.store.format, self.device)
-        latents = (draw_noise(shape, request.seed) if noise is None else noise).to(self.device, torch.float32)
+
+        def begin() -> Tensor:
+            return (draw_noise(shape, request.seed) if noise is None else noise).to(self.device, torch.float32)
+
+        latents = run.phase("noise", begin)
         if tuple(latents.shape) != shape.shape:
             raise UsageError(f"noise of shape {list(latents.shape)} does not fit latents of {list(shape.shape)}")
         if resume and state_file is not None:
-            state = load_state(state_file, request, self.model, values)
-            solver.load_state_dict({name: value.to(self.device) if value.ndim else value for name, value in state.solver.items()})
-            latents = state.latents.to(self.device)
-            del state
+            run.resumable = True
+            latents = run.phase("resume", partial(self._load_state, state_file, request, values, solver))
         if solver.index == schedule.steps:
             return latents
         features = run.phase("text", lambda: self._encode_prompts(run))
@@ -194,6 +199,7 @@ class Pipeline:
         def on_step(finished: int, current: Tensor) -> None:
             if state_file is not None:
                 save_state(state_file, RunState(request, self.model, values, finished, current, solver.state_dict()))
+                run.resumable = True
             clock.report(finished)
 
         return denoise_within_budgets(run, experts, schedule, solver, latents, on_step)
@@ -201,6 +207,12 @@ class Pipeline:
     def prompt_tokens(self, request: Request) -> dict[str, dict[str, int]]:
         """`tokens` of each prompt, its end included, and how many of them are `kept`: no model reads more than its `text_len`."""
         return prompt_tokens(self.store, request)
+
+    def _load_state(self, path: Path, request: Request, values: str, solver: Solver) -> Tensor:
+        """The latents of an interrupted run, on the device; `solver` goes on from its step."""
+        state = load_state(path, request, self.model, values)
+        solver.load_state_dict({name: value.to(self.device) if value.ndim else value for name, value in state.solver.items()})
+        return state.latents.to(self.device)
 
     def _transport(self) -> Transport:
         return make_transport(self.device)
@@ -228,7 +240,7 @@ class Pipeline:
     def _decode(self, run: Run, latents: Tensor) -> Tensor:
         """[F, H, W, 3] uint8 on the host."""
         file, plan = self.store.files["vae"], run.plan
-        vae = WanVAE(self.store.config.vae, file.rest, file.read, self.device)
+        vae = WanVAE(self.store.config.vae, file.rest, file.read, self.device, run.lean)
         clock: list[PhaseClock] = []
 
         def progress(done: int, total: int) -> None:
@@ -257,7 +269,7 @@ def load(
     Raises `CheckpointError` where MODEL is not a store, `UsageError` for a budget or device that cannot be read.
     """
     from lowvram.memory.budget import resolve_budgets
-    from lowvram.memory.measure import this_machine
+    from lowvram.memory.measure import on_disk_of, this_machine
 
     if not isinstance(model, (str, Path)):
         raise UsageError(f"model is {shown(model)}: expected the folder of a quantized model")
@@ -268,7 +280,8 @@ def load(
     target = torch.device(budgets.device)
     if target.index is not None:
         torch.cuda.set_device(target)  # what asks for "the" GPU means this one
-    profile = this_machine(target.type)
+    measured = this_machine(target.type)
+    profile = None if measured is None else on_disk_of(path, measured)
     cache = PromptCache() if prompt_cache else None
     pipeline = Pipeline(open_store(path), target, budgets.vram_bytes, budgets.ram_bytes, budgets.process_bytes, profile, cache)
     # Never below what is assumed where nothing is measured: kernels and libraries that load later add to it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 def prompt_features(run: Run, cache: PromptCache | None) -> list[Tensor]:
     """Features of the prompt and the negative prompt, [L, d_model] each, on the host."""
-    clock = PhaseClock(run.listener, "text", 1)
+    clock = PhaseClock(run.listener, "text", run.store.config.text_encoder.num_layers)
     config, dtype = run.store.config.text_encoder, compute_dtype(run.store.format)
     prompts = _token_ids(run.store, run.request)
     hashes = run.store.manifest.components["text_encoder"].tensors
@@ -33,11 +34,12 @@ def prompt_features(run: Run, cache: PromptCache | None) -> list[Tensor]:
     ]
     missing = [number for number, rows in enumerate(features) if rows is None]
     if missing:
-        for number, rows in zip(missing, _encode(run, [prompts[number] for number in missing]), strict=True):
+        for number, rows in zip(missing, _encode(run, [prompts[number] for number in missing], clock.report), strict=True):
             features[number] = rows
             if cache is not None:
                 cache.save(keys[number], rows)
-    clock.report(1)
+    else:
+        clock.report(config.num_layers)
     return [rows for rows in features if rows is not None]
 
 
@@ -66,10 +68,12 @@ def _token_ids(store: Store, request: Request) -> list[list[int]]:
     return ids
 
 
-def _encode(run: Run, prompts: list[list[int]]) -> list[Tensor]:
+def _encode(run: Run, prompts: list[list[int]], after_block: Callable[[int], None]) -> list[Tensor]:
     config, file = run.store.config.text_encoder, run.store.files["text_encoder"]
     encoder = TextEncoder(config, compute_dtype(run.store.format), run.device)
     schedule = [("text_encoder", index) for index in range(config.num_layers)]
-    with run.stream(schedule, Buffers(run.plan.text_slot_bytes, 0, RING_SLOTS, 0, run.plan.staging_buffers)) as streamer:
-        features = encoder.encode(prompts, lambda ids: file.read_rows("token_embedding.weight", ids), file.read("norm.weight"), streamer)
+    ring, staging = (1, min(1, run.plan.staging_buffers)) if run.lean else (RING_SLOTS, run.plan.staging_buffers)
+    with run.stream(schedule, Buffers(run.plan.text_slot_bytes, 0, ring, 0, staging)) as streamer:
+        embed, norm = (lambda ids: file.read_rows("token_embedding.weight", ids)), file.read("norm.weight")
+        features = encoder.encode(prompts, embed, norm, streamer, after_block)
     return [rows.cpu() for rows in features]

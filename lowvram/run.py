@@ -14,7 +14,7 @@ from lowvram.config import LatentShape, Request, format_bytes, latent_shape
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory.arena import Ledger
 from lowvram.memory.exhaustion import as_out_of_memory, hand_back
-from lowvram.memory.ladder import RAM
+from lowvram.memory.ladder import RAM, VRAM
 from lowvram.memory.plan import Choice, Host, MemoryPlan, describe_plan
 from lowvram.progress import Listener
 from lowvram.streaming.stream import Buffers, open_stream
@@ -22,12 +22,21 @@ from lowvram.streaming.streamer import Streamer
 from lowvram.streaming.transport import Transport
 from lowvram.streaming.visits import BlockId
 
+# What a phase does with where memory is short a second time: slower, and the same bit for bit. The denoising phase has a ladder of its own;
+# a phase that stands nowhere takes the least that it can from the start.
+LEANER = {
+    "text": "one block slot and one staging buffer",
+    "decode": "the decoder's weights read one by one",
+}
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Run:
-    """What every phase of a request works with. `vram` and `ram` count what is handed out and refuse more than the plan grants."""
+    """What every phase of a request works with. `vram` and `ram` count what is handed out and refuse more than the plan grants.
+
+    lean: the phase at work is to do with the least it can (`LEANER`); resumable: finished steps of this request are saved.
+    """
 
     def __init__(
         self,
@@ -43,6 +52,7 @@ class Run:
         self.store, self.device, self.host = store, device, host
         self.request, self.plan, self.listener = request, plan, listener
         self._make_transport = make_transport
+        self.lean = self.resumable = False
         self.vram, self.ram = Ledger("VRAM", plan.peak_vram_bytes), Ledger("RAM", plan.peak_ram_bytes)
         self.vram.charge("the driver's context", host.context_bytes)
         self.ram.charge("the process", host.process_bytes)
@@ -65,27 +75,44 @@ class Run:
         return open_stream(self.store.files, schedule, buffers, self.vram, self.ram, self.device, self._make_transport())
 
     def phase(self, name: str, work: Callable[[], T]) -> T:
-        """`work`, and once more with everything handed back that is not in use where it ran out of memory.
+        """`work`; where it runs out of memory once more, with everything handed back that is not in use, and then the `LEANER` way.
 
         Raises `OutOfMemoryError` naming the phase.
         """
         hand_back(self.device)  # what the phase before has left in torch's allocator
-        for attempt in range(2):
+        ways = ["once more", *([f"with {LEANER[name]}"] if name in LEANER else [])]
+        for attempt in range(1 + len(ways)):
+            self.lean = attempt == 2
             try:
                 with as_out_of_memory():
                     return work()
             except OutOfMemoryError as error:
                 short, failure = error.budget, str(error)
             hand_back(self.device)
-            if attempt == 0:
-                _log.warning("out of %s in the %s phase (%s): trying it once more", short, name, failure)
-        raise self.exhausted(f"the {name} phase", short, failure)
+            if attempt < len(ways):
+                _log.warning("out of %s in the %s phase (%s): trying it %s; the video stays the same", short, name, failure, ways[attempt])
+        raise self.exhausted(name, f"the {name} phase", short, failure)
 
-    def exhausted(self, where: str, short: str, failure: str) -> OutOfMemoryError:
-        peak = self.plan.peak_vram_bytes if short == "VRAM" else self.plan.peak_ram_bytes
-        others = "other programs" if short == RAM or self.device.type == "cpu" else "what else uses the GPU"
-        return OutOfMemoryError(
-            f"out of {short} in {where} ({failure}): a run that gives up everything it can needs {format_bytes(peak)} of {short}; "
-            f"close {others} and go on with --resume, or pass a smaller --size or fewer --frames",
-            short,
-        )
+    def exhausted(self, phase: str, where: str, short: str, failure: str) -> OutOfMemoryError:
+        """What the phase needs by the plan that the run has come down to, and what there is to do about it. phase: its name in the plan."""
+        planned = {peak.phase: peak.vram_bytes if short == VRAM else peak.ram_bytes for peak in self.plan.phases}
+        needs = f"{format_bytes(planned.get(phase, 0))} of {short}"
+        if phase not in planned:
+            needs = f"it needs less {short} than any phase of the plan"
+        elif phase == "denoise":
+            needs = f"with everything given up that it can, it needs {needs}"
+        elif phase in LEANER:
+            needs = f"it needs {needs}, and with {LEANER[phase]} it still found too little"
+        else:
+            needs = f"it needs {needs} and has nothing that it could give up"
+        host = self.device.type == "cpu"
+        advice = f"close {'other programs' if short == RAM or host else 'what else uses the GPU'} and "
+        advice += "go on with --resume from the last finished step" if self.resumable else "run it again"
+        if _follows_the_size(phase, short, host):
+            advice += f", or {'begin anew with' if self.resumable else 'pass'} a smaller --size or fewer --frames"
+        return OutOfMemoryError(f"out of {short} in {where} ({failure}): {needs}; {advice}", short)
+
+
+def _follows_the_size(phase: str, short: str, host: bool) -> bool:
+    """Whether a smaller or shorter video lessens what the phase takes of a budget. host: both budgets are the same memory."""
+    return phase == "denoise" or (phase == "decode" and (short == RAM or host))

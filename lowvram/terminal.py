@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from lowvram import progress
-from lowvram.config import format_bytes
+from lowvram.config import I2V_A14B, format_bytes
 
 if TYPE_CHECKING:
     from lowvram_quantize.progress import Progress as QuantizeProgress
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lowvram.memory.matrix import Matrix
     from lowvram.memory.plan import MemoryPlan
     from lowvram.memory.predict import Prediction
+    from lowvram.memory.usage import PhaseUsage
 
 LABELS = {
     "text": "reading the prompt",
@@ -29,6 +30,8 @@ LABELS = {
     "decode": "decoding frames",
     "write": "writing the video",
 }
+
+LINE_PERIOD_S = 15.0
 
 
 def duration(seconds: float) -> str:
@@ -41,9 +44,31 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+class Lines:
+    """Progress where no terminal can show bars, such as a log: what begins, and every `LINE_PERIOD_S` seconds how far it is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._said: dict[str, float] = {}
+
+    def say(self, label: str, state: str) -> None:
+        now = time.monotonic()
+        if label not in self._said:
+            self._console.print(label, soft_wrap=True)
+        elif now - self._said[label] >= LINE_PERIOD_S:
+            self._console.print(f"{label}: {state}", soft_wrap=True, highlight=False)
+        else:
+            return
+        self._said[label] = now
+
+
 @contextmanager
 def generation_progress(console: Console) -> Iterator[progress.Listener]:
     """One bar per phase; the time left is the pipeline's own estimate."""
+    if not console.is_terminal:
+        lines = Lines(console)
+        yield lambda event: lines.say(LABELS[event.phase], f"{event.done} of {event.total}{_left(event)}")
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -58,10 +83,13 @@ def generation_progress(console: Console) -> Iterator[progress.Listener]:
         def listen(event: progress.Progress) -> None:
             if event.phase not in bars:
                 bars[event.phase] = shown.add_task(LABELS[event.phase], total=event.total, left="")
-            left = "" if event.seconds_left is None or event.done == event.total else f"{duration(event.seconds_left)} left"
-            shown.update(bars[event.phase], completed=event.done, left=left)
+            shown.update(bars[event.phase], completed=event.done, left=_left(event).removeprefix(", "))
 
         yield listen
+
+
+def _left(event: progress.Progress) -> str:
+    return "" if event.seconds_left is None or event.done == event.total else f", {duration(event.seconds_left)} left"
 
 
 class PhaseTimer:
@@ -109,6 +137,31 @@ def times_table(prediction: Prediction, times: dict[str, Any]) -> Table:
     return table
 
 
+def compared_peaks(plan: MemoryPlan, actual: Mapping[str, PhaseUsage]) -> dict[str, Any]:
+    """{"planned": {phase: {"vram_bytes", "ram_bytes"}}, "actual": the same}: what the plan grants, and what was really taken."""
+    planned = {phase.phase: {"vram_bytes": phase.vram_bytes, "ram_bytes": phase.ram_bytes} for phase in plan.phases}
+    return {"planned": planned, "actual": {phase: usage.to_dict() for phase, usage in actual.items()}}
+
+
+def peaks_table(peaks: dict[str, Any]) -> Table:
+    """Planned and actual bytes side by side; where the device's memory is the host's, both in one."""
+    apart = any(usage["vram_bytes"] is not None for usage in peaks["actual"].values())
+    table = Table(title="peak memory")
+    kinds = {"VRAM": ("vram_bytes",), "RAM": ("ram_bytes",)} if apart else {"memory": ("vram_bytes", "ram_bytes")}
+    table.add_column("phase")
+    for kind in kinds:
+        table.add_column(f"{kind}, planned", justify="right")
+        table.add_column(f"{kind}, actual", justify="right")
+    for phase, planned in peaks["planned"].items():
+        actual = peaks["actual"].get(phase, {})
+        cells = []
+        for names in kinds.values():
+            found = [actual[name] for name in names if actual.get(name) is not None]
+            cells += [format_bytes(sum(planned[name] for name in names)), format_bytes(sum(found)) if found else "-"]
+        table.add_row(LABELS[phase], *cells)
+    return table
+
+
 _BASES = {"measured": "measured speeds", "table": "table's assumptions", "given": "given speeds"}
 
 
@@ -116,8 +169,8 @@ def _precise(seconds: float) -> str:
     return duration(seconds) if seconds >= 60 else f"{seconds:.3g} s"
 
 
-def plan_table(plan: MemoryPlan) -> Table:
-    """The denoising phase's VRAM item by item, then the peak of every phase, then the predicted time."""
+def plan_table(plan: MemoryPlan, gpu: str | None = None) -> Table:
+    """The denoising phase's VRAM item by item, then the peak of every phase, then the predicted time. gpu: the card that was named."""
     choice = plan.choice
     table = Table(title=f"{plan.variant} {plan.format}, {plan.width}x{plan.height} x {plan.num_frames} frames, {plan.num_tokens:,} tokens")
     table.add_column("VRAM while denoising")
@@ -137,24 +190,38 @@ def plan_table(plan: MemoryPlan) -> Table:
         table.add_row(f"peak of the {phase.phase} phase", peak)
     table.add_row("peak of the run", f"{format_bytes(plan.peak_vram_bytes)} VRAM, {format_bytes(plan.peak_ram_bytes)} RAM", style="bold")
     streamed = plan.num_blocks - choice.resident_blocks
-    _add_prediction(table, plan.prediction)
+    _add_prediction(table, plan, gpu)
     in_ram = f"{choice.host_blocks} in RAM" + (f" ({choice.pinned_blocks} of them page-locked)" if choice.pinned_blocks else "")
     where = f"{choice.resident_blocks} in VRAM, {in_ram}, {streamed - choice.host_blocks} from disk"
-    table.caption = f"blocks of the expert at work: {where}" + ("; both guidance branches share a visit" if choice.joint_guidance else "")
+    visits = "; both guidance branches share a visit" if choice.joint_guidance else ""
+    table.caption = f"blocks of the expert at work: {where}{visits}{_only_planned(plan.variant)}"
     return table
 
 
-def _add_prediction(table: Table, prediction: Prediction | None) -> None:
+def _add_prediction(table: Table, plan: MemoryPlan, gpu: str | None) -> None:
+    prediction = plan.prediction
     if prediction is None:
         table.add_section()
-        table.add_row("predicted time", "name a card with --gpu, or run `lowvram doctor`")
+        advice = f"none: {_no_rate(plan.format)}" if gpu else "name a card with --gpu, or run `lowvram doctor` where the GPU is"
+        table.add_row("predicted time", advice)
         return
     table.add_section()
     table.add_row(f"predicted from the {_BASES[prediction.basis]}", prediction.machine)
-    table.add_row("a denoising step, predicted", f"{_precise(prediction.step_s)}, {prediction.overhead:.1%} more than if all were resident")
+    table.add_row("a denoising step, predicted", f"{_precise(prediction.step_s)}, {prediction.overhead:.1%} more than with all resident")
     for phase, seconds in prediction.phase_s.items():
         table.add_row(f"{LABELS[phase]}, predicted", _precise(seconds))
     table.add_row("the video, predicted", _precise(prediction.video_s), style="bold")
+
+
+def _no_rate(format: str) -> str:
+    return f"the table of cards has no rate for {format}; it has those of int8, int8-plain, fp8 and bf16"
+
+
+def _only_planned(variant: str) -> str:
+    """What the tables add for image to video, which is planned and not yet generated."""
+    if variant != I2V_A14B.variant:
+        return ""
+    return "\nimage to video can be planned but not run yet; encoding the image is not counted, neither its time nor its memory"
 
 
 def matrix_table(matrix: Matrix) -> Table:
@@ -174,7 +241,10 @@ def matrix_table(matrix: Matrix) -> Table:
         rows.setdefault((cell.width, cell.height, cell.num_frames), {})[cell.vram_bytes] = text
     for (width, height, frames), texts in rows.items():
         table.add_row(f"{width}x{height} x {frames}", *(texts[budget] for budget in budgets))
-    table.caption = "all times are predictions; --size WIDTHxHEIGHT --frames N --vram … shows one of them in full"
+    timed = any(cell.plan and cell.plan.prediction for cell in matrix.cells)
+    known = timed or all(cell.plan is None for cell in matrix.cells)
+    times = "all times are predictions" if known else f"no time is predicted: {_no_rate(matrix.format)}"
+    table.caption = f"{times}; --size WIDTHxHEIGHT --frames N --vram … shows one of them in full" + _only_planned(matrix.variant)
     return table
 
 
@@ -201,6 +271,15 @@ def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress],
     )
     labels = {"scan": "checking the source", "quantize": "quantizing"}
     bars: dict[str, TaskID] = {}
+    if not console.is_terminal:
+        lines = Lines(console)
+
+        def say(event: QuantizeProgress) -> None:
+            amount = f"{format_bytes(event.done_bytes)} of {format_bytes(event.total_bytes)}, {format_bytes(event.bytes_per_s)}/s"
+            lines.say(labels[event.phase], f"{amount}, {duration(event.left_s)} left")
+
+        yield say
+        return
     with RichProgress(*columns, console=console) as shown:
 
         def listen(event: QuantizeProgress) -> None:
@@ -221,6 +300,10 @@ def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress],
 @contextmanager
 def verify_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
     """One bar over the bytes hashed."""
+    if not console.is_terminal:
+        lines = Lines(console)
+        yield lambda done, total: lines.say("verifying", f"{format_bytes(done)} of {format_bytes(total)}")
+        return
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with RichProgress(*columns, console=console, transient=True) as shown:
         bar = shown.add_task("verifying", total=None)

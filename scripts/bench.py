@@ -3,10 +3,14 @@
     python scripts/bench.py kernels [--tokens 8192 32760 75600] [--only attention]
     python scripts/bench.py block [--size 832x480]
     python scripts/bench.py stream [--layers 40] [--sizes 832x480] [--vram 24 12 8 6] [--ram 40 16 6] [--only lowvram]
+    python scripts/bench.py stream --device cpu --layers 1 --sizes 64x64 --frames 9
 
 The tests on the GPU run first: no speed is reported where a kernel is wrong. Writes the raw numbers as CSV, row by row, and a plot into
-docs/benchmarks, named after the GPU; `stream` adds its rows to those of the same commit, so that it can be run in parts. Medians of 20
-calls after 3 to warm up, random data, inputs in rotation.
+docs/benchmarks, named after the GPU; `stream` adds its rows to those of the same commit, so that it can be run in parts, and says how its
+goals stand. Medians of 20 calls after 3 to warm up, random data, inputs in rotation.
+
+`stream --device cpu` is a rehearsal of the whole command without a GPU: no test runs first, nothing that it writes is a result, and its
+files, named after the processor, lie in build/rehearsal.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from plots import bars, write_svg
 
 from lowvram.config import T2V_A14B, latent_shape
 
-OUTPUT = ROOT / "docs" / "benchmarks"
+OUTPUT, REHEARSAL = ROOT / "docs" / "benchmarks", ROOT / "build" / "rehearsal"
 CUDA = torch.device("cuda")
 KERNEL_TESTS, MEMORY_TESTS = "tests/gpu/test_kernels.py", "tests/gpu/test_memory.py"
 # What a failure of each means.
@@ -44,9 +48,9 @@ NEEDS = {
 }
 
 
-def installed(command: str) -> bool:
-    """Whether this machine has the packages that the command needs; says in one line which it lacks."""
-    missing = [name for name in NEEDS[command] if find_spec(name) is None]
+def installed(command: str, without: Sequence[str] = ()) -> bool:
+    """Whether this machine has the packages that the command needs, but for `without`; says in one line which it lacks."""
+    missing = [name for name in NEEDS[command] if name not in without and find_spec(name) is None]
     if missing:
         print(f"bench.py {command}: not installed here: {', '.join(missing)}; `pip install -e .[dev]` installs them", file=sys.stderr)
     return not missing
@@ -65,7 +69,11 @@ def gate(files: Sequence[str]) -> bool:
 
 
 def gpu_name() -> str:
-    return re.sub(r"[^a-z0-9]+", "-", machine()[0].lower()).strip("-")
+    return in_file_names(machine()[0])
+
+
+def in_file_names(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def kernels(options: argparse.Namespace) -> int:
@@ -108,8 +116,10 @@ def block(options: argparse.Namespace) -> int:
 
 def streamed(options: argparse.Namespace) -> int:
     from bench_stream import stream
+    from stream_rows import machine_of
 
-    return stream(options, OUTPUT / f"stream-{gpu_name()}")
+    folder = options.output or (REHEARSAL if options.device == "cpu" else OUTPUT)
+    return stream(options, folder / f"stream-{in_file_names(machine_of(options.device)[0])}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -133,14 +143,22 @@ def make_parser() -> argparse.ArgumentParser:
     three.add_argument("--ram", nargs="+", type=float, default=[40, 16, 6], help="GB")
     three.add_argument("--only", default="", help="only providers whose name contains this: lowvram, resident, offloading, quanto")
     three.add_argument("--no-baselines", action="store_true", help="lowvram alone")
+    three.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal of the command, whose numbers mean nothing"
+    )
+    three.add_argument("--output", type=Path, help="the folder of the results: docs/benchmarks, or build/rehearsal on a CPU")
     return parser
 
 
 def main(arguments: list[str]) -> int:
     options = make_parser().parse_args(arguments)
-    if not (require_cuda(f"bench.py {options.command}") and installed(options.command) and gate(GATES[options.command])):
+    if getattr(options, "device", "cuda") == "cpu":
+        if not installed(options.command, without=("triton", "pytest")):
+            return 1
+    elif require_cuda(f"bench.py {options.command}") and installed(options.command) and gate(GATES[options.command]):
+        os.environ["LOWVRAM_BACKEND"] = "triton"  # a refusal must stop the benchmark, not send it to the torch reference
+    else:
         return 1
-    os.environ["LOWVRAM_BACKEND"] = "triton"  # a refusal must stop the benchmark, not send it to the torch reference
     with torch.no_grad():
         return {"kernels": kernels, "block": block, "stream": streamed}[options.command](options)
 

@@ -1,7 +1,7 @@
 """Real denoising steps of a random model of true A14B shapes within capped budgets, beside everything resident and beside diffusers.
 
 Steps run across the expert switch. A row says what was measured and what was planned; where a budget is too small for any plan, it says
-that and no number.
+that and no number. On a CPU the same command is a rehearsal: rows carry the processor's name, and peaks of VRAM are the ledger's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import Any
 
 import psutil
 import torch
-from bench_timing import machine, reason, write_csv
+from bench_timing import reason, write_csv
 from diffusers_model import baselines, new_model, time_steps
 from plots import bars, timeline_plot, write_svg
 from random_store import FORMAT, bench_config, write_random_store
-from stream_rows import FAILED, GAVE_UP, NOT_MEASURED, StreamRow, merged, problems, read_rows, row_bars
+from stream_goals import report_goals
+from stream_rows import FAILED, GAVE_UP, NOT_MEASURED, SAME_PLAN, StreamRow, machine_of, merged, problems, read_rows, row_bars
 from timed_transport import TimedCuda, TimedHost, TimedStreamer, TimedVisit, Timeline, stall_seconds
 from torch import Tensor
 
@@ -37,6 +38,7 @@ from lowvram.memory.budget import PROCESS_GROWTH_BYTES
 from lowvram.memory.cap import vram_cap
 from lowvram.memory.exhaustion import is_out_of_memory
 from lowvram.memory.heap import return_freed_memory
+from lowvram.memory.limits import host_memory
 from lowvram.memory.measure import measure_profile
 from lowvram.memory.plan import Choice, Host, MemoryPlan
 from lowvram.memory.profile import MachineProfile
@@ -136,13 +138,28 @@ def disk_speed(store: Store) -> float:
     return done / GB / seconds
 
 
-def context_bytes(device: torch.device) -> int:
-    """What the driver keeps of the device beside torch's allocator, with nothing else on it."""
+def outside_torch_bytes(device: torch.device) -> int:
+    """What is taken of the device now and does not belong to torch's allocator; makes a context where there is none. 0 on a CPU.
+
+    `lowvram.memory.machine.context_bytes` is asked once, before this process has a context, and leaves other programs out. Here the context
+    has grown with every kernel since, and a row must count all that the cap on torch's allocator leaves to others: before each row, anew.
+    """
     if device.type != "cuda":
         return 0
     torch.zeros(1, device=device)
     free, total = torch.cuda.mem_get_info(device)
     return int(total - free - torch.cuda.memory_reserved(device))
+
+
+def taken_bytes(device: torch.device) -> int:
+    """What is taken of the device before a run: beside torch's allocator, and in it the workspaces that libraries keep. 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    square = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    torch.mm(square, square)
+    del square
+    torch.cuda.empty_cache()
+    return outside_torch_bytes(device) + torch.cuda.memory_reserved(device)
 
 
 @dataclass(frozen=True)
@@ -171,16 +188,16 @@ def lowvram_rows(
     resident_s: float | None = None
     measured: dict[Choice, str] = {}
     for number, (vram, ram) in enumerate(dict.fromkeys(case.budgets)):
-        row, timeline = replace(_row(f"lowvram {FORMAT}", store.config, case, vram, ram), disk_gb_s=disk_gb_s), Timeline()
+        row, timeline = replace(_row(f"lowvram {FORMAT}", store.config, case, device, vram, ram), disk_gb_s=disk_gb_s), Timeline()
         try:
             tidy(device)
             references = Host.of(device.type).references
-            host = Host(True, context_bytes(device), psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES, references)
+            host = Host(True, taken_bytes(device), psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES, references)
             pipeline = BenchPipeline(store, device, vram, ram, host, profile)
             request = request_of(pipeline, case.size, case.frames, case.steps)
             plan = pipeline.plan(request)
             if plan.choice in measured:
-                row = replace(row, disk_gb_s=None, note=f"{NOT_MEASURED}same plan as {measured[plan.choice]}")
+                row = replace(row, disk_gb_s=None, note=f"{SAME_PLAN}{measured[plan.choice]}")
             else:
                 values, timeline = _measure(pipeline, request, plan, device)
                 row = replace(row, **values)
@@ -200,11 +217,13 @@ def _cause(error: Exception) -> str:
     return f"{'out of memory' if is_out_of_memory(error) else type(error).__name__}: {reason(error)}"
 
 
-def _row(provider: str, config: ModelConfig, case: Case, vram: int | None, ram: int | None) -> StreamRow:
+def _row(
+    provider: str, config: ModelConfig, case: Case, device: torch.device, vram: int | None = None, ram: int | None = None
+) -> StreamRow:
     tokens = latent_shape(config, *case.size, case.frames).num_tokens
     budgets = (None if amount is None else amount / GB for amount in (vram, ram))
     row = StreamRow(provider, "x".join(map(str, case.size)), case.frames, tokens, config.dit.num_layers, case.steps, *budgets)
-    name, version, commit = machine()
+    name, version, commit = machine_of(device.type)
     return replace(row, gpu=name, torch=version, commit=commit)
 
 
@@ -220,9 +239,10 @@ def _measure(pipeline: BenchPipeline, request: Request, plan: MemoryPlan, device
     with PeakRss() as rss, vram_cap(device, plan.peak_vram_bytes - pipeline.host.context_bytes), torch.no_grad():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            kept = torch.cuda.memory_reserved(device)  # of libraries, counted as context
         latents = pipeline.latents(run)
         # The device's own peak; on a CPU, where nobody counts it, the ledger's.
-        reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else run.vram.peak_bytes
+        reserved = torch.cuda.max_memory_reserved(device) - kept if device.type == "cuda" else run.vram.peak_bytes
     steps = [after - before for before, after in pairwise(ends)]
     plan, choice, timeline = run.plan, run.plan.choice, pipeline.timed.timeline()
     conditioning, denoise = (next(phase for phase in plan.phases if phase.phase == name) for name in ("conditioning", "denoise"))
@@ -248,10 +268,14 @@ def _measure(pipeline: BenchPipeline, request: Request, plan: MemoryPlan, device
 
 
 def stalls(visits: Sequence[TimedVisit], steps: int) -> dict[str, float]:
-    """Of all visits of a run whose second half is the second expert's: the stall after the first step, and that of the switch."""
+    """Of all visits of a run whose second half is the second expert's: a block's time, the stall after the first step and the switch's."""
     first, second = ([visit for visit in visits if visit.component == name] for name in EXPERTS)
     per_step, per_second = len(first) // (steps // 2), len(second) // (steps - steps // 2)
-    return {"stall_s": stall_seconds(visits[per_step:]), "switch_stall_s": stall_seconds(second[:per_second])}
+    return {
+        "block_s": statistics.median(visit.end_s - visit.start_s for visit in visits),
+        "stall_s": stall_seconds(visits[per_step:]),
+        "switch_stall_s": stall_seconds(second[:per_second]),
+    }
 
 
 def _predicted(plan: MemoryPlan) -> dict[str, Any]:
@@ -267,7 +291,7 @@ def baseline_rows(config: ModelConfig, case: Case, device: torch.device, only: s
     only: what a provider's name must contain. A provider that fails gives a row without numbers.
     """
     for name, prepare in baselines(device).items():
-        row = _row(name, config, case, None, None)
+        row = _row(name, config, case, device)
         if only not in name:
             continue
         if "offloading" in name and device.type != "cuda":
@@ -289,7 +313,7 @@ def _measure_baseline(prepare: Callable[[Any], None], config: ModelConfig, case:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         steps = time_steps(model, config, case.size, case.frames, case.steps, device)
-        peak = torch.cuda.max_memory_reserved(device) + context_bytes(device) if device.type == "cuda" else None
+        peak = torch.cuda.max_memory_reserved(device) + outside_torch_bytes(device) if device.type == "cuda" else None
     return {
         "step_s": statistics.median(steps[1:] or steps),
         "steps_s": " ".join(f"{seconds:.4f}" for seconds in steps),
@@ -309,28 +333,35 @@ def run(
     profile: MachineProfile | None = None,
     disk_gb_s: float | None = None,
 ) -> list[StreamRow]:
-    """Measures every case, writing rows as they come: OUTPUT.csv, OUTPUT.svg (seconds per step against budget), a timeline per size.
+    """Measures every case, writing rows as they come: OUTPUT.csv, OUTPUT.svg (seconds per step against budget), a timeline per size; at the
+    end how the goals stand (`report_goals`).
 
     Rows that OUTPUT.csv holds already stay, but for those that are measured again. store: None measures the baselines alone;
     only: what a provider's name must contain. Returns the rows of this call, in the order in which they were measured: all of lowvram's
     before any baseline, which leaves torch's allocators in another state.
     """
     return_freed_memory()
-    earlier, rows = read_rows(output.with_suffix(".csv")), []
-    for case in cases if store is not None and only in f"lowvram {FORMAT}" else ():
-        last, budgets = Timeline(), ""
-        for row, timeline in lowvram_rows(store, case, device, profile, disk_gb_s):
-            rows.append(row)
-            last, budgets = (timeline, row.budgets) if timeline.copies else (last, budgets)
-            _report(output, earlier, rows)
-        if last.visits:
-            size = "x".join(map(str, case.size))
-            picture = timeline_plot(last, f"{size} x {case.frames}, {budgets}")
-            write_svg(output.with_name(f"{output.name}-timeline-{size}.svg"), picture)
-    for case in cases:
-        for row in baseline_rows(config, case, device, only):
-            rows.append(row)
-            _report(output, earlier, rows)
+    earlier, rows = read_rows(output.with_suffix(".csv"), machine_of(device.type)), []
+    timelines: dict[tuple[object, ...], Timeline] = {}
+    try:
+        for case in cases if store is not None and only in f"lowvram {FORMAT}" else ():
+            last, budgets = Timeline(), ""
+            for row, timeline in lowvram_rows(store, case, device, profile, disk_gb_s):
+                rows.append(row)
+                timelines[row.key] = timeline
+                last, budgets = (timeline, row.budgets) if timeline.copies else (last, budgets)
+                _report(output, earlier, rows)
+            if last.visits:
+                size = "x".join(map(str, case.size))
+                picture = timeline_plot(last, f"{size} x {case.frames}, {budgets}")
+                write_svg(output.with_name(f"{output.name}-timeline-{size}.svg"), picture)
+        for case in cases:
+            for row in baseline_rows(config, case, device, only):
+                rows.append(row)
+                _report(output, earlier, rows)
+    finally:
+        if rows:
+            report_goals(output, merged(earlier, rows), timelines, rehearsal=device.type == "cpu")
     tidy(device)
     return rows
 
@@ -345,6 +376,14 @@ def _report(output: Path, earlier: Sequence[StreamRow], rows: Sequence[StreamRow
     write_svg(output.with_suffix(".svg"), bars(f"{row.gpu}, torch {row.torch}, {row.commit}", row_bars(everything)))
 
 
+def free_bytes(device: torch.device) -> int:
+    """What lies free of the device; in a rehearsal on a CPU half of what lies free of its memory, as for `--vram auto`."""
+    if device.type != "cuda":
+        return host_memory().free_bytes // 2
+    torch.zeros(1, device=device)
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def budgets_of(options: argparse.Namespace, free_vram: int) -> list[tuple[int, int]]:
     """Everything on the device with the largest RAM budget, then every pair. Whole GB of free VRAM: another call gives the same."""
     largest = int(max(options.ram) * GB)
@@ -352,19 +391,18 @@ def budgets_of(options: argparse.Namespace, free_vram: int) -> list[tuple[int, i
 
 
 def stream(options: argparse.Namespace, output: Path) -> int:
-    """The benchmark on a CUDA machine; 1 where a row of lowvram failed or left its plan, budgets changed the latents, or a peak exceeded
-    its plan.
+    """The benchmark, on a CPU its rehearsal; 1 where a row of lowvram failed or left its plan, budgets changed the latents, or a peak
+    exceeded its plan. A missed goal is said, and no failure.
     """
     if options.steps < 2:
         print("bench.py stream: --steps must be at least 2, so that the expert switch is among them", file=sys.stderr)
         return 2
-    device, config, name = torch.device("cuda"), bench_config(options.layers), f"lowvram {FORMAT}"
+    device, config, name = torch.device(options.device), bench_config(options.layers), f"lowvram {FORMAT}"
     only = name if options.no_baselines else options.only
     if not any(only in provider for provider in (name, *baselines(device))):
         print(f"bench.py stream: --only {only!r} is in no provider's name: {', '.join((name, *baselines(device)))}", file=sys.stderr)
         return 2
-    torch.zeros(1, device=device)
-    free, _ = torch.cuda.mem_get_info(device)
+    free = free_bytes(device)
     budgets = budgets_of(options, free)
     cases = [Case(parse_size(size), options.frames, options.steps, budgets) for size in options.sizes]
     if only not in name:
@@ -374,7 +412,7 @@ def stream(options: argparse.Namespace, output: Path) -> int:
         with open_store(folder) if (folder / "lowvram.json").exists() else write_random_store(folder, config) as store:
             speed = disk_speed(store)
             print(f"random store at {folder}, disk {speed:.2f} GB/s, {format_bytes(free)} of VRAM free")
-            profile = measure_profile("cuda", options.work, disk_bytes_s=speed * GB)
+            profile = measure_profile(device.type, options.work, disk_bytes_s=speed * GB)
             rows = run(store, config, cases, device, output, only, profile, speed)
     found = problems(rows)
     for problem in found:

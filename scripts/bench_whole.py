@@ -31,6 +31,7 @@ from lowvram.checkpoint.store import open_store
 from lowvram.config import T2V_A14B, ModelConfig, format_bytes, parse_bytes
 from lowvram.errors import LowvramError
 from lowvram.memory.measure import machine_profile
+from lowvram.streaming.read_speed import read_speed
 
 GB = 10**9
 OUTPUT = ROOT / "docs" / "benchmarks" / "whole.csv"
@@ -109,7 +110,7 @@ def parameters(config: ModelConfig) -> int:
 
 def rows(store: Path, clip: Clip, budgets: Sequence[str], work: Path) -> Iterator[WholeRow]:
     """A row per pair of budgets. Raises `NoGroupError` where memory cannot be limited, `RunFailed` with a run's last words."""
-    profile, _ = machine_profile(work)  # by which plans are chosen and times predicted
+    profile, _ = machine_profile(work, disk_bytes_s=read_speed(work))  # by which plans are chosen and times predicted
     with open_store(store) as opened:
         config = opened.config
     resident_s: float | None = None

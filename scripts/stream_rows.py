@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import count
@@ -13,6 +14,7 @@ from plots import Bar
 
 # How notes begin. Where a lowvram row begins with one of the last two, the benchmark fails.
 NOT_MEASURED, FAILED, GAVE_UP = "not measured: ", "failed: ", "the plan did not hold: "
+SAME_PLAN = f"{NOT_MEASURED}same plan as "  # and the budgets of the row that was measured
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class StreamRow:
     """One provider under one pair of budgets at one size. Empty: not measured, or of no meaning there; `note` says why.
 
     overhead: of the median step against lowvram with everything resident; switch_s: the first step of the second expert;
-    stall_s: how long computing waited for blocks after the first step; switch_stall_s: the part of it in the second expert's first step;
+    block_s: the median of computing one block; stall_s: how long computing waited for blocks after the first step; switch_stall_s: the
+    part of it in the second expert's first step;
     predicted_s: the plan's prediction of a step, from `rates` "measured" here or of a "table"; predicted_switch_stall_s: what the
     switch is predicted to add.
     """
@@ -42,6 +45,7 @@ class StreamRow:
     step_s: float | None = None
     steps_s: str = ""
     switch_s: float | None = None
+    block_s: float | None = None
     stall_s: float | None = None
     switch_stall_s: float | None = None
     overhead: float | None = None
@@ -76,15 +80,31 @@ class StreamRow:
         return f"{self.vram_budget_gb:.1f} + {self.ram_budget_gb:.1f} GB"
 
 
-def read_rows(path: Path) -> list[StreamRow]:
-    """An earlier call's rows, where they are of this GPU, torch and commit; a file of others is renamed after its commit and kept."""
+def machine_of(device_type: str) -> tuple[str, str, str]:
+    """(GPU, torch, commit); in a rehearsal on a CPU its name in the place of the GPU's."""
+    name, version, commit = machine()
+    return name if device_type == "cuda" else processor(), version, commit
+
+
+def processor() -> str:
+    """The processor's name as the system tells it, or its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(filter(None, names), "") or platform.processor() or platform.machine() or "unknown CPU"
+
+
+def read_rows(path: Path, here: tuple[str, str, str]) -> list[StreamRow]:
+    """An earlier call's rows, where they are of `here` (GPU, torch, commit); a file of others is renamed after its commit and kept."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         found, columns = list(reader), reader.fieldnames
-    here = all((row.get("gpu"), row.get("torch"), row.get("commit")) == machine() for row in found)
-    if here and columns == [column.name for column in fields(StreamRow)]:
+    ours = all((row.get("gpu"), row.get("torch"), row.get("commit")) == here for row in found)
+    if ours and columns == [column.name for column in fields(StreamRow)]:
         return [StreamRow(**{column.name: _value(str(column.type), row[column.name]) for column in fields(StreamRow)}) for row in found]
     commit = (found[0].get("commit") if found else None) or "unknown"
     names = (path.with_name(f"{path.stem}-{commit}{suffix}{path.suffix}") for suffix in ("", *(f"-{number}" for number in range(2, 10**4))))

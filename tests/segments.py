@@ -19,7 +19,7 @@ class Segments:
 
     def __init__(self) -> None:
         self._segments: list[tuple[bool, list[Block]]] = []
-        self.reserved = self.peak_reserved = 0
+        self.reserved = self.peak_reserved = self.used = 0
 
     def allocate(self, nbytes: int) -> Callable[[], None]:
         """Returns what frees the block."""
@@ -46,10 +46,12 @@ class Segments:
             blocks.insert(place + 1, [block[0] + size, rest, False])
             block[1] = size
         block[2] = True
+        self.used += block[1]
         return lambda: self._free(blocks, block)
 
     def _free(self, blocks: list[Block], block: Block) -> None:
         block[2] = False
+        self.used -= block[1]
         joined: list[Block] = []
         for each in blocks:
             if joined and not joined[-1][2] and not each[2]:

@@ -1,4 +1,4 @@
-"""What each Triton kernel takes: a reason in words for every call that it refuses. No import of triton."""
+"""What each Triton kernel takes: a reason in words for every call that it refuses. Triton itself is only asked whether it starts."""
 
 from __future__ import annotations
 
@@ -27,13 +27,30 @@ def no_triton() -> str | None:
     return None if find_spec("triton") else "the triton package is not installed"
 
 
+@cache
+def broken_triton() -> str | None:
+    """Why an installed Triton cannot reach the GPU: at its first call it builds a small library, with a C compiler and Python's headers."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # whatever it is, no kernel will run: the reference takes over, and the log says why
+        return f"Triton does not start: {(' '.join(str(error).split()) or type(error).__name__)[:200]}"
+    return None
+
+
+def refused_gpu(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on this GPU: Triton is missing or broken, or the card has no 8-bit tensor cores that it can use."""
+    return no_triton() or broken_triton() or _old_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def wrong_device(tensor: Tensor | None) -> str | None:
     """Why the kernels cannot run where `tensor` lies: they need CUDA or ROCm, or the CPU and TRITON_INTERPRET=1."""
     if tensor is None or not tensor.is_cuda:
         if tensor is not None and os.environ.get("TRITON_INTERPRET") == "1":
             return no_triton()
         return "no Triton kernel runs on a CPU unless TRITON_INTERPRET=1 is set"
-    return no_triton() or _old_device(tensor.get_device())
+    return refused_gpu(tensor.device)
 
 
 def scattered(tensors: Sequence[Tensor]) -> str | None:

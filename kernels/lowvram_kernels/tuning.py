@@ -134,12 +134,22 @@ def pv_choices(arch: str) -> tuple[str, ...]:
     return tuple(_ATTENTION[arch])
 
 
+def _values_row(device: torch.device) -> str:
+    if device.type != "cuda" or os.environ.get("LOWVRAM_BACKEND") == "reference":
+        return INTERPRETER
+    try:
+        return architecture(device)
+    except UnsupportedError:  # no kernel is for this GPU
+        return INTERPRETER
+
+
 def pv_dtype(device: torch.device) -> torch.dtype:
     """The dtype that values are stored and multiplied in: `LOWVRAM_PV=int8|fp16|fp8`, else int8.
 
-    Raises `UnsupportedError` for another word, and for one that the architecture cannot multiply.
+    Where the references run, they take all three. Raises `UnsupportedError` for another word, and for one that the architecture cannot
+    multiply.
     """
-    arch = architecture(device) if device.type == "cuda" else INTERPRETER
+    arch = _values_row(device)
     wanted = os.environ.get("LOWVRAM_PV") or _PV
     if wanted not in pv_choices(arch):
         raise UnsupportedError(f"LOWVRAM_PV={wanted} on {arch}: use one of {', '.join(pv_choices(arch))}")

@@ -67,8 +67,8 @@ class StoreFile:
         self._file.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor with the full `name`, mapped (see `TensorFile.read`)."""
-        return self._file.read(name)
+        """The tensor with the full `name`, copied: what runs work with stays theirs, whatever the disk does (see `TensorFile.read`)."""
+        return self._file.read(name, mapped=False)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Rows of the tensor with the full `name`, copied (see `TensorFile.read_rows`)."""

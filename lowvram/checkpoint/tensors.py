@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 
 from lowvram.checkpoint.header import Header, TensorInfo, TruncatedFileError, quoted, read_header
+from lowvram.disk import read_ranges
 from lowvram.errors import CheckpointError
 
 TORCH_DTYPES = {
@@ -22,6 +23,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 SMALL_BYTES = 2**20  # below this a copy is cheaper than a map, which costs a file descriptor while it lives
+ALIGNMENT = 64  # of copies: a library may take another kernel for less, with other roundings
 
 
 class TensorFile:
@@ -29,8 +31,11 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.header: Header = read_header(path)
-        self._file = open(path, "rb")  # noqa: SIM115  (closed by `close`)
-        self._lock = threading.Lock()
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115  (closed by `close`)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        self._seeking = threading.Lock()
 
     def __enter__(self) -> TensorFile:
         return self
@@ -42,10 +47,11 @@ class TensorFile:
         """Tensors that were read stay valid."""
         self._file.close()
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, mapped: bool = True) -> torch.Tensor:
         """The tensor `name`: a view of a private map of its own pages, unmapped when the last view dies.
 
-        Small tensors, and those that start at an odd multiple of their element, are copied.
+        Small tensors, those that start at an odd multiple of their element and, without `mapped`, all are copied. A disk that fails under
+        a map ends the process (SIGBUS); a copy is read again, and then named in an error.
         Writing into the result changes neither the file nor later reads. Raises `CheckpointError`.
         """
         info = self.header.tensors.get(name)
@@ -54,10 +60,8 @@ class TensorFile:
         dtype = TORCH_DTYPES[info.dtype]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
-        found = os.fstat(self._file.fileno()).st_size
-        if found != self.header.file_bytes:
-            raise TruncatedFileError(f"{self.header.path}: expected {self.header.file_bytes} bytes, found {found}: it changed meanwhile")
-        copied = info.nbytes < SMALL_BYTES or info.start % dtype.itemsize
+        self._check_size()
+        copied = not mapped or info.nbytes < SMALL_BYTES or info.start % dtype.itemsize
         buffer, offset = self._copied(info) if copied else self._mapped(info)
         return torch.frombuffer(buffer, dtype=dtype, count=info.nbytes // dtype.itemsize, offset=offset).reshape(info.shape)
 
@@ -72,21 +76,34 @@ class TensorFile:
         row_bytes = info.nbytes // info.shape[0]
         buffer = bytearray(row_bytes * len(rows))
         view = memoryview(buffer)
-        with self._lock:
-            for number, row in enumerate(rows):
-                self._file.seek(info.start + row * row_bytes)
-                if self._file.readinto(view[number * row_bytes : (number + 1) * row_bytes]) != row_bytes:
-                    raise TruncatedFileError(f"{self.header.path}: row {row} of {quoted(name)} is cut off: it changed meanwhile")
+        places = [(view[number * row_bytes : (number + 1) * row_bytes], info.start + row * row_bytes) for number, row in enumerate(rows)]
+        for row, count in zip(rows, self._fill(places, name), strict=True):
+            if count != row_bytes:
+                raise TruncatedFileError(f"{self.header.path}: row {row} of {quoted(name)} is cut off: it changed meanwhile")
         return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).reshape(len(rows), *info.shape[1:])
 
+    def _check_size(self) -> None:
+        try:
+            found = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if found != self.header.file_bytes:
+            raise TruncatedFileError(f"{self.header.path}: expected {self.header.file_bytes} bytes, found {found}: it changed meanwhile")
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"cannot read {self.header.path}: {error.strerror or error}")
+
     def _copied(self, info: TensorInfo) -> tuple[bytearray, int]:
-        buffer = bytearray(info.nbytes)
-        with self._lock:
-            self._file.seek(info.start)
-            count = self._file.readinto(buffer)
+        buffer = bytearray(info.nbytes + ALIGNMENT)
+        start = -torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % ALIGNMENT
+        (count,) = self._fill([(memoryview(buffer)[start : start + info.nbytes], info.start)], info.name)
         if count != info.nbytes:
             raise TruncatedFileError(f"{self.header.path}: expected {info.nbytes} bytes of {quoted(info.name)}, found {count}")
-        return buffer, 0
+        return buffer, start
+
+    def _fill(self, places: Sequence[tuple[memoryview, int]], name: str) -> list[int]:
+        """places: (target, offset); returns how many bytes came: fewer than wanted where the file ends."""
+        return read_ranges(self._file.fileno(), places, self.header.path, quoted(name), self._seeking)
 
     def _mapped(self, info: TensorInfo) -> tuple[mmap.mmap, int]:
         begin = info.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY

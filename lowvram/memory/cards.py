@@ -16,7 +16,7 @@ from lowvram.errors import UsageError
 from lowvram.memory.profile import GIVEN, PINNED_SHARE, TABLE, MachineProfile
 
 GIB = 2**30
-# Whose times are predicted where nobody names a card and none was measured.
+# Whose times are predicted where nobody names a card and none was measured (`card_with`).
 REFERENCE_CARD = "RTX 4090"
 # Host to device, bytes per second and lane from pinned memory: 12, 25 and 50 GB/s over 16 lanes (kernels 5).
 LANE_BYTES_S = {2: 0.375e9, 3: 0.75e9, 4: 1.5625e9, 5: 3.125e9}
@@ -166,11 +166,20 @@ def find_card(name: str) -> Card:
     raise UsageError(f"no card {name!r} in the table: use {_listed(near or CARDS)}")
 
 
+def card_with(vram_bytes: int) -> Card:
+    """`REFERENCE_CARD` where it has this much VRAM, else the smallest card that has, else the largest of the table."""
+    having = [card for card in CARDS if card.vram_bytes >= vram_bytes]
+    reference = find_card(REFERENCE_CARD)
+    if reference in having:
+        return reference
+    return min(having, key=lambda card: card.vram_bytes) if having else max(CARDS, key=lambda card: card.vram_bytes)
+
+
 def parse_link(text: str) -> float:
-    """`PCIe 4.0 x16` (or `4.0x8`, `gen3 x16`) or a speed such as `12GB` or `12GB/s` -> bytes per second. Raises `UsageError`."""
+    """A link: `PCIe 4.0 x16` (or `4.0x8`, `gen3 x16`) or a speed such as `12GB` or `12GB/s` -> bytes per second. Raises `UsageError`."""
     match = re.fullmatch(r"\s*(?:pcie|pci-e|gen)?\s*(?:gen)?\s*(\d)(?:\.0)?\s*x\s*(\d+)\s*", text.lower())
     if match is None:
-        return parse_speed(text)
+        return _speed(text, 'name a link like "PCIe 4.0 x8", or its speed like 12GB, what it carries in a second')
     generation, lanes = int(match[1]), int(match[2])
     if generation not in LANE_BYTES_S or lanes not in (1, 2, 4, 8, 16):
         known = ", ".join(f"{number}.0" for number in LANE_BYTES_S)
@@ -179,14 +188,18 @@ def parse_link(text: str) -> float:
 
 
 def parse_speed(text: str) -> float:
-    """`3.5GB` or `3.5 GB/s` -> bytes per second. Raises `UsageError`."""
+    """A disk: `3.5GB` or `3.5 GB/s` -> bytes per second. Raises `UsageError`."""
+    return _speed(text, "write it like 3.5GB, what the disk reads in a second")
+
+
+def _speed(text: str, advice: str) -> float:
     amount = re.sub(r"\s*(/\s*s|ps)\s*$", "", text.strip(), flags=re.IGNORECASE)
     try:
         speed = parse_bytes(amount)
     except UsageError as error:
-        raise UsageError(f'cannot read the speed {text!r}: write it like 3.5GB, or a link like "PCIe 4.0 x8"') from error
+        raise UsageError(f"cannot read the speed {text!r}: {advice}") from error
     if speed < 1:
-        raise UsageError(f"a speed of {text!r} is none")
+        raise UsageError(f"a speed of {text!r} is none: {advice}")
     return float(speed)
 
 

@@ -12,8 +12,9 @@ import torch
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory.heap import trim_heap
 
-# What messages of drivers, allocators and libraries say. A cuBLAS that "is not initialized" is one that found no room for its handle.
-SIGNS = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+# What messages of drivers, allocators and libraries say. A cuBLAS that "is not initialized" is one that found no room for its handle; cuDNN
+# finds no "engine" for a convolution where none of its algorithms got its workspace.
+SIGNS = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "unable to find an engine")
 
 
 @contextmanager

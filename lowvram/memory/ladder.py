@@ -1,6 +1,7 @@
 """What a run gives up, rung by rung, when other programs take memory that its plan counts on: arithmetic from one plan to the next.
 
-No rung changes a bit of the video: residency, slots, chunks, shared visits and RAM buffers are the planner's to choose.
+In the quantized formats no rung changes a bit of the video: residency, slots, chunks, shared visits and RAM buffers are the planner's to
+choose. In the unquantized ones libraries pick their products by the length of a chunk.
 """
 
 from __future__ import annotations
@@ -38,15 +39,21 @@ class Ladder:
 
     def down(self, short: str) -> Rung | None:
         """The next rung that needs less of the budget `short` and more of none; None at the foot."""
-        for budget in self._order[short]:
-            for smaller in self._rungs[budget]:
-                proposed = smaller(self.plan.choice, self.plan.num_blocks)
-                if proposed is None:
-                    continue
-                plan = self._describe(proposed[0])
-                if _needs(plan, budget) < _needs(self.plan, budget) and all(_needs(plan, b) <= _needs(self.plan, b) for b in (VRAM, RAM)):
-                    self.plan = plan
-                    return Rung(plan, proposed[1])
+        return next(filter(None, map(self._next, self._order[short])), None)
+
+    def less_cache(self) -> Rung | None:
+        """The next rung that gives up blocks kept in RAM and nothing else; None where no more are kept."""
+        return self._next(RAM)
+
+    def _next(self, budget: str) -> Rung | None:
+        for smaller in self._rungs[budget]:
+            proposed = smaller(self.plan.choice, self.plan.num_blocks)
+            if proposed is None:
+                continue
+            plan = self._describe(proposed[0])
+            if _needs(plan, budget) < _needs(self.plan, budget) and all(_needs(plan, b) <= _needs(self.plan, b) for b in (VRAM, RAM)):
+                self.plan = plan
+                return Rung(plan, proposed[1])
         return None
 
 

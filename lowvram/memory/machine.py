@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import logging
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ from typing import Any
 
 from lowvram.memory.limits import cpu_count, host_memory
 
-DISK_PROBE_BYTES = 64 << 20
+logger = logging.getLogger(__name__)
 LINK_PROBE_BYTES = 256 << 20
 NVML = "nvml.dll" if platform.system() == "Windows" else "libnvidia-ml.so.1"
 MOST_CONTEXT_BYTES = 3 << 30  # what grows by more than this is another program
@@ -56,8 +57,13 @@ class Machine:
         return asdict(self)
 
 
-def probe_machine(folder: Path | None = None, *, measure: bool = False) -> Machine:
-    """Asks the machine; with `measure` also reads a small file in `folder` and copies to the GPU, about a second in all."""
+def probe_machine(
+    folder: Path | None = None, *, measure: bool = False, disk_speed: Callable[[Path], float | None] | None = None
+) -> Machine:
+    """Asks the machine; with `measure` also copies to the GPU, and has `disk_speed` read in `folder`: about a second in all.
+
+    disk_speed: bytes per second of the disk of a folder, or None where it cannot be told; `streaming.read_speed` reads as a run does.
+    """
     memory = host_memory()
     gpu, gpu_reason = find_gpu(measure)
     triton_reason = why_triton_fails(gpu is not None)
@@ -71,7 +77,7 @@ def probe_machine(folder: Path | None = None, *, measure: bool = False) -> Machi
         gpu=gpu,
         gpu_reason=gpu_reason,
         disk_free_bytes=disk_free(folder) if folder else None,
-        disk_read_bytes_s=disk_read_speed(folder) if folder and measure else None,
+        disk_read_bytes_s=disk_speed(folder) if folder and measure and disk_speed else None,
         triton_works=not triton_reason,
         triton_reason=triton_reason,
         versions={name: _version(name) for name in PACKAGES},
@@ -91,11 +97,11 @@ def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
     try:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         free, total = torch.cuda.mem_get_info()
-        link = _link_speed() if measure else None
     except RuntimeError as error:  # a broken driver, or no memory left on the device
         return None, f"the GPU does not answer: {_one_line(error)}"
     capability = (int(properties.major), int(properties.minor))
     architecture = str(getattr(properties, "gcnArchName", "")).split(":")[0] if torch.version.hip else f"sm_{capability[0]}{capability[1]}"
+    link = _link_speed_if_it_can_be_measured() if measure else None
     return Gpu(str(properties.name), int(total), int(free), capability, architecture, link), ""
 
 
@@ -123,32 +129,13 @@ def disk_free(folder: Path) -> int | None:
         return None
 
 
-def disk_read_speed(folder: Path) -> float | None:
-    """Sequential bytes per second of one read past the page cache; None where it cannot be bypassed or `folder` not written."""
-    if not hasattr(os, "posix_fadvise"):
-        return None
-    place = folder / f".lowvram-probe-{os.getpid()}"
+def _link_speed_if_it_can_be_measured() -> float | None:
+    """None where pages cannot be locked or the device has no room left: that makes the GPU no less of one."""
     try:
-        return _timed_read(place)
-    except OSError:
+        return _link_speed()
+    except RuntimeError as error:
+        logger.warning("the speed of the link to the GPU could not be measured: %s", _one_line(error))
         return None
-    finally:
-        place.unlink(missing_ok=True)
-
-
-def _timed_read(place: Path) -> float:
-    piece = os.urandom(1 << 20)
-    with place.open("xb", buffering=0) as file:
-        for _ in range(DISK_PROBE_BYTES >> 20):
-            file.write(piece)
-        os.fsync(file.fileno())
-    buffer = bytearray(8 << 20)
-    with place.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        start, count = time.perf_counter(), 0
-        while got := file.readinto(buffer):
-            count += got
-        return count / max(time.perf_counter() - start, 1e-9)
 
 
 def _link_speed() -> float:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lowvram.config import format_bytes
 from lowvram.errors import LowvramError
 from lowvram.memory.cards import DISK_BYTES_S
 from lowvram.memory.limits import host_memory
-from lowvram.memory.machine import disk_read_speed, find_gpu
+from lowvram.memory.machine import find_gpu
 from lowvram.memory.profile import MEASURED, PINNED_SHARE, TABLE, MachineProfile, ProfileKey, any_profile, load_profile, save_profile
+
+logger = logging.getLogger(__name__)
 
 HEAD_DIM = 128
 REPEATS, WARM_UP = 5, 2
@@ -36,8 +40,8 @@ class ProbeShape:
     pixels: int
 
 
-# On a GPU the shapes of an A14B block; on a CPU, whose references are for the small demo model, some hundredths of a second each.
-SHAPES = {"cuda": ProbeShape(8192, 5120, 32768, 96, 4, 256), "cpu": ProbeShape(256, 512, 512, 32, 4, 32)}
+# On a GPU the shapes of an A14B block. On a CPU what takes some seconds in all; smaller ones would show what each call costs, not the rate.
+SHAPES = {"cuda": ProbeShape(8192, 5120, 32768, 96, 4, 256), "cpu": ProbeShape(256, 2048, 1024, 96, 4, 64)}
 
 
 def machine_key(device: str) -> ProfileKey:
@@ -60,12 +64,26 @@ def this_machine(device: str) -> MachineProfile | None:
     return load_profile(machine_key(device))
 
 
+def on_disk_of(folder: Path, profile: MachineProfile) -> MachineProfile:
+    """The profile for a model in `folder`: itself where that lies on the disk that was measured, else with the table's rate for the disk,
+    marked as such, and a warning. What `sources` calls "given", or no measurement, stays as it is.
+    """
+    if profile.sources.get("disk_bytes_s") != MEASURED or _same_disk(Path(profile.disk_folder), folder):
+        return profile
+    logger.warning(
+        "%s is not on the disk that was measured (that of %s): %s/s is assumed of it; run `lowvram doctor --path %s` to measure it",
+        *(folder, profile.disk_folder, format_bytes(DISK_BYTES_S), folder),
+    )
+    return replace(profile, disk_bytes_s=DISK_BYTES_S, disk_folder="", sources={**profile.sources, "disk_bytes_s": TABLE})
+
+
 def machine_profile(
     folder: Path, *, refresh: bool = False, link_bytes_s: float | None = None, disk_bytes_s: float | None = None
 ) -> tuple[MachineProfile, bool]:
     """(profile, whether it was measured now): the cached one, else measured and cached. The disk is that of `folder`.
 
-    A cached profile counts only where its disk is that of `folder` too. Raises `LowvramError` where something cannot be measured.
+    disk_bytes_s: what `streaming.read_speed` measured there; None takes the table's rate, and `sources` says so. A cached profile counts
+    only where its disk is that of `folder` too. Raises `LowvramError` where something cannot be measured.
     """
     device = "cuda" if find_gpu()[0] is not None else "cpu"
     key = machine_key(device)
@@ -74,7 +92,7 @@ def machine_profile(
         return cached, False
     try:
         profile = measure_profile(device, folder, link_bytes_s, disk_bytes_s)
-    except (RuntimeError, ValueError, OSError) as error:  # no memory left on the device, a kernel that does not compile
+    except Exception as error:  # no memory left on the device; a kernel that does not compile raises errors of its own kind
         reason = " ".join(str(error).split())[:300]
         raise LowvramError(f"the speeds of {key.gpu} cannot be measured: {reason}") from error
     save_profile(profile, key)
@@ -82,22 +100,28 @@ def machine_profile(
 
 
 def measure_profile(device: str, folder: Path, link_bytes_s: float | None = None, disk_bytes_s: float | None = None) -> MachineProfile:
-    """Measures everything on `device`; link and disk are taken over where the caller has measured them. Raises what torch raises."""
-    gpu, _ = find_gpu(measure=link_bytes_s is None) if device == "cuda" else (None, "")
+    """Measures everything on `device` but the disk, whose rate is the caller's, else the table's, and the link where the caller has it.
+
+    Raises what torch raises.
+    """
+    gpu, missing = find_gpu(measure=link_bytes_s is None) if device == "cuda" else (None, "")
+    if missing:
+        raise LowvramError(missing)
     memory = host_memory()
     host_copy = _host_copy_speed()
     link = link_bytes_s or (gpu.link_bytes_s if gpu else None) or host_copy
-    disk = disk_bytes_s or disk_read_speed(folder)
-    rates = _Probe(device, SHAPES[device]).rates()
+    rates = _Probe(device, _probe_shape(device)).rates()
     sources = dict.fromkeys(
         (*rates, "link_bytes_s", "host_copy_bytes_s", "vram_total_bytes", "vram_free_bytes", "ram_total_bytes"), MEASURED
     )
-    sources |= {"disk_bytes_s": MEASURED if disk else TABLE, "pinned_limit_bytes": TABLE}
+    if device == "cuda" and link == host_copy:
+        sources["link_bytes_s"] = TABLE
+    sources |= {"disk_bytes_s": MEASURED if disk_bytes_s else TABLE, "pinned_limit_bytes": TABLE}
     return MachineProfile(
         name=gpu.name if gpu else f"CPU ({platform.machine()})",
         device=device,
         link_bytes_s=link,
-        disk_bytes_s=disk or DISK_BYTES_S,
+        disk_bytes_s=disk_bytes_s or DISK_BYTES_S,
         host_copy_bytes_s=host_copy,
         vram_total_bytes=gpu.total_bytes if gpu else memory.total_bytes,
         vram_free_bytes=gpu.free_bytes if gpu else memory.free_bytes,
@@ -107,6 +131,17 @@ def measure_profile(device: str, folder: Path, link_bytes_s: float | None = None
         sources=sources,
         **rates,
     )
+
+
+def _probe_shape(device: str) -> ProbeShape:
+    """On a GPU that no kernel is for, the references would take minutes for what kernels do in milliseconds."""
+    if device == "cuda":
+        import torch
+        from lowvram_kernels.constraints import refused_gpu
+
+        if refused_gpu(torch.device("cuda")) is not None:
+            return SHAPES["cpu"]
+    return SHAPES[device]
 
 
 class _Probe:

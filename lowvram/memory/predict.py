@@ -14,9 +14,10 @@ from lowvram.memory.workspace import element_bytes
 
 # Rows of a GEMM's and queries of attention's tile: a chunk that ends inside one computes the rest of it in vain.
 TILE_ROWS = 128
-# Kernels that a block starts for every chunk of tokens, and once per visit for the text.
-LAUNCHES_PER_CHUNK = 20
-LAUNCHES_PER_VISIT = 12
+# Kernels that a quantized block starts for every chunk of tokens, and once per visit: the ops, and what torch computes between them, above
+# all the angles of a chunk's tokens, twice. A test counts them.
+LAUNCHES_PER_CHUNK = 46
+LAUNCHES_PER_VISIT = 47
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Prediction:
     """Seconds that a plan is predicted to take, by phase and in parts. Writing the file is not predicted.
 
     basis: whether the rates behind it were "measured" on this machine or come from the "table" of cards. block_s: computing one block for
-    one guidance branch; step_s: a denoising step between the first and the last of its expert; compute_step_s: the same if every block
-    were resident, and compute_s that of all steps; switch_stall_s: what the expert switch adds.
+    one guidance branch in the plan's chunks; step_s: a denoising step between the first and the last of its expert; compute_step_s: what
+    computing alone takes of it, as if every block were there when it is wanted, and compute_s that of all steps; resident_step_s: the step
+    that a budget without limit gives, every block resident and chunks as long as they get; switch_stall_s: what the expert switch adds.
     The bytes are those of the denoising phase, by hop.
     """
 
@@ -35,6 +37,7 @@ class Prediction:
     step_s: float
     compute_step_s: float
     compute_s: float
+    resident_step_s: float
     switch_stall_s: float
     text_s: float
     conditioning_s: float
@@ -54,8 +57,10 @@ class Prediction:
 
     @property
     def overhead(self) -> float:
-        """How much longer a step takes than if every block were resident, as a share: 0 where streaming is hidden."""
-        return max(0.0, self.step_s / self.compute_step_s - 1)
+        """What the budgets cost: how much longer a step takes than `resident_step_s`, as a share. 0 where streaming is hidden and chunks
+        are long; what waiting alone costs is `step_s / compute_step_s - 1`.
+        """
+        return max(0.0, self.step_s / self.resident_step_s - 1)
 
     def to_dict(self) -> dict[str, Any]:
         phases = {f"{name}_s": getattr(self, f"{name}_s") for name in self.phase_s}
@@ -66,6 +71,7 @@ class Prediction:
             "step_s",
             "compute_step_s",
             "compute_s",
+            "resident_step_s",
             "switch_stall_s",
             "read_bytes",
             "host_copy_bytes",

@@ -79,9 +79,8 @@ def check_folder(path: Path) -> None:
         raise UsageError(f"{path} is not a folder that can be looked at: give --path one that exists")
 
 
-def doctor_report(path: Path, machine: Machine | None = None, speeds: Speeds | None = None) -> dict[str, Any]:
+def doctor_report(path: Path, machine: Machine, speeds: Speeds | None = None) -> dict[str, Any]:
     """{"ok": nothing is missing, "findings": […], "machine": {…}, "profile": {…} or None}; disk room and speed are those of `path`."""
-    machine = machine or probe_machine(path, measure=True)
     findings = [_gpu(machine), _triton(machine), _ram(machine), _disk_room(machine, path), _disk_speed(machine)]
     findings += [_speeds(speeds)] if speeds else []
     findings += [_packages(machine), _encoder()]

@@ -18,7 +18,7 @@ from lowvram.errors import OutputError, UsageError
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 MEASURED, TABLE, GIVEN = "measured", "table", "given"
 # No more of the host's memory is page-locked: the system cannot take such pages back when it runs short.
 PINNED_SHARE = 0.5

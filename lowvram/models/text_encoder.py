@@ -46,11 +46,16 @@ class TextEncoder:
         self._device = device
 
     def encode(
-        self, prompts: Sequence[Sequence[int]], embed: Callable[[Sequence[int]], Tensor], final_norm: Tensor, streamer: Streamer
+        self,
+        prompts: Sequence[Sequence[int]],
+        embed: Callable[[Sequence[int]], Tensor],
+        final_norm: Tensor,
+        streamer: Streamer,
+        after_block: Callable[[int], None] = lambda done: None,
     ) -> list[Tensor]:
         """Token ids without padding -> features, one [L, d_model] per prompt; padding would change nothing (spec 3.3).
 
-        embed: the rows [L, d_model] of the token embedding, 2 GB as a whole, that have these numbers.
+        embed: the rows [L, d_model] of the token embedding, 2 GB as a whole, that have these numbers; after_block: told how many are done.
         Raises `CheckpointError` for ids past its end.
         """
         known = self._config.vocab_size
@@ -62,6 +67,7 @@ class TextEncoder:
         for index in range(self._config.num_layers):
             with streamer.block("text_encoder", index) as block:
                 streams = [self._run_block(block, x, bucket) for x, bucket in zip(streams, buckets, strict=True)]
+            after_block(index + 1)
         return [rms_norm(x, final_norm.to(self._device), self._config.eps) for x in streams]
 
     def _linear(self, block: BlockView, name: str, x: Tensor) -> Tensor:

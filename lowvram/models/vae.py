@@ -29,20 +29,30 @@ Progress = Callable[[int, int], None]
 
 
 class WanVAE:
-    """The decoder of one store. `read(name)` gives a tensor by its official name; only the decoder is read and goes to the device."""
+    """The decoder of one store. `read(name)` gives a tensor by its official name; only the decoder is read and goes to the device.
 
-    def __init__(self, config: VAEConfig, tensors: Mapping[str, object], read: Callable[[str], Tensor], device: torch.device) -> None:
+    lean: each module's weights are read when it runs and dropped behind it, at every frame of every tile. It changes no bit.
+    """
+
+    def __init__(
+        self, config: VAEConfig, tensors: Mapping[str, object], read: Callable[[str], Tensor], device: torch.device, lean: bool = False
+    ) -> None:
         self._config = config
         self._device = device
         model = _build(config)
-        state = {}
+        names = {}  # diffusers' -> official
         for name in tensors:
             target = diffusers_vae_from_official(name, config)
             if target is None:
                 raise CheckpointError(f"the VAE holds {name}, which no Wan VAE has: quantize the model again")
             if target.startswith(("decoder.", "post_quant_conv.")):
-                state[target] = read(name).to(device)
-        model.load_state_dict(state, assign=True, strict=False)
+                names[target] = name
+        if lean:
+            for prefix, module in model.named_modules():
+                parameters = [name for name, _ in module.named_parameters(recurse=False) if f"{prefix}.{name}" in names]
+                _read_when_it_runs(module, {name: names[f"{prefix}.{name}"] for name in parameters}, lambda name: read(name).to(device))
+        else:
+            model.load_state_dict({target: read(name).to(device) for target, name in names.items()}, assign=True, strict=False)
         self._decoder, self._post_quant = model.decoder, model.post_quant_conv
         self._convolutions = sum(type(module).__name__ == "WanCausalConv3d" for module in self._decoder.modules())
         self._mean, self._std = (torch.tensor(getattr(model.config, name)).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
@@ -128,6 +138,23 @@ def _fade(length: int, overlap: int) -> Tensor:
     position = torch.arange(length, dtype=torch.float32) + 0.5
     inward = torch.minimum(position, length - position) - VAE_TILE_MARGIN_PIXELS
     return inward.div(overlap - 2 * VAE_TILE_MARGIN_PIXELS).clamp(SMALLEST_WEIGHT, 1)
+
+
+def _read_when_it_runs(module: torch.nn.Module, names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
+    """names: the module's own parameters, all on the meta device -> what `read` knows them by."""
+    absent = {parameter: getattr(module, parameter) for parameter in names}
+
+    def fetch(module: torch.nn.Module, inputs: Any) -> None:
+        for parameter, name in names.items():
+            setattr(module, parameter, torch.nn.Parameter(read(name), requires_grad=False))
+
+    def drop(module: torch.nn.Module, inputs: Any, result: Any) -> None:
+        for parameter, empty in absent.items():
+            setattr(module, parameter, empty)
+
+    if names:
+        module.register_forward_pre_hook(fetch)
+        module.register_forward_hook(drop)
 
 
 def _build(config: VAEConfig) -> Any:

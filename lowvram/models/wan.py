@@ -17,8 +17,7 @@ from lowvram.memory.workspace import QUANTIZED_FORMATS, SMOOTHING_TOKENS
 from lowvram.models.linear import fixed_rows_linear
 from lowvram.models.numerics import AttentionMemory, Heads, Rope, make_numerics, mean_key
 from lowvram.models.rope import RopeTable
-from lowvram.streaming.block import BlockView
-from lowvram.streaming.streamer import Streamer
+from lowvram.streaming.block import Blocks, BlockView
 
 
 class Reader(Protocol):
@@ -116,7 +115,7 @@ class WanTransformer:
         step: int,
         conditioning: Conditioning,
         ends: Ends,
-        streamer: Streamer,
+        streamer: Blocks,
         expert: str,
         after_block: Callable[[int, Tensor], None] | None = None,
     ) -> list[Tensor]:

@@ -13,7 +13,7 @@ from lowvram.errors import NumericsError
 from lowvram.models.wan import Conditioning, Ends, WanTransformer
 from lowvram.sampling.schedule import Schedule, expert_of
 from lowvram.sampling.solvers import Solver
-from lowvram.streaming.streamer import Streamer
+from lowvram.streaming.block import Blocks
 from lowvram.streaming.visits import BlockId
 
 # The residual stream is watched at this many tokens per block: attention spreads a NaN to all of them.
@@ -58,7 +58,7 @@ def guided(velocities: list[Tensor], scale: float) -> Tensor:
 def denoise(
     model: WanTransformer,
     experts: Mapping[str, Expert],
-    streamer: Streamer,
+    streamer: Blocks,
     schedule: Schedule,
     solver: Solver,
     request: Request,

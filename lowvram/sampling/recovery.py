@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from time import monotonic
 
 from torch import Tensor
 
@@ -12,16 +13,19 @@ from lowvram.config import format_bytes
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory.arena import Arena
 from lowvram.memory.exhaustion import as_out_of_memory, hand_back
-from lowvram.memory.ladder import RAM, Ladder
+from lowvram.memory.ladder import Ladder
 from lowvram.memory.limits import host_memory
 from lowvram.models.wan import WanTransformer
 from lowvram.run import Run
 from lowvram.sampling.denoise import Expert, block_schedule, denoise
 from lowvram.sampling.schedule import Schedule
 from lowvram.sampling.solvers import Solver
+from lowvram.streaming.block import BlockView
 from lowvram.streaming.stream import Buffers
+from lowvram.streaming.visits import BlockId
 
 LOW_RAM_BYTES = 256 * 2**20  # with less than this free on the machine, a run hands back the blocks that it keeps in RAM
+FREE_RAM_PERIOD_S = 2.0  # how often that is looked at, between two blocks: at 720p a block of A14B takes about as long on a small card
 OnStep = Callable[[int, Tensor], None]
 _log = logging.getLogger(__name__)
 
@@ -31,42 +35,104 @@ def denoise_within_budgets(
 ) -> Tensor:
     """The loop's remaining steps, down the ladder of plans as often as memory is short; the latents are the same by every way.
 
-    Raises `OutOfMemoryError` naming the step at the ladder's foot.
+    A step that does not fit at the ladder's foot is tried once more; then `OutOfMemoryError` names it. `on_step` that runs out of memory
+    is asked again, and its step is not computed again.
     """
     ladder = Ladder(run.plan, run.describe, shared=run.device.type == "cpu")
-    state = solver.state_dict()
+    state, told, again = solver.state_dict(), solver.index, ""
     hand_back(run.device)
 
     def keep(finished: int, current: Tensor) -> None:
         nonlocal latents, state
         latents, state = current, solver.state_dict()
-        on_step(finished, current)
-        if finished < schedule.steps and ladder.plan.choice.host_blocks and host_memory().free_bytes < LOW_RAM_BYTES:
-            raise OutOfMemoryError(f"less than {format_bytes(LOW_RAM_BYTES)} of RAM is free on this machine", RAM)
+        tell()
+
+    def tell() -> None:
+        nonlocal told
+        on_step(solver.index, latents)
+        told = solver.index
 
     while True:
         try:
             with as_out_of_memory():
-                return _attempt(run, experts, schedule, solver, latents, keep)
+                if told < solver.index:
+                    tell()
+                return _attempt(run, ladder, experts, schedule, solver, latents, keep) if solver.index < schedule.steps else latents
         except OutOfMemoryError as error:
             short, failure = error.budget, str(error)
         hand_back(run.device)
         solver.load_state_dict(state)
+        where = f"step {solver.index + 1}" if told == solver.index else f"saving step {solver.index}"
         rung = ladder.down(short)
+        if rung is None and again == where:
+            raise run.exhausted("denoise", f"{where} of {schedule.steps}", short, failure)
         if rung is None:
-            raise run.exhausted(f"step {solver.index + 1} of {schedule.steps}", short, failure)
+            again = where  # whoever took the memory may have given it back
         _log.warning(
-            "out of %s in step %d of %d (%s): going on from step %d with %s; the video stays the same",
-            short, solver.index + 1, schedule.steps, failure, solver.index, rung.gives_up,
+            "out of %s in %s of %d (%s): going on from step %d with %s; the video stays the same",
+            short, where, schedule.steps, failure, solver.index, rung.gives_up if rung else "the same plan once more",
         )  # fmt: skip
-        run.go_on_with(rung.plan)
+        if rung is not None:
+            run.go_on_with(rung.plan)
 
 
-def _attempt(run: Run, experts: Mapping[str, Expert], schedule: Schedule, solver: Solver, latents: Tensor, on_step: OnStep) -> Tensor:
+def _attempt(
+    run: Run, ladder: Ladder, experts: Mapping[str, Expert], schedule: Schedule, solver: Solver, latents: Tensor, on_step: OnStep
+) -> Tensor:
     """The remaining steps under the run's plan; its memory is handed back however it ends."""
     plan, choice, config = run.plan, run.plan.choice, run.store.config.dit
     blocks = block_schedule(schedule, run.request, plan.num_blocks, choice.joint_guidance, solver.index)
-    slots = choice.resident_blocks, choice.ring_slots, choice.host_blocks, plan.staging_buffers, choice.pinned_blocks
-    with run.stream(blocks, Buffers(plan.slot_bytes, *slots)) as streamer, closing(Arena(plan.workspace, run.vram, run.device)) as arena:
+    with closing(_RelievedBlocks(run, ladder, blocks)) as streamer, closing(Arena(plan.workspace, run.vram, run.device)) as arena:
         model = WanTransformer(config, run.store.format, run.shape, choice, arena, run.device)
         return denoise(model, experts, streamer, schedule, solver, run.request, latents, on_step)
+
+
+class _RelievedBlocks:
+    """The blocks of `schedule`. Where the machine runs out of RAM, those kept there are handed back between two visits.
+
+    The arena stays, so nothing that a step has computed is lost or computed again: the blocks on the device and on their way are read
+    from the disk once more.
+    """
+
+    def __init__(self, run: Run, ladder: Ladder, schedule: Sequence[BlockId]) -> None:
+        self._run, self._ladder, self._schedule = run, ladder, schedule
+        self._visited = 0
+        self._looked = monotonic()
+        self._open()
+
+    @contextmanager
+    def block(self, component: str, index: int) -> Iterator[BlockView]:
+        if self._run.plan.choice.host_blocks and monotonic() - self._looked >= FREE_RAM_PERIOD_S:
+            self._relieve()
+        with self._streamer.block(component, index) as view:
+            yield view
+        view.close()  # the computation's frame still names it when the next block is asked for, and the slots may be handed back there
+        self._visited += 1
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _open(self) -> None:
+        plan, choice = self._run.plan, self._run.plan.choice
+        slots = choice.resident_blocks, choice.ring_slots, choice.host_blocks, plan.staging_buffers, choice.pinned_blocks
+        self._stream = ExitStack()
+        self._streamer = self._stream.enter_context(self._run.stream(self._schedule[self._visited :], Buffers(plan.slot_bytes, *slots)))
+
+    def _relieve(self) -> None:
+        """Goes on with fewer blocks in RAM where other programs have left too little of it."""
+        free_bytes = host_memory().free_bytes
+        self._looked = monotonic()
+        if free_bytes >= LOW_RAM_BYTES:
+            return
+        rung = self._ladder.less_cache()
+        if rung is None:
+            return
+        _log.warning(
+            "%s of RAM is free on this machine, less than %s: going on with %s; nothing is computed again, the video stays the same",
+            format_bytes(free_bytes), format_bytes(LOW_RAM_BYTES), rung.gives_up,
+        )  # fmt: skip
+        self._stream.close()
+        del self._streamer  # it holds on to the slots
+        hand_back(self._run.device)
+        self._run.go_on_with(rung.plan)
+        self._open()

@@ -6,13 +6,14 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lowvram.checkpoint.tensors import TensorFile
 from lowvram.config import Request
 from lowvram.disk import replace_file
-from lowvram.errors import ResumeError
+from lowvram.errors import CheckpointError, OutOfMemoryError, ResumeError
+from lowvram.memory.exhaustion import as_out_of_memory
 
 FORMAT_VERSION = "2"
 
@@ -51,26 +52,39 @@ def save_state(path: Path, state: RunState) -> None:
 
 def load_state(path: Path, request: Request, model: str, attention_values: str) -> RunState:
     """Raises `ResumeError` where there is nothing to resume, or where it was begun with another request, model or arithmetic: the
-    message names both values.
+    message names both values. `OutOfMemoryError` and a file that the disk does not give say nothing about the state, which stays as it is.
     """
     if not path.is_file():
         raise ResumeError(f"nothing to resume: {path} does not exist; run without --resume")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        with as_out_of_memory():
+            metadata, tensors = _read(path)
         version = metadata["lowvram_state"]
         if version != FORMAT_VERSION:
             raise ResumeError(f"{path} is of state version {version}, this is version {FORMAT_VERSION}: remove it and run without --resume")
         saved = {name: metadata[name] for name in ("model", "attention_values")} | asdict(Request(**json.loads(metadata["request"])))
         step, latents = int(metadata["step"]), tensors.pop("latents")
-    except ResumeError:
+    except (ResumeError, OutOfMemoryError):
         raise
-    except Exception as error:  # safetensors raises its own bare exceptions
+    except OSError as error:
+        raise ResumeError(f"{path} cannot be read ({error.strerror or error}): it stays as it is; check the disk, then --resume") from error
+    except Exception as error:  # whatever a damaged file makes of its numbers and its JSON
         raise ResumeError(f"{path} is not the state of an interrupted run ({error}): remove it and run without --resume") from error
     _require_equal(path, saved, {"model": model, "attention_values": attention_values} | asdict(request))
     solver = {name.removeprefix("solver."): value for name, value in tensors.items()}
     return RunState(request, model, attention_values, step, latents, solver)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors. Raises `OSError` where the disk does not give them, `CheckpointError` where it is no such file."""
+    try:
+        with TensorFile(path) as file:
+            # Clones lie in torch's own memory, where all that a run holds is counted.
+            return file.header.metadata, {name: file.read(name, mapped=False).clone() for name in file.header.tensors}
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def _require_equal(path: Path, saved: dict[str, object], wanted: dict[str, object]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +35,10 @@ class BlockView:
         """Neighbouring tensors of equal trailing shape as one, stacked along their first dimension, no copy."""
         return self._span(names[0], names)
 
+    def close(self) -> None:
+        """Lets go of the slot, whoever still holds this view."""
+        self._data = self._data.new_empty(0)
+
     def _span(self, first: str, names: Sequence[str]) -> Tensor:
         dtype, shape, offset = self._tensors[first]
         rows, end = 0, offset
@@ -43,3 +49,10 @@ class BlockView:
             rows += other_shape[0]
             end += math.prod(other_shape) * dtype.itemsize
         return self._data[offset:end].view(dtype).view(rows, *shape[1:])
+
+
+class Blocks(Protocol):
+    """What gives the blocks of a schedule, one after the other."""
+
+    def block(self, component: str, index: int) -> AbstractContextManager[BlockView]:
+        """The next block of the schedule, ready to compute with until the context ends."""

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from lowvram.checkpoint.store_layout import component_layout
 from lowvram.config import EXPERTS, ModelConfig, latent_shape
-from lowvram.memory.plan import Choice, MemoryPlan
+from lowvram.memory.plan import CHUNK_TOKENS, Choice, MemoryPlan
 from lowvram.memory.predict import Prediction, block_seconds, decode_seconds, text_seconds
 from lowvram.memory.profile import MachineProfile
+from lowvram.memory.workspace import KEY_TILE
 from lowvram.streaming.simulate import Speeds, Timeline, simulate
 from lowvram.streaming.visits import BlockId, assign_slots
 
@@ -58,11 +59,10 @@ class Forecast:
 
     def __call__(self, plan: MemoryPlan) -> Prediction | None:
         """None where the machine's profile has no rate for the plan's format."""
-        key = plan.num_tokens, plan.choice.chunk_tokens
-        if key not in self._block_s:
-            self._block_s[key] = block_seconds(self._config.dit, self._format, *key, self._profile)
-        block_s = self._block_s[key]
-        if block_s is None:
+        block_s = self._block_seconds(plan.num_tokens, plan.choice.chunk_tokens)
+        longest_chunk = min(CHUNK_TOKENS[0], -(-plan.num_tokens // KEY_TILE) * KEY_TILE)
+        unbounded_s = self._block_seconds(plan.num_tokens, longest_chunk)
+        if block_s is None or unbounded_s is None:
             return None
         steps = [min(count, SIMULATED_STEPS) for count in self._steps]
         timeline, lengths = self._timeline(plan, block_s, steps)
@@ -84,6 +84,7 @@ class Forecast:
             compute_s=block_s
             * plan.num_blocks
             * sum(count * branches for count, branches in zip(self._steps, self._branches, strict=True)),
+            resident_step_s=unbounded_s * plan.num_blocks * self._branches[longest],
             switch_stall_s=switch_s,
             text_s=self._text_seconds(plan),
             conditioning_s=self._rest_bytes * (1 / self._profile.disk_bytes_s + 1 / self._profile.link_bytes_s),
@@ -93,6 +94,13 @@ class Forecast:
             host_copy_bytes=moved[1],
             link_bytes=moved[2],
         )
+
+    def _block_seconds(self, num_tokens: int, chunk_tokens: int) -> float | None:
+        """`predict.block_seconds`, computed once for each pair."""
+        key = num_tokens, chunk_tokens
+        if key not in self._block_s:
+            self._block_s[key] = block_seconds(self._config.dit, self._format, *key, self._profile)
+        return self._block_s[key]
 
     def _timeline(self, plan: MemoryPlan, block_s: float, steps: Sequence[int]) -> tuple[Timeline, list[int]]:
         """The first steps of each expert, and how many visits each of them makes."""

@@ -18,6 +18,7 @@ from lowvram.streaming.visits import NEVER, Visit
 
 # Hops of a visit: disk -> RAM, RAM -> staging, RAM -> device, and its computation.
 DISK, STAGE, LINK, COMPUTE = "disk", "stage", "link", "compute"
+WAIT_S = 0.5  # at a time: Windows hears Ctrl-C only between two waits
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Hops:
     def wait(self, hop: str, number: int) -> object | None:
         """Blocks until the hop was issued and returns its event. Raises its failure, or `Stopped`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or (hop, number) in self._over)
+            while not (self._stopped or (hop, number) in self._over):
+                self._changed.wait(WAIT_S)
             if self._stopped:
                 raise Stopped
             event = self._over[hop, number]

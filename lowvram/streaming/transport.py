@@ -83,9 +83,10 @@ class CudaTransport:
     staged = True
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._computing = torch.cuda.current_stream(device)
+        # The streamer's threads begin on device 0, where a call that does not name its device would make a context.
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._stream = torch.cuda.Stream(self._device)
+        self._computing = torch.cuda.current_stream(self._device)
 
     def pin(self, buffer: Tensor) -> bool:
         with torch.cuda.device(self._device):
@@ -113,7 +114,7 @@ class CudaTransport:
         staging.copy_(source)
 
     def copy(self, host: Tensor, slot: Tensor, after: object | None) -> torch.cuda.Event:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             if isinstance(after, torch.cuda.Event):
                 self._stream.wait_event(after)
             slot[: host.numel()].copy_(host, non_blocking=True)
@@ -132,7 +133,8 @@ class CudaTransport:
 
     def settle(self, event: object | None) -> None:
         if isinstance(event, torch.cuda.Event):
-            event.synchronize()
+            with torch.cuda.device(self._device):
+                event.synchronize()
 
 
 def make_transport(device: torch.device) -> Transport:

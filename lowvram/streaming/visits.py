@@ -47,6 +47,12 @@ def tiers(num_blocks: int, resident_blocks: int, host_blocks: int) -> tuple[list
     return [block for block in range(num_blocks) if block not in away], [block for block in travelling if block not in from_disk]
 
 
+def _locked_first(kept: list[int], pinned: int) -> list[int]:
+    """`kept` with those first that get page-locked buffers: spread as well, since the others take a copy more on their way."""
+    locked = {kept[place] for place in spread(min(pinned, len(kept)), len(kept))}
+    return sorted(kept, key=lambda block: block not in locked)
+
+
 def assign_slots(
     schedule: Iterable[BlockId],
     resident_blocks: int,
@@ -71,7 +77,8 @@ def assign_slots(
     blocks = list(schedule)
     num_blocks = max((index for _, index in blocks), default=-1) + 1
     residents, kept = tiers(num_blocks, min(resident_blocks, num_blocks), host_blocks)
-    slot_of, host_of = ({block: place for place, block in enumerate(tier)} for tier in (residents, kept))
+    slot_of = {block: place for place, block in enumerate(residents)}
+    host_of = dict(zip(_locked_first(kept, len(pinned)), sorted(range(len(kept)), key=lambda buffer: buffer not in pinned), strict=True))
     for number, block in enumerate(blocks):
         index = block[1]
         if index in slot_of:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +110,20 @@ def test_p15_a_run_lives_in_what_the_plan_grants(pipeline: Pipeline) -> None:
         assert run(pipeline, choice)[2] == expected
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_p17_budgets_change_no_byte_in_processes_of_their_own(pipeline: Pipeline, tmp_path: Path) -> None:
+    """The command line caps torch at the budget: a library that finds less room for its workspace must not pick another algorithm."""
+    smallest = run(pipeline, CHOICES["smallest"])[0].peak_vram_bytes
+    written = []
+    for number, vram in enumerate((smallest, 4 * smallest)):
+        out = tmp_path / f"{number}.mp4"
+        command = [sys.executable, "-m", "lowvram", "generate", str(pipeline.store.path), "--prompt", "a ball", "--out", str(out)]
+        command += ["--size", f"{SIZE[0]}x{SIZE[1]}", "--frames", str(FRAMES), "--steps", str(STEPS), "--no-prompt-cache"]
+        done = subprocess.run([*command, "--vram", f"{vram // 2**20 + 1}MiB"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        written.append(out.read_bytes())
+    assert written[0] == written[1]
 
 
 def test_p17_plans_give_the_same_frames_on_a_gpu(pipeline: Pipeline) -> None:

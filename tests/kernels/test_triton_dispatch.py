@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,38 @@ def test_the_product_of_attention_is_int8_unless_the_user_says_otherwise(monkeyp
     monkeypatch.setenv("LOWVRAM_PV", "fp4")
     with pytest.raises(UnsupportedError, match=r"LOWVRAM_PV=fp4 on .*: use one of int8, fp16, fp8"):
         tuning.pv_dtype(cpu)
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["a GPU without a row", "the reference is forced"])
+def test_p19_a_gpu_that_the_references_serve_takes_every_product(forced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> str:
+        raise UnsupportedError("compute capability 7.5 has no 8-bit tensor cores that Triton can use")
+
+    monkeypatch.setattr(tuning, "architecture", (lambda device: "sm_86") if forced else refuse)
+    monkeypatch.setenv("LOWVRAM_BACKEND", "reference" if forced else "")
+    for name, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        monkeypatch.setenv("LOWVRAM_PV", name)
+        assert tuning.pv_dtype(torch.device("cuda", 0)) == dtype
+
+
+def test_p19_a_triton_that_does_not_start_is_a_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C compiler, which it needs at its first launch."""
+
+    class Broken:
+        def get_current_target(self) -> None:
+            raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
+
+    monkeypatch.setitem(sys.modules, "triton.runtime", SimpleNamespace(driver=SimpleNamespace(active=Broken())))
+    monkeypatch.setattr(constraints, "no_triton", lambda: None)
+    monkeypatch.setattr(constraints, "_old_device", lambda index: None)
+    constraints.broken_triton.cache_clear()
+    try:
+        assert (
+            constraints.refused_gpu(torch.device("cuda", 0))
+            == "Triton does not start: Command '['gcc', 'main.c']' returned non-zero exit status 1."
+        )
+    finally:
+        constraints.broken_triton.cache_clear()
 
 
 def test_a_model_with_values_in_fp16_or_fp8_has_room_for_them_and_the_same_bits_in_every_chunk(

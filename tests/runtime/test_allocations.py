@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -135,19 +137,39 @@ def test_p15_every_phase_allocates_what_the_plan_says(case: str, tmp_path: Path,
     assert all(0.95 <= ratio <= 1 for ratio in ratios.values()), ratios
 
 
+def limited_run(store: Path, kind: str, share: float = 1.0) -> subprocess.CompletedProcess[str]:
+    """256x256 x 9 under a limit that the system enforces; `tests.runtime.limited` says which kinds there are."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.runtime.limited", str(store), "256", "256", "9", "256", kind, str(share)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "scripts")))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
+    if done.returncode == 3:
+        pytest.skip(f"no memory control group can be made here: {done.stderr.strip()}")
+    return done
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self and limits private memory")
-def test_p15_a_run_lives_within_a_limit_of_what_the_plan_says(tmp_path: Path) -> None:
-    """RLIMIT_DATA set to what the process held before and the plan's peak: the run survives, and no more was ever resident."""
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self and limits memory")
+@pytest.mark.parametrize("kind", ["private", "group"])
+def test_p15_a_run_lives_within_a_limit_of_what_the_plan_says(kind: str, tmp_path: Path) -> None:
+    """Held to what the process had before and the plan's peak: the run survives, and no more was ever resident."""
     with store_of(tmp_path, medium_config(512, 128), "int8") as store:
-        command = [sys.executable, "-m", "tests.runtime.limited", str(store.path), "256", "256", "9", "256"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+        done = limited_run(store.path, kind)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["rss_bytes"] <= facts["plan_bytes"]
     grown, planned = (facts[name] - facts["base_bytes"] for name in ("rss_bytes", "plan_bytes"))
     assert planned > 300e6
     assert grown >= 0.9 * planned
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs control groups")
+def test_p15_the_kernel_kills_a_run_in_a_group_of_less_than_the_plan(tmp_path: Path) -> None:
+    """What makes the test above able to fail."""
+    with store_of(tmp_path, medium_config(512, 128), "int8") as store:
+        done = limited_run(store.path, "group", share=0.8)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_constants_that_the_planner_cannot_import() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -59,6 +60,7 @@ def test_generate_writes_a_playable_clip_that_says_what_it_is(model: Path, tmp_p
     told = json.loads(result.stdout)
     assert told["out"] == str(out)
     assert told["peak_bytes"]["vram"] <= told["plan"]["peak_vram_bytes"]
+    assert set(told["memory"]["planned"]) == set(told["memory"]["actual"]) == {"text", "conditioning", "denoise", "decode"}
     metadata = read_metadata(out)
     assert metadata["ai_generated"] is True
     assert metadata["request"]["prompt"] == "a red circle"
@@ -77,7 +79,7 @@ def test_the_same_command_gives_the_same_file(model: Path, tmp_path: Path) -> No
 
 def test_progress_names_every_phase(model: Path, tmp_path: Path) -> None:
     result = run("generate", model, "--prompt", "a circle", "--out", tmp_path / "clip.mp4", *CLIP)
-    for text in ("plan:", "reading the prompt", "denoising", "2/2", "decoding frames"):
+    for text in ("plan:", "reading the prompt", "denoising", "decoding frames", "peak memory"):
         assert text in result.stderr
 
 
@@ -305,6 +307,40 @@ def test_plan_answers_for_a_card_of_the_table() -> None:
         assert text in table
     refused(run("plan", "t2v-a14b", "--gpu", "RTX 3080"), 2, "RTX 3080 10GB, RTX 3080 12GB")
     refused(run("plan", "t2v-a14b", "--gpu", "RTX 3060", "--link", "PCIe 9 x16"), 2, "PCIe", "x8")
+    for size in ([], ["--size", "832x480"]):
+        refused(run("plan", "t2v-a14b", *size, *card, "--disk", "PCIe 4.0 x4"), 2, "'PCIe 4.0 x4': write it like 3.5GB, what the disk")
+        refused(run("plan", "t2v-a14b", *size, *card, "--vram", "24GB"), 1, "VRAM of 24.00 GB", "RTX 3060 12GB has 12.88 GB")
+    refused(run("plan", "t2v-a14b", "--size", "832x480", "--link", "PCIe 3.0 x8"), 2, "there are none: name a card with --gpu")
+
+
+def test_plan_says_what_the_budgets_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not against the plan's own short chunks: against everything resident in long ones."""
+    monkeypatch.setenv("COLUMNS", "200")
+    hd = ["plan", "t2v-a14b", "--size", "1280x720", "--gpu", "RTX 3060 12GB", "--ram", "2GB"]
+    table = " ".join(run(*hd, "--vram", "3547MiB").stdout.split())
+    told = re.search(r"(\d+\.\d)% more than with all resident", table)
+    assert told is not None, table
+    assert 90 < float(told[1]) < 110
+    assert "0.0% more than with all resident" in " ".join(run(*hd, "--vram", "12GiB").stdout.split())
+
+
+def test_plan_says_why_there_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    fp32 = ["plan", "t2v-a14b", "--format", "fp32", "--ram", "64GiB"]
+    size = ["--size", "640x384", "--frames", "33"]
+    for asked in ([*fp32, *size, "--gpu", "H200"], [*fp32, "--gpu", "H200"]):
+        table = " ".join(run(*asked).stdout.split())
+        assert "no rate for fp32" in table
+        assert "--gpu" not in table
+    assert "name a card with --gpu" in " ".join(run(*fp32, *size, "--vram", "24GB").stdout.split())
+    assert json.loads(run(*fp32, *size, "--gpu", "H200", "--json").stdout)["prediction"] is None
+
+
+@pytest.mark.parametrize("size", [[], ["--size", "640x384"]])
+def test_plan_says_that_image_to_video_does_not_run_yet(size: list[str]) -> None:
+    for variant, told in (("i2v-a14b", True), ("t2v-a14b", False)):
+        table = " ".join(run("plan", variant, *size, "--frames", "33", "--gpu", "H200").stdout.split())
+        assert ("can be planned but not run yet; encoding the image is not counted" in table) == told
 
 
 def test_plan_without_a_size_says_what_fits() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -113,6 +113,7 @@ ERRORS = (cuda_error, cpu_error, python_error)
     [
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("GET was unable to find an engine to execute this computation", True),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
         ("CUDA error: out of memory", True),
         ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
@@ -184,15 +185,16 @@ def test_p16_the_other_phases_are_tried_once_more(
         return real(self, *arguments)
 
     monkeypatch.setattr(Pipeline, phase, failing)
-    for times in (1, 2):
+    for times in (1, 9):
         calls.clear()
         if times == 1:
             assert digest(run(pipeline)[0].frames) == expected
             assert "trying it once more" in caplog.text
+            assert len(calls) == 2
         else:
             with pytest.raises(OutOfMemoryError, match=r"out of VRAM in the \w+ phase \(CUDA out of memory"):
                 run(pipeline)
-        assert len(calls) == 2
+            assert len(calls) == (2 if phase == "_condition" else 3), "where there is a leaner way, that too"
 
 
 def test_p16_the_foot_of_the_ladder_is_a_clear_error(
@@ -209,7 +211,8 @@ def test_p16_the_foot_of_the_ladder_is_a_clear_error(
         run(pipeline, Choice(192, 2, 0, 2, True))
     assert "\n" not in str(failed.value)
     said = rungs(caplog)
-    assert len(calls) == len(said) + 1 <= 7
+    assert len(calls) == len(said) + 1 == 8
+    assert "the same plan once more" in said[-1]
     for text in ("one slot", "one guidance branch after the other", "chunks of 128 tokens instead of 192", "chunks of 64 tokens"):
         assert sum(text in line for line in said) == 1, said
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowvram")]
@@ -259,14 +262,21 @@ def test_p16_refused_pinning_leaves_pageable_buffers(
 def test_p16_blocks_in_ram_are_handed_back_under_pressure(
     pipeline: StagedPipeline, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another program fills the RAM during the second step."""
-    free: Iterator[int] = iter([8 * GIB, 2**20, 8 * GIB, 8 * GIB])
-    monkeypatch.setattr(recovery, "host_memory", lambda: HostMemory(16 * GIB, next(free), "machine"))
+    """Another program fills the RAM and takes ever more of it: half of the blocks go, then all; then nobody asks any more."""
+    readings: list[int] = []
+
+    def host() -> HostMemory:
+        readings.append(2**20)
+        return HostMemory(16 * GIB, 2**20, "machine")
+
+    monkeypatch.setattr(recovery, "host_memory", host)
+    monkeypatch.setattr(recovery, "FREE_RAM_PERIOD_S", 0.0)
     video, _ = run(pipeline, Choice(64, 1, 0, 2, False, pinned_blocks=2))
     assert digest(video.frames) == expected
-    (said,) = rungs(caplog)
-    assert "out of RAM in step 3 of 3" in said
-    assert "keeping 1 blocks in RAM instead of 2" in said
+    assert len(readings) == 2
+    first, second = (record.getMessage() for record in caplog.records if "of RAM is free" in record.getMessage())
+    assert "keeping 1 blocks in RAM instead of 2" in first
+    assert "reading every block from the disk" in second
 
 
 def test_a_run_that_steps_down_reports_each_step_once(pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,9 @@ from lowvram.pipeline import Pipeline, moved
 from lowvram.progress import Progress
 from lowvram.sampling import recovery
 from lowvram.sampling.denoise import Expert
-from tests.checkpoints import write_store
+from lowvram.sampling.schedule import make_schedule
+from lowvram.sampling.solvers import Euler
+from tests.checkpoints import tiny_config, write_store
 from tests.runs import CPU, plan_of
 from tests.segments import MIB, Replay, Segments
 
@@ -84,6 +88,19 @@ def test_moving_changes_no_bit() -> None:
         assert old.data_ptr() != new.data_ptr()
 
 
+def follow_hand_backs(segments: Segments, monkeypatch: pytest.MonkeyPatch) -> Segments:
+    """The cache is emptied wherever a run on a GPU empties it."""
+    real = run_module.hand_back
+
+    def hand_back(device: torch.device) -> None:
+        real(device)
+        segments.empty()
+
+    for module in (run_module, recovery, pipeline_module):
+        monkeypatch.setattr(module, "hand_back", hand_back)
+    return segments
+
+
 CHOICES = {
     "two slots": Choice(1024, 2, 0, 0, False),
     "resident, shared visits": Choice(2048, 0, 2, 0, True),
@@ -99,20 +116,13 @@ def test_p15_segments_of_a_run_stay_under_the_plan(name: str, tmp_path: Path, mo
     config = ModelConfig(
         "t2v-custom", DiTConfig(dim=1024, ffn_dim=2816, num_heads=8, num_layers=2, text_dim=512), text, VAEConfig(base_dim=8)
     )
-    segments, peaks, phase = Segments(), dict[str, int](), [""]
-    real = run_module.hand_back
-
-    def hand_back(device: torch.device) -> None:
-        real(device)
-        segments.empty()
+    segments, peaks, phase = follow_hand_backs(Segments(), monkeypatch), dict[str, int](), [""]
 
     def listen(event: Progress) -> None:
         if event.phase != phase[0]:
             phase[0], segments.peak_reserved = event.phase, segments.reserved
         peaks[phase[0]] = segments.peak_reserved
 
-    for module in (run_module, recovery, pipeline_module):
-        monkeypatch.setattr(module, "hand_back", hand_back)
     read = StoreFile.read
 
     def copied(file: StoreFile, name: str) -> torch.Tensor:
@@ -132,6 +142,68 @@ def test_p15_segments_of_a_run_stay_under_the_plan(name: str, tmp_path: Path, mo
     planned = {each.phase: each.vram_bytes - pipeline.host.context_bytes for each in plan.phases}
     assert set(peaks) == {"text", "conditioning", "denoise"}
     assert all(peaks[name] <= planned[name] for name in peaks), (peaks, planned)
+
+
+class WithoutPrompts(Pipeline):
+    """Its prompts are random features."""
+
+    def _encode_prompts(self, run: run_module.Run) -> list[torch.Tensor]:
+        return [torch.randn(20, self.store.config.dit.text_dim) for _ in range(2)]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes at the end of a step: what the cache holds, the most since the step before, and what tensors take of it."""
+
+    reserved: int
+    peak_reserved: int
+    used: int
+
+
+def held_after_steps(folder: Path, solver: str, choice: Choice, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
+    """Six steps, three of either expert."""
+    segments, held = follow_hand_backs(Segments(), monkeypatch), list[Held]()
+
+    def listen(event: Progress) -> None:
+        if event.phase == "denoise" and event.done:
+            held.append(Held(segments.reserved, segments.peak_reserved, segments.used))
+            segments.peak_reserved = segments.reserved
+
+    times = make_schedule(solver, 6, 5.0).timesteps.tolist()
+    with open_store(write_store(folder / "model", tiny_config(), "int8")) as store:
+        pipeline = WithoutPrompts(store, CPU, 2**40, 2**40, 10**9)
+        pipeline.host = Host(staged=False, context_bytes=600 * 10**6)
+        boundary = (times[2] + times[3]) / 2000
+        request = pipeline.request("a", width=64, height=64, num_frames=9, steps=6, shift=5.0, boundary=boundary, solver=solver)
+        with torch.no_grad(), Replay(segments, "cpu"):
+            pipeline.latents(pipeline.new_run(request, plan_of(pipeline, request, choice), listen))
+    assert len(held) == 6
+    return held
+
+
+@pytest.mark.parametrize(("solver", "steady", "choice"), [("euler", 1, "two slots"), ("unipc", 2, "resident, shared visits")])
+def test_the_loop_takes_nothing_more_after_the_first_step(
+    solver: str, steady: int, choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second expert takes nothing that the first has not taken. UniPC's second step, and none after it, keeps two tensors more: a
+    corrected sample, where the first step's is the noise itself, and the clean sample of the step before.
+    """
+    held = held_after_steps(tmp_path, solver, CHOICES[choice], monkeypatch)
+    assert [each.peak_reserved for each in held[steady:]] == [held[steady - 1].reserved] * (6 - steady)
+    assert len({each.used for each in held[steady - 1 :]}) == 1
+    sample = 16 * 3 * 8 * 8 * 4
+    assert held[steady - 1].used - held[0].used == (2 * sample if solver == "unipc" else 0)
+    assert held[steady - 1].reserved - held[0].reserved <= 2 * segment_sizes.segment_bytes(sample) * (steady - 1)
+
+
+def test_a_loop_that_keeps_a_tensor_of_every_step_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes the test above able to fail: a solver that keeps its velocities."""
+    kept: list[torch.Tensor] = []
+    step = Euler.step
+    monkeypatch.setattr(Euler, "step", lambda self, x, velocity: (kept.append(velocity.repeat(80, 1, 1, 1)), step(self, x, velocity))[1])
+    held = held_after_steps(tmp_path, "euler", CHOICES["smallest"], monkeypatch)
+    assert all(after.used > before.used for before, after in pairwise(held))
+    assert held[-1].reserved > held[0].reserved
 
 
 @pytest.mark.parametrize(("measured", "context"), [(None, CUDA_CONTEXT_BYTES), (1, CUDA_CONTEXT_BYTES), (9 * 10**8, 9 * 10**8)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import logging
 import mmap
 import os
@@ -17,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowvram import disk
 from lowvram.errors import CheckpointError, InternalLimitError
 from lowvram.memory.workspace import PAGE_BYTES, READ_SLACK_BYTES
-from lowvram.streaming import source
 from lowvram.streaming.source import BlockFile
 
 SIZES = (256, 4096, 5 * 4096 + 256, 40_960, 3 * 4096 - 256)
@@ -151,7 +152,7 @@ def inject(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
         return count if most is None else min(count, most)
 
     monkeypatch.setattr(BlockFile, "_pread", faulty)
-    monkeypatch.setattr(source, "RETRY_DELAYS_S", (1e-4, 2e-4, 3e-4))
+    monkeypatch.setattr(disk, "RETRY_DELAYS_S", (1e-4, 2e-4, 3e-4))
 
 
 def eio(times: int) -> Fault:
@@ -192,7 +193,7 @@ def test_a_disk_that_keeps_failing_is_named_with_block_and_byte(
         pytest.raises(CheckpointError, match=r"blocks.safetensors: reading block 0 at byte \d+ failed: Input/output error, 4 times"),
     ):
         file.read_into(0, room(file, 0))
-    assert len(caplog.records) == len(source.RETRY_DELAYS_S)
+    assert len(caplog.records) == len(disk.RETRY_DELAYS_S)
 
 
 def test_a_truncated_file_is_named_at_once(blocks: tuple[BlockFile, list[bytes]], caplog: pytest.LogCaptureFixture) -> None:
@@ -207,7 +208,7 @@ def test_a_truncated_file_is_named_at_once(blocks: tuple[BlockFile, list[bytes]]
 
 def test_a_slow_disk_is_named_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     file, contents = written(tmp_path / "blocks.safetensors")
-    monkeypatch.setattr(source, "SLOW_READ_S", 0.01)
+    monkeypatch.setattr(disk, "SLOW_READ_S", 0.01)
     inject(monkeypatch, lambda number: time.sleep(0.05))
     assert bytes(file.read_into(3, room(file, 3)).numpy()) == contents[3]
     assert "block 3 is not read after 0 s: the disk is slow or busy" in caplog.text
@@ -217,7 +218,7 @@ def test_a_slow_disk_is_named_in_the_log(tmp_path: Path, monkeypatch: pytest.Mon
 def test_stop_ends_a_read_that_waits_for_its_next_try(blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
     file, _ = blocks
     inject(monkeypatch, eio(10**4))
-    monkeypatch.setattr(source, "RETRY_DELAYS_S", (60.0,))
+    monkeypatch.setattr(disk, "RETRY_DELAYS_S", (60.0,))
     ends: list[str] = []
 
     def read() -> None:
@@ -235,6 +236,146 @@ def test_stop_ends_a_read_that_waits_for_its_next_try(blocks: tuple[BlockFile, l
     assert "reading block 3 was stopped" in ends[0]
     file.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowvram")]
+
+
+def test_a_read_without_memory_is_nobodys_fault_and_raised_at_once(
+    blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, contents = blocks
+
+    def no_memory(number: int) -> None:
+        if number == 0:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    inject(monkeypatch, no_memory)
+    with pytest.raises(OSError, match="Cannot allocate memory") as failed:
+        file.read_into(0, room(file, 0))
+    assert failed.value.errno == errno.ENOMEM
+    assert not caplog.records
+    assert bytes(file.read_into(0, room(file, 0)).numpy()) == contents[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "said"),
+    [
+        (errno.EIO, CheckpointError, r"blocks.safetensors cannot be opened: Input/output error: check the disk"),
+        (errno.ENOMEM, OSError, "Cannot allocate memory"),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_file_that_cannot_be_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, expected: type[Exception], said: str, again: bool
+) -> None:
+    """again: when the file system has refused direct reads."""
+    file, _ = written(tmp_path / "blocks.safetensors")
+
+    def refuse(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    def refuse_direct(*_: object) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(BlockFile, "_pread", refuse_direct)
+    if again and not file.direct:
+        pytest.skip("no direct reads here")
+    with pytest.raises(expected, match=said):
+        file.read_into(0, room(file, 0)) if again else BlockFile(file.path, file.ranges)
+    file.close()
+
+
+class Hanging:
+    """Reads that do not come back before `release`, from the moment that the first of them begins."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self._released, real = threading.Event(), threading.Event(), BlockFile._pread
+
+        def pread(file: BlockFile, target: memoryview, offset: int) -> int:
+            self.begun.set()
+            assert self._released.wait(30), "the test has forgotten its reader"
+            return real(file, target, offset)
+
+        monkeypatch.setattr(BlockFile, "_pread", pread)
+
+    def release(self) -> None:
+        """Readers end by themselves now."""
+        self._released.set()
+        until = time.monotonic() + 5
+        while readers() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not readers()
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("lowvram")]
+
+
+def test_a_disk_that_hangs_is_named_and_waited_for_once(blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, _ = blocks
+    disk_hangs = Hanging(monkeypatch)
+    monkeypatch.setattr(disk, "HANGING_READ_S", 1.0)
+    began = time.monotonic()
+    said = ("block 3 cannot be read: the disk gave no byte for 1 s: check the disk", "block 2 is not read: the disk hangs: check the disk")
+    for block, text in zip((3, 2), said, strict=True):
+        with pytest.raises(CheckpointError, match=f"blocks.safetensors: {text}"):
+            file.read_into(block, room(file, block))
+    assert 1 <= time.monotonic() - began < 1.9
+    file.close()
+    assert time.monotonic() - began < 1.9
+    assert readers(), "left to themselves"
+    disk_hangs.release()
+
+
+def test_a_disk_that_gives_a_byte_now_and_then_does_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten parts by four threads, each of 0.2 s: longer in all than the limit, which counts from the last byte."""
+    file, contents = written(tmp_path / "blocks.safetensors")
+    monkeypatch.setattr(disk, "HANGING_READ_S", 0.4)
+    inject(monkeypatch, lambda number: time.sleep(0.2))
+    began = time.monotonic()
+    assert bytes(file.read_into(3, room(file, 3)).numpy()) == contents[3]
+    assert time.monotonic() - began > 0.4
+    file.close()
+
+
+def test_stop_leaves_a_read_that_hangs_to_itself(blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, _ = blocks
+    disk_hangs = Hanging(monkeypatch)
+    monkeypatch.setattr(disk, "STOP_GRACE_S", 0.3)
+    ends: list[str] = []
+    buffer = room(file, 3)
+
+    def read() -> None:
+        try:
+            file.read_into(3, buffer)
+        except CheckpointError as error:
+            ends.append(str(error))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert disk_hangs.begun.wait(5)
+    file.stop()
+    reader.join(5)
+    assert not reader.is_alive()
+    assert ends == [f"{file.path}: block 3 is not read: it was stopped while the disk gave nothing"]
+    file.close()
+    disk_hangs.release()
+    file.close()
+
+
+def test_a_file_that_nobody_closes_leaves_no_thread(tmp_path: Path) -> None:
+    file, contents = written(tmp_path / "blocks.safetensors")
+    assert bytes(file.read_into(3, room(file, 3)).numpy()) == contents[3]
+    assert readers()
+    descriptor = file._fd
+    del file
+    gc.collect()
+    os.close(descriptor)
+    until = time.monotonic() + 5
+    while readers() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not readers()
 
 
 def test_a_buffer_without_slack_is_refused(blocks: tuple[BlockFile, list[bytes]]) -> None:

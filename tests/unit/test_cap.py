@@ -31,6 +31,7 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         found.append(share)
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", get)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", put)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
@@ -62,3 +63,10 @@ def test_a_budget_above_the_device_and_one_below_the_context_are_shares_too(shar
 def test_a_cpu_has_no_cap(shares: list[float]) -> None:
     with vram_cap(torch.device("cpu"), 250):
         assert shares == [1.0]
+
+
+def test_what_torch_keeps_already_belongs_to_the_context(shares: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps its workspace in torch's allocator."""
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 34)
+    with vram_cap(GPU, 250):
+        assert shares[-1] == 0.284

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowvram.errors import UsageError
-from lowvram.memory.cards import ACHIEVABLE, CARDS, REFERENCE_CARD, find_card, parse_link, parse_speed
+from lowvram.memory.cards import ACHIEVABLE, CARDS, REFERENCE_CARD, card_with, find_card, parse_link, parse_speed
 
 
 @pytest.mark.parametrize(
@@ -108,5 +108,20 @@ def test_links(text: str, speed: float) -> None:
 
 @pytest.mark.parametrize("text", ["PCIe 9.0 x16", "PCIe 4.0 x3", "fast", "", "0GB", "-1GB"])
 def test_links_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r'such as "PCIe 4.0 x8"|a link like "PCIe 4.0 x8", or its speed like 12GB'):
         parse_link(text)
+
+
+@pytest.mark.parametrize("text", ["PCIe 4.0 x4", "fast", "", "0GB", "-1GB"])
+def test_disks_that_are_none(text: str) -> None:
+    """A link is none, and is not what is advised."""
+    with pytest.raises(UsageError, match=r"write it like 3\.5GB, what the disk reads in a second") as refused:
+        parse_speed(text)
+    assert "PCIe" not in str(refused.value).replace(repr(text), "")
+
+
+@pytest.mark.parametrize(
+    ("gib", "name"), [(0, REFERENCE_CARD), (24, REFERENCE_CARD), (25, "RTX 5090"), (33, "A100 40GB"), (41, "A100 80GB"), (4096, "H200")]
+)
+def test_a_budget_without_a_card_is_that_of_one_that_has_it(gib: int, name: str) -> None:
+    assert card_with(gib * 2**30).name == name

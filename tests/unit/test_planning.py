@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +14,12 @@ import torch
 
 from lowvram import planning
 from lowvram.config import Request
-from lowvram.errors import UsageError
+from lowvram.errors import BudgetError, UsageError
 from lowvram.memory import budget
 from lowvram.memory.budget import AUTO_SHARE, Budgets
-from lowvram.memory.cards import find_card
+from lowvram.memory.cards import CARDS, DISK_BYTES_S, find_card
+from lowvram.memory.profile import MEASURED, MachineProfile
+from tests.checkpoints import tiny_config, write_store
 
 GIB = 2**30
 
@@ -107,3 +113,100 @@ def test_auto_vram_here_is_really_asked(monkeypatch: pytest.MonkeyPatch) -> None
     half = int(64 * GIB * AUTO_SHARE / 2)
     assert plan == planning.plan("t2v-a14b", size="64x64", frames=5, vram=half, ram="16GiB", device="cpu")
     assert {cell.vram_bytes for cell in planning.plan_matrix("t2v-a14b", vram="auto", frames=33).cells} == {half}
+
+
+@pytest.mark.parametrize("vram", ["24GB", "100000GB", 12 * GIB + 1])
+def test_vram_that_a_card_has_not_is_refused_with_what_it_has(vram: str | int) -> None:
+    for plan in (planning.plan, planning.plan_matrix):
+        with pytest.raises(BudgetError, match=r"was asked for, RTX 3060 12GB has 12\.88 GB: ask for less"):
+            plan("t2v-a14b", gpu="RTX 3060 12GB", vram=vram)
+
+
+def test_all_that_a_card_has_is_planned() -> None:
+    plan = planning.plan("t2v-a14b", size="832x480", gpu="RTX 3060 12GB", vram="12GiB")
+    assert plan.prediction is not None
+    assert plan.prediction.machine == "RTX 3060 12GB"
+    (cell,) = planning.plan_matrix("t2v-a14b", gpu="RTX 3060 12GB", vram="12GiB", sizes=[(832, 480)], frames=81).cells
+    assert cell.plan == plan
+
+
+@pytest.mark.parametrize(("vram", "machine"), [(None, "RTX 4090"), ("24GB", "RTX 4090"), ("30GB", "RTX 5090"), ("100GB", "H200")])
+def test_a_matrix_without_a_card_is_that_of_one_that_has_the_vram(vram: str | None, machine: str) -> None:
+    matrix = planning.plan_matrix("t2v-a14b", vram=vram, frames=33, sizes=[(640, 384)])
+    assert matrix.machine == machine
+    card = find_card(machine)
+    assert all(cell.vram_bytes <= card.vram_bytes for cell in matrix.cells)
+    most = max(card.vram_bytes for card in CARDS)
+    with pytest.raises(BudgetError, match=r"H200 has 141\.00 GB"):
+        planning.plan_matrix("t2v-a14b", vram=most + 1)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., MachineProfile]:
+    """A machine as `lowvram doctor` would have measured it, on the disk of the tests."""
+
+    def known(card: str, **changes: Any) -> MachineProfile:
+        values: dict[str, Any] = {"disk_bytes_s": 7e9, "disk_folder": str(tmp_path)} | changes
+        made = replace(find_card(card).profile(), **values)
+        made = replace(made, sources=dict.fromkeys(made.sources, MEASURED))
+        monkeypatch.setattr(planning, "this_machine", lambda device: made if device == made.device else None)
+        return made
+
+    return known
+
+
+def test_a_matrix_of_this_machine_leaves_out_what_it_has_not(measured: Callable[..., MachineProfile]) -> None:
+    measured("RTX 3060 12GB")
+    matrix = planning.plan_matrix("t2v-a14b", frames=33, sizes=[(640, 384)])
+    assert [cell.vram_bytes for cell in matrix.cells] == [12 * 10**9, 8 * 10**9, 6 * 10**9]
+    with pytest.raises(BudgetError, match="RTX 3060 12GB has"):
+        planning.plan("t2v-a14b", vram="16GB")
+    measured("RTX 3060 12GB", vram_total_bytes=5 * GIB)
+    (cell,) = planning.plan_matrix("t2v-a14b", frames=33, sizes=[(640, 384)]).cells
+    assert cell.vram_bytes == int(5 * GIB * AUTO_SHARE)
+    assert planning.plan("t2v-a14b", size="640x384", frames=33).peak_vram_bytes <= 5 * GIB  # 8 GiB, or what there is
+
+
+def test_auto_on_a_host_with_more_memory_than_any_card_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "resolve_budgets", lambda vram, ram, device: Budgets("cpu", 400 * GIB, 400 * GIB, GIB))
+    matrix = planning.plan_matrix("t2v-a14b", vram="auto", ram="16GiB", frames=33, sizes=[(640, 384)])
+    assert (matrix.machine, matrix.cells[0].vram_bytes) == ("H200", find_card("H200").vram_bytes)
+    assert planning.plan("t2v-a14b", vram="auto", ram="16GiB").peak_vram_bytes <= 400 * GIB
+
+
+OTHER_DISK = Path("/proc")  # of no disk; where it is missing, a folder that is gone: no disk that was measured either
+
+
+def test_a_store_on_another_disk_is_not_planned_with_the_speed_of_the_measured_one(
+    measured: Callable[..., MachineProfile], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = write_store(tmp_path / "model", tiny_config())
+    here = measured("RTX 3060 12GB")
+    asked = (None, None, 16 * GIB, "cuda")
+    with caplog.at_level(logging.WARNING):
+        assert planning.planned_machine(store, None, *asked) == here
+        assert planning.planned_machine("t2v-a14b", None, *asked) == here
+        assert not caplog.records
+        elsewhere = measured("RTX 3060 12GB", disk_folder=str(OTHER_DISK))
+        machine = planning.planned_machine(store, None, *asked)
+    assert machine is not None
+    assert (machine.disk_bytes_s, machine.sources["disk_bytes_s"]) == (DISK_BYTES_S, "table")
+    assert replace(machine, disk_bytes_s=7e9, disk_folder=str(OTHER_DISK), sources=elsewhere.sources) == elsewhere, "all other rates stay"
+    (told,) = [record.getMessage() for record in caplog.records]
+    for text in (str(store), str(OTHER_DISK), f"lowvram doctor --path {store}", "3.50 GB/s"):
+        assert text in told
+    caplog.clear()
+    named = planning.planned_machine(store, None, None, "2GB", 16 * GIB, "cuda")
+    assert named is not None
+    assert (named.disk_bytes_s, named.sources["disk_bytes_s"]) == (2e9, "given")
+    assert not caplog.records, "the user knows this disk"
+
+
+@pytest.mark.parametrize("speed", [{"link": "PCIe 3.0 x8"}, {"disk": "7GB"}])
+def test_a_speed_without_a_prediction_is_not_ignored(speed: dict[str, str], measured: Callable[..., MachineProfile]) -> None:
+    with pytest.raises(UsageError, match=r"there are none: name a card with --gpu, or run `lowvram doctor`"):
+        planning.plan("t2v-a14b", **speed)
+    assert planning.plan("t2v-a14b", gpu="RTX 4090", **speed).prediction is not None
+    assert planning.plan_matrix("t2v-a14b", frames=33, sizes=[(640, 384)], **speed).machine == "RTX 4090"
+    measured("RTX 3060 12GB")
+    assert planning.plan("t2v-a14b", **speed).prediction is not None

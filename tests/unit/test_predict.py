@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lowvram_kernels import dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowvram.checkpoint.store import Store, open_store
 from lowvram.config import EXPERTS, I2V_A14B, T2V_A14B, VAEConfig, latent_shape
+from lowvram.memory.arena import Arena, Ledger
 from lowvram.memory.cards import find_card
-from lowvram.memory.plan import Choice, Host, MemoryPlan, describe_plan
-from lowvram.memory.predict import attention_ops, block_seconds, decode_ops, decode_seconds, elementwise_bytes, linear_ops, text_ops
+from lowvram.memory.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
+from lowvram.memory.predict import (
+    LAUNCHES_PER_CHUNK,
+    LAUNCHES_PER_VISIT,
+    attention_ops,
+    block_seconds,
+    decode_ops,
+    decode_seconds,
+    elementwise_bytes,
+    linear_ops,
+    text_ops,
+)
 from lowvram.memory.profile import MachineProfile
 from lowvram.models.vae import _build
+from lowvram.models.wan import WanTransformer, condition, load_ends
 from lowvram.sampling.schedule import expert_of, make_schedule
 from lowvram.streaming import forecast
 from lowvram.streaming.forecast import Forecast, high_noise_steps
+from lowvram.streaming.stream import Buffers, open_stream
+from lowvram.streaming.transport import make_transport
+from tests.checkpoints import tiny_config, write_store
 
+CPU = torch.device("cpu")
 DIT, HD = T2V_A14B.dit, (1280, 720)
 CARD = find_card("RTX 4090").profile(16 * 2**30)
 
@@ -54,9 +76,71 @@ def test_short_chunks_cost_time_and_launches_bound_tiny_ones() -> None:
     seconds = [block_seconds(DIT, "int8", 32_760, chunk, CARD) for chunk in (8192, 2048, 512, 64)]
     assert seconds == sorted(seconds, key=lambda value: value or 0)
     slow = profile(launch_s=1e-3)
-    assert block_seconds(DIT, "int8", 128, 64, slow) == pytest.approx((2 * 20 + 12) * 1e-3)
+    launching_s = (2 * LAUNCHES_PER_CHUNK + LAUNCHES_PER_VISIT) * 1e-3
+    assert block_seconds(DIT, "int8", 128, 64, slow) == pytest.approx(launching_s)
     host = dataclasses.replace(slow, device="cpu")
-    assert (block_seconds(DIT, "int8", 128, 64, host) or 0) > (2 * 20 + 12) * 1e-3
+    assert (block_seconds(DIT, "int8", 128, 64, host) or 0) > launching_s
+
+
+class Launches(TorchDispatchMode):
+    """Counts what starts a kernel on a GPU: every op of the dispatch once, whatever its reference does, and every operator of torch outside
+    of them that is no view and does more than allocate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.within = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        returns = func._schema.returns
+        view = bool(returns) and all(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+        if not self.within and not view and "empty" not in func._schema.name:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+    def counted(self, op: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            self.count += not self.within
+            self.within += 1
+            try:
+                op(*args, **kwargs)
+            finally:
+                self.within -= 1
+
+        return run
+
+
+@torch.no_grad()
+def launches_of_a_visit(store: Store, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Kernels from behind the first block to behind the second: one visit, of a clip of 768 tokens and one branch."""
+    config, choice = store.config, Choice(chunk_tokens, 0, 2, 0, False)
+    plan = describe_plan(config, store.format, (256, 256), 9, 1, choice, Host.of("cpu"))
+    assert plan.num_tokens == 768
+    ledger, shape, file = Ledger("VRAM", plan.peak_vram_bytes), latent_shape(config, 256, 256, 9), store.files[EXPERTS[0]]
+    conditioning = condition(file.read, config.dit, store.format, torch.tensor([900]), [torch.randn(7, config.dit.text_dim)], CPU)
+    schedule, buffers = [(EXPERTS[0], index) for index in range(2)], Buffers(plan.slot_bytes, 2, 0, 0, 0)
+    counter, counts = Launches(), list[int]()
+    with (
+        monkeypatch.context() as patch,
+        open_stream(store.files, schedule, buffers, ledger, Ledger("RAM", plan.peak_ram_bytes), CPU, make_transport(CPU)) as streamer,
+        counter,
+    ):
+        for name in dispatch.OPS:
+            patch.setattr(dispatch, name, counter.counted(getattr(dispatch, name)))
+        model = WanTransformer(config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU)
+        ends = load_ends(file.read, store.format, CPU)
+        latents = torch.randn(shape.shape)
+        model.velocities(latents, 0, conditioning, ends, streamer, EXPERTS[0], lambda index, x: counts.append(counter.count))
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_a_block_starts_the_kernels_that_are_counted(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(write_store(tmp_path / "model", tiny_config(), format)) as store:
+        one, three, six = (launches_of_a_visit(store, chunk, monkeypatch) for chunk in (768, 256, 128))
+    per_chunk = (six - three) / 3
+    assert three - one == 2 * per_chunk
+    assert (per_chunk, one - per_chunk) == (LAUNCHES_PER_CHUNK, LAUNCHES_PER_VISIT)
 
 
 def test_formats_have_their_own_rates() -> None:
@@ -179,3 +263,36 @@ def test_what_is_printed_for_scripts() -> None:
 def test_image_to_video_is_predicted_with_its_own_schedule() -> None:
     sampling = I2V_A14B.sampling
     assert high_noise_steps(40, sampling.shift, sampling.boundary) == 15  # spec 5.1
+
+
+def test_the_overhead_is_that_of_the_budgets_and_short_chunks_are_part_of_it() -> None:
+    """The smallest budgets of 720p: nothing waits for a block, yet chunks of 64 tokens take almost twice the time."""
+    machine = find_card("RTX 3060 12GB").profile(2 * 10**9)
+    forecast = clock(machine=machine)
+    plans = [
+        choose_plan(T2V_A14B, "int8", HD, 81, 40, Host.of("cuda"), vram, ram, clock=forecast, pinned_limit_bytes=machine.pinned_limit_bytes)
+        for vram, ram in ((3547 * 2**20, 2 * 10**9), (2**40, 2**40))
+    ]
+    small, unbounded = (plan.prediction for plan in plans)
+    assert small is not None
+    assert unbounded is not None
+    assert (plans[0].choice.chunk_tokens, plans[1].choice.chunk_tokens) == (64, 8192)
+    assert plans[1].choice.resident_blocks == 40
+    assert unbounded.step_s == pytest.approx(unbounded.resident_step_s) == pytest.approx(unbounded.compute_step_s)
+    assert unbounded.overhead == pytest.approx(0, abs=1e-9)
+    assert small.resident_step_s == unbounded.resident_step_s
+    assert small.overhead == pytest.approx(small.step_s / unbounded.step_s - 1)
+    assert 0.9 < small.overhead < 1.1
+    assert small.step_s / small.compute_step_s < 1.01, "what waiting for blocks costs is told apart"
+    assert small.to_dict()["overhead"] == small.overhead
+    assert small.to_dict()["resident_step_s"] == small.resident_step_s
+
+
+@pytest.mark.parametrize("tokens", [(64, 48, 5), (64, 64, 9), (832, 480, 81)])
+def test_no_plan_is_faster_than_one_without_budgets(tokens: tuple[int, int, int]) -> None:
+    *size, frames = tokens
+    for chunk in (64, 128, 512, 4096, 8192):
+        for joint in (False, True):
+            prediction = clock()(plan_of(Choice(chunk, 0, 40, 0, joint), (size[0], size[1]), frames))
+            assert prediction is not None
+            assert prediction.step_s >= prediction.resident_step_s * (1 - 1e-9)

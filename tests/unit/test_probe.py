@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,14 @@ import psutil
 import pytest
 import torch
 
+from lowvram.errors import CheckpointError
 from lowvram.memory import machine as machine_module
 from lowvram.memory.limits import cpu_count, host_memory
-from lowvram.memory.machine import Gpu, Machine, disk_free, disk_read_speed, find_gpu, probe_machine, why_triton_fails
+from lowvram.memory.machine import Gpu, Machine, disk_free, find_gpu, probe_machine, why_triton_fails
 from lowvram.memory.probe import doctor_report, free_ram_bytes, total_ram_bytes
+from lowvram.streaming import read_speed as read_speed_module
+from lowvram.streaming import source
+from lowvram.streaming.read_speed import read_speed
 
 MIB = 1 << 20
 
@@ -115,12 +120,67 @@ def test_disk_of_a_folder_that_is_yet_to_be_made(tmp_path: Path) -> None:
     assert disk_free(tmp_path / "a" / "b") == pytest.approx(disk_free(tmp_path), rel=0.05)
 
 
+@pytest.fixture
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_speed_module, "PROBE_BLOCKS", 2)
+    monkeypatch.setattr(read_speed_module, "PROBE_BLOCK_BYTES", MIB)
+    monkeypatch.setattr(source, "PART_BYTES", MIB // 4)
+    defaults = (*(source.BlockFile.__init__.__defaults__ or ())[:-1], MIB // 4)
+    monkeypatch.setattr(source.BlockFile.__init__, "__defaults__", defaults)
+
+
+@pytest.mark.usefixtures("small_probe")
 def test_disk_speed_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_module, "DISK_PROBE_BYTES", 2 * MIB)
-    speed = disk_read_speed(tmp_path)
+    speed = read_speed(tmp_path)
     assert speed is None if not hasattr(os, "posix_fadvise") else speed is not None and speed > 0
-    assert disk_read_speed(tmp_path / "missing") is None
+    assert read_speed(tmp_path / "missing") is None
     assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(source.BlockFile, "read_into", lambda *_: (_ for _ in ()).throw(CheckpointError("a bad sector")))
+    assert read_speed(tmp_path) is None
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert read_speed(tmp_path) is None
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="measures only where the page cache can be emptied")
+@pytest.mark.usefixtures("small_probe")
+def test_the_disk_is_read_as_the_streamer_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its reader's threads, part by part, into a buffer with the slack of aligned reads, past the page cache where the system can."""
+    parts: list[tuple[str, int, int]] = []
+    opened: list[bool] = []
+    lock, real, init = threading.Lock(), os.preadv, source.BlockFile.__init__
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        with lock:
+            parts.append((threading.current_thread().name, offset, len(buffers[0])))
+        return real(fd, buffers, offset)
+
+    def opening(file: source.BlockFile, *arguments: Any, **settings: Any) -> None:
+        init(file, *arguments, **settings)
+        opened.append(file.direct)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(source.BlockFile, "__init__", opening)
+    assert read_speed(tmp_path)
+    assert len(opened) == 1
+    assert all(name.startswith("lowvram-reader") for name, _, _ in parts)
+    assert len({name for name, _, _ in parts}) > 1
+    assert sorted({offset for _, offset, _ in parts}) == [index * MIB // 4 for index in range(8)]
+    assert {nbytes for _, _, nbytes in parts} == {MIB // 4}
+
+
+@pytest.mark.usefixtures("small_probe")
+def test_a_full_disk_is_not_filled_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_speed_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * MIB))
+    monkeypatch.setattr(read_speed_module, "_write", lambda place: pytest.fail("written"))
+    assert read_speed(tmp_path) is None
+
+
+def test_the_disk_is_measured_by_what_the_caller_names(tmp_path: Path) -> None:
+    asked: list[Path] = []
+    measured = probe_machine(tmp_path, measure=True, disk_speed=lambda folder: asked.append(folder) or 123e6)
+    assert (measured.disk_read_bytes_s, asked) == (123e6, [tmp_path])
+    assert probe_machine(tmp_path, disk_speed=lambda folder: pytest.fail("measured")).disk_read_bytes_s is None
 
 
 def test_a_torch_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +216,19 @@ def test_a_gpu_that_does_not_answer_is_a_reason(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
     assert find_gpu() == (None, "the GPU does not answer: CUDA error: out of memory")
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_link_that_cannot_be_measured_leaves_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As where WSL2 or little RAM lets no 256 MiB be page-locked."""
+
+    def fails() -> float:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(machine_module, "_link_speed", fails)
+    gpu, reason = find_gpu(measure=True)
+    assert (gpu, reason) == (Gpu("NVIDIA GeForce RTX 3060", 12 << 30, 11 << 30, (8, 6), "sm_86", None), "")
+    assert "the speed of the link to the GPU could not be measured: CUDA error: out of memory" in caplog.text
 
 
 def test_a_driver_that_triton_cannot_use_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

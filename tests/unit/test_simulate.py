@@ -64,7 +64,7 @@ def test_pageable_blocks_pass_through_staging_and_locked_ones_do_not() -> None:
     visits = assign_slots(schedule, 0, 2, 4, 2, range(2))
     timeline = simulate(visits, NBYTES, 10.0, speeds(1, 0.5, 2))
     staged = [times.stage_end_s - times.stage_start_s for times in timeline.visits]
-    assert staged == [0, 0, 0.5, 0.5] * 2
+    assert staged == [0.5, 0, 0.5, 0] * 2
     assert timeline.read_bytes == 4 * NBYTES
     assert timeline.host_copy_bytes == 4 * NBYTES
     assert timeline.link_bytes == 8 * NBYTES

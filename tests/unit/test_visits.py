@@ -59,3 +59,11 @@ def step_seconds(choice: Choice, speeds: Speeds) -> float:
 def test_slow_hops_are_hidden_behind_the_blocks_that_stay(choice: Choice, speeds: Speeds) -> None:
     """Each hop is slower than computing one block, but not than the blocks between two that take it: a prefix would stall at its end."""
     assert step_seconds(choice, speeds) <= 40 * COMPUTE_S * 1.02
+
+
+def test_page_locked_buffers_go_to_blocks_apart() -> None:
+    """Buffers 0, 2 and 5 could be locked: every other block of the six in RAM takes one of them."""
+    visits = assign_slots([("high", index) for index in range(6)], 0, 2, 6, 2, {0, 2, 5})
+    assert [visit.host in (0, 2, 5) for visit in visits] == [False, True] * 3
+    assert sorted(visit.host for visit in visits if visit.host is not None) == list(range(6))
+    assert [visit.stage is None for visit in visits] == [False, True] * 3
