@@ -68,7 +68,7 @@ class PromptCache:
                 return None
             with TensorFile(path) as file:
                 metadata = file.header.metadata
-                features = file.read("features").clone()  # a copy: the file may be replaced while a map of it is in use
+                features = file.read("features", mapped=False).clone()  # in memory of torch, where all that a run holds is counted
         except (CheckpointError, OSError) as error:
             _log.info("%s is not read: %s", path, error)
             return None

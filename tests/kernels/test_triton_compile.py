@@ -177,8 +177,9 @@ def test_a_capability_without_a_row_is_refused_with_a_reason(capability: tuple[i
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    device = 10 * capability[0] + capability[1]  # reasons are kept per device
-    tensor: Any = SimpleNamespace(is_cuda=True, get_device=lambda: device)
+    monkeypatch.setattr(constraints, "broken_triton", lambda: None)
+    index = 10 * (capability[0] - 10) + capability[1]  # reasons are kept per device
+    tensor: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
     reason = constraints.wrong_device(tensor)
     assert reason == f"no tiles for compute capability {capability[0]}.{capability[1]}: supported are 8.x, 9.x and 12.x"
     assert tuning.nvidia_row((12, 1)) == tuning.nvidia_row((12, 0)) == "sm_120"
