@@ -237,6 +237,7 @@ def test_a_file_cut_while_it_is_copied_is_refused(big_file: Path, monkeypatch: p
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send to oneself")
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("ends", ["by itself", "with Ctrl-C"])
 def test_a_disk_that_hangs_is_named_and_hears_ctrl_c(big_file: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
     begun, released, real = threading.Event(), threading.Event(), disk.read_at

@@ -75,6 +75,7 @@ def test_p16_a_block_that_never_comes_is_named(tiny_store: StoreOf, monkeypatch:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send to oneself")
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("staged", [False, True])
 def test_p20_ctrl_c_is_heard_while_the_disk_hangs(tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch, staged: bool) -> None:
     store = tiny_store("int8")
