@@ -24,6 +24,12 @@ from tests.checkpoints import tiny_config, write_store
 GIB = 2**30
 
 
+@pytest.fixture(autouse=True)
+def nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever other tests have measured of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"frames": 6}, {"frames": 0}, {"frames": "5"}, {"steps": 0}, {"steps": -1}, {"steps": 1001}, {"steps": 2.5}, {"steps": True}],
