@@ -109,18 +109,18 @@ def measure_profile(device: str, folder: Path, link_bytes_s: float | None = None
         raise LowvramError(missing)
     memory = host_memory()
     host_copy = _host_copy_speed()
-    link = link_bytes_s or (gpu.link_bytes_s if gpu else None) or host_copy
+    link = link_bytes_s or (gpu.link_bytes_s if gpu else None)
     rates = _Probe(device, _probe_shape(device)).rates()
     sources = dict.fromkeys(
         (*rates, "link_bytes_s", "host_copy_bytes_s", "vram_total_bytes", "vram_free_bytes", "ram_total_bytes"), MEASURED
     )
-    if device == "cuda" and link == host_copy:
-        sources["link_bytes_s"] = TABLE
     sources |= {"disk_bytes_s": MEASURED if disk_bytes_s else TABLE, "pinned_limit_bytes": TABLE}
+    if gpu and not link:
+        sources["link_bytes_s"] = TABLE
     return MachineProfile(
         name=gpu.name if gpu else f"CPU ({platform.machine()})",
         device=device,
-        link_bytes_s=link,
+        link_bytes_s=link or host_copy,
         disk_bytes_s=disk_bytes_s or DISK_BYTES_S,
         host_copy_bytes_s=host_copy,
         vram_total_bytes=gpu.total_bytes if gpu else memory.total_bytes,
