@@ -18,8 +18,8 @@ from lowvram.checkpoint.store import Store
 from lowvram.errors import CheckpointError
 from lowvram.memory.plan import Choice
 from lowvram.pipeline import Pipeline
-from lowvram.streaming.source import BlockFile
 from lowvram.streaming.streamer import Hops
+from tests.hanging import HangingReads
 from tests.runs import pipeline_of, plan_of, request_of
 from tests.runtime.staged import StagedPipeline
 
@@ -27,33 +27,11 @@ StoreOf = Callable[[str], Store]
 CHOICE = Choice(64, 1, 0, 1, False, pinned_blocks=1)
 
 
-class HangingDisk:
+def hanging_disk(monkeypatch: pytest.MonkeyPatch, store: Store, component: str, block: int) -> HangingReads:
     """Reads past the middle of one block do not come back before `release`."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: Store, component: str, block: int) -> None:
-        self.begun, self._released, real = threading.Event(), threading.Event(), BlockFile._pread
-        start, nbytes = store.files[component].blocks[block]
-        middle, end = start + nbytes // 2, start + nbytes
-
-        def pread(file: BlockFile, target: memoryview, offset: int) -> int:
-            if file.path.stem == component and offset < end and offset + len(target) > middle:
-                self.begun.set()
-                assert self._released.wait(30), "the test has forgotten its reader"
-            return real(file, target, offset)
-
-        monkeypatch.setattr(BlockFile, "_pread", pread)
-
-    def release(self) -> None:
-        """Readers end by themselves now."""
-        self._released.set()
-        until = time.monotonic() + 5
-        while threads() and time.monotonic() < until:
-            time.sleep(0.01)
-        assert not threads()
-
-
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("lowvram")]
+    start, nbytes = store.files[component].blocks[block]
+    middle, last = start + nbytes // 2, start + nbytes
+    return HangingReads(monkeypatch, lambda file, offset, end: file.path.stem == component and offset < last and end > middle)
 
 
 def generate(pipeline: Pipeline) -> None:
@@ -67,7 +45,7 @@ def test_p16_a_block_that_never_comes_is_named(tiny_store: StoreOf, monkeypatch:
     store = tiny_store("int8")
     pipeline = StagedPipeline(store) if staged else pipeline_of(store)
     monkeypatch.setattr(disk, "HANGING_READ_S", 1.0)
-    hanging = HangingDisk(monkeypatch, store, component, 1)
+    hanging = hanging_disk(monkeypatch, store, component, 1)
     said = rf"{component}\.safetensors: block 1 cannot be read: the disk gave no byte for 1 s: check the disk"
     with pytest.raises(CheckpointError, match=said):
         generate(pipeline)
@@ -81,7 +59,7 @@ def test_p20_ctrl_c_is_heard_while_the_disk_hangs(tiny_store: StoreOf, monkeypat
     store = tiny_store("int8")
     pipeline = StagedPipeline(store) if staged else pipeline_of(store)
     monkeypatch.setattr(disk, "STOP_GRACE_S", 0.5)
-    hanging = HangingDisk(monkeypatch, store, "high_noise", 1)
+    hanging = hanging_disk(monkeypatch, store, "high_noise", 1)
     pressed: list[float] = []
 
     def press() -> None:

@@ -22,6 +22,7 @@ from lowvram import disk
 from lowvram.errors import CheckpointError, InternalLimitError
 from lowvram.memory.workspace import PAGE_BYTES, READ_SLACK_BYTES
 from lowvram.streaming.source import BlockFile
+from tests.hanging import HangingReads, lowvram_threads
 
 SIZES = (256, 4096, 5 * 4096 + 256, 40_960, 3 * 4096 - 256)
 
@@ -284,35 +285,9 @@ def test_a_file_that_cannot_be_opened_is_named(
     file.close()
 
 
-class Hanging:
-    """Reads that do not come back before `release`, from the moment that the first of them begins."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self._released, real = threading.Event(), threading.Event(), BlockFile._pread
-
-        def pread(file: BlockFile, target: memoryview, offset: int) -> int:
-            self.begun.set()
-            assert self._released.wait(30), "the test has forgotten its reader"
-            return real(file, target, offset)
-
-        monkeypatch.setattr(BlockFile, "_pread", pread)
-
-    def release(self) -> None:
-        """Readers end by themselves now."""
-        self._released.set()
-        until = time.monotonic() + 5
-        while readers() and time.monotonic() < until:
-            time.sleep(0.01)
-        assert not readers()
-
-
-def readers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("lowvram")]
-
-
 def test_a_disk_that_hangs_is_named_and_waited_for_once(blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
     file, _ = blocks
-    disk_hangs = Hanging(monkeypatch)
+    disk_hangs = HangingReads(monkeypatch)
     monkeypatch.setattr(disk, "HANGING_READ_S", 1.0)
     began = time.monotonic()
     said = ("block 3 cannot be read: the disk gave no byte for 1 s: check the disk", "block 2 is not read: the disk hangs: check the disk")
@@ -322,7 +297,7 @@ def test_a_disk_that_hangs_is_named_and_waited_for_once(blocks: tuple[BlockFile,
     assert 1 <= time.monotonic() - began < 1.9
     file.close()
     assert time.monotonic() - began < 1.9
-    assert readers(), "left to themselves"
+    assert lowvram_threads(), "left to themselves"
     disk_hangs.release()
 
 
@@ -341,7 +316,7 @@ def test_a_disk_that_gives_a_byte_now_and_then_does_not_hang(
 
 def test_stop_leaves_a_read_that_hangs_to_itself(blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
     file, _ = blocks
-    disk_hangs = Hanging(monkeypatch)
+    disk_hangs = HangingReads(monkeypatch)
     monkeypatch.setattr(disk, "STOP_GRACE_S", 0.3)
     ends: list[str] = []
     buffer = room(file, 3)
@@ -367,15 +342,15 @@ def test_stop_leaves_a_read_that_hangs_to_itself(blocks: tuple[BlockFile, list[b
 def test_a_file_that_nobody_closes_leaves_no_thread(tmp_path: Path) -> None:
     file, contents = written(tmp_path / "blocks.safetensors")
     assert bytes(file.read_into(3, room(file, 3)).numpy()) == contents[3]
-    assert readers()
+    assert lowvram_threads()
     descriptor = file._fd
     del file
     gc.collect()
     os.close(descriptor)
     until = time.monotonic() + 5
-    while readers() and time.monotonic() < until:
+    while lowvram_threads() and time.monotonic() < until:
         time.sleep(0.01)
-    assert not readers()
+    assert not lowvram_threads()
 
 
 def test_a_buffer_without_slack_is_refused(blocks: tuple[BlockFile, list[bytes]]) -> None:
