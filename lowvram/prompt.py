@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import html
 
-import ftfy
-import tokenizers
-
 from lowvram.errors import CheckpointError
 
 END = "</s>"
@@ -14,6 +11,8 @@ END = "</s>"
 
 def clean_prompt(text: str) -> str:
     """ftfy, HTML entities unescaped twice, every run of white space one space, none at the ends; case and punctuation stay."""
+    import ftfy
+
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
@@ -21,6 +20,8 @@ class Tokenizer:
     """The model's own `tokenizer.json`. Raises `CheckpointError` where the bytes are not one, or know no `</s>`."""
 
     def __init__(self, tokenizer_json: bytes) -> None:
+        import tokenizers
+
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode("utf-8"))
         except Exception as error:  # the library raises bare `Exception`

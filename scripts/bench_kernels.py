@@ -41,20 +41,25 @@ class Bench:
 
 def rows_of(bench: Bench, peaks: dict[str, float], device: str = "cuda") -> Iterator[Row]:
     """Other providers that fail, however they do, are named with their reason and left out; a failure of lowvram's own is raised."""
-    for name, prepare in bench.providers.items():
+    for name in bench.providers:
         try:
-            p20, median, p80 = measure(prepare(), device=device)
+            yield row_of(bench, name, peaks, device)
         except Exception as error:
             if name.startswith("lowvram"):
                 raise
             print(f"{bench.op} {bench.shape} {name}: not measured: {reason(error)}", flush=True)
-            continue
-        finally:
-            if device == "cuda":
-                torch.cuda.empty_cache()
-        rate = bench.amount / median / (1e9 if bench.unit == "TOPS" else 1e6)
-        peak = peaks.get("int8" if name.startswith("lowvram") and bench.unit == "TOPS" else bench.peak, 0)
-        yield Row(bench.op, bench.shape, name, p20, median, p80, rate, bench.unit, rate / peak if peak else 0, *machine())
+
+
+def row_of(bench: Bench, name: str, peaks: dict[str, float], device: str = "cuda", repeats: int = 20) -> Row:
+    """One provider's row. Raises what it raises."""
+    try:
+        p20, median, p80 = measure(bench.providers[name](), repeats, device)
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    rate = bench.amount / median / (1e9 if bench.unit == "TOPS" else 1e6)
+    peak = peaks.get("int8" if name.startswith("lowvram") and bench.unit == "TOPS" else bench.peak, 0)
+    return Row(bench.op, bench.shape, name, p20, median, p80, rate, bench.unit, rate / peak if peak else 0, *machine())
 
 
 def linear_bench(name: str, m: int, n: int, k: int, device: str = "cuda") -> Bench:

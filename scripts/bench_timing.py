@@ -72,16 +72,16 @@ def measure(run: Callable[[int], object], repeats: int = 20, device: str = "cuda
     return times[int(0.2 * (repeats - 1))], times[repeats // 2], times[int(0.8 * (repeats - 1))]
 
 
-def peaks(size: int = 8192, copied_bytes: int = 2**30, device: str = "cuda") -> dict[str, float]:
+def peaks(size: int = 8192, copied_bytes: int = 2**30, device: str = "cuda", repeats: int = 20) -> dict[str, float]:
     """The best that the vendor's libraries reach here: TOPS of square products in bf16 and int8, GB/s of a copy (read + write)."""
     operations = 2.0 * size**3
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    rates = {"bf16": operations / measure(lambda _: a @ b, device=device)[0] / 1e9}
+    rates = {"bf16": operations / measure(lambda _: a @ b, repeats, device)[0] / 1e9}
     a8, b8 = (torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2))
-    rates["int8"] = operations / measure(lambda _: torch._int_mm(a8, b8.t()), device=device)[0] / 1e9
+    rates["int8"] = operations / measure(lambda _: torch._int_mm(a8, b8.t()), repeats, device)[0] / 1e9
     source = torch.randint(0, 255, (copied_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    rates["copy"] = 2 * source.numel() / measure(lambda _: target.copy_(source), device=device)[0] / 1e6
+    rates["copy"] = 2 * source.numel() / measure(lambda _: target.copy_(source), repeats, device)[0] / 1e6
     return rates
 
 

@@ -21,7 +21,7 @@ import torch
 from bench_kernels import HEAD_DIM, HEADS, LINEARS, codes_of, scales_of
 from bench_timing import measure, reason, require_cuda
 from lowvram_kernels import attention_int8_triton, quantized_linear_triton
-from lowvram_kernels.tuning import INTERPRETER, PV_DTYPES, AttentionTile, LinearTile, architecture, attention_tile, pv_choices
+from lowvram_kernels.tuning import INTERPRETER, PV_DTYPES, AttentionTile, LinearTile, architecture, attention_tile, linear_tile, pv_choices
 
 MODULES = "lowvram_kernels"
 Candidates = Sequence[tuple[int, ...]]
@@ -58,6 +58,28 @@ def attention_candidates(pv: str, arch: str, quick: bool = False) -> Iterator[At
     for block_m, warps, stages in itertools.product((64, 128), (4, 8), (2, 3) if quick else (1, 2, 3, 4)):
         if not quick or block_m == 16 * warps:
             yield present._replace(block_m=block_m, warps=warps, stages=stages)
+
+
+# Tiles that compile without a spill and whose bound is near the present tile's: only a GPU can tell which is faster.
+_WIDE = [LinearTile(128, 256, 64, 8, 3), LinearTile(256, 128, 64, 8, 3)]
+_OPEN_LINEARS = {
+    "sm_80": {"q": [*_WIDE, LinearTile(128, 128, 64, 8, 4)], "o +=": [LinearTile(128, 128, 128, 8, 3), LinearTile(128, 128, 64, 8, 4)]},
+    "sm_90": {"q": [LinearTile(256, 128, 128, 8, 3), LinearTile(128, 128, 128, 8, 4)], "o +=": [LinearTile(128, 128, 128, 8, 3)]},
+    INTERPRETER: {"q": [LinearTile(64, 64, 128, 4, 1)]},
+}
+_OPEN_GEFORCE = {"q": _WIDE, "o +=": [LinearTile(128, 128, 64, 8, 3), LinearTile(128, 64, 128, 4, 3)]}
+
+
+def open_candidates(arch: str) -> Iterator[tuple[str, str, Candidates]]:
+    """(linear of a block or "attention", what is multiplied, tiles to measure beside the present one), for int8 and every product of
+    attention."""
+    for name, linear_tiles in _OPEN_LINEARS.get(arch, _OPEN_GEFORCE).items():
+        yield name, "int8", [linear_tile(arch, "int8", plain="+=" not in name), *linear_tiles]
+    for pv in pv_choices(arch):
+        present = attention_tile(arch, pv, HEAD_DIM)
+        others = [(128, 8, 2), (128, 8, 3), (128, 8, 4), (64, 4, 3)] if arch != INTERPRETER else [(32, 4, 1)]
+        tiles = [present._replace(block_m=rows, warps=warps, stages=stages) for rows, warps, stages in others]
+        yield "attention", pv, [present, *(tile for tile in tiles if tile != present)]
 
 
 def linear_name(name: str, code: torch.dtype) -> str:

@@ -25,7 +25,7 @@ from tests.runs import CPU, plan_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-import bench
+import bench_commands
 import bench_stream
 import diffusers_model
 import random_store
@@ -308,7 +308,7 @@ def test_the_store_of_true_shapes_holds_both_experts() -> None:
     layouts = [component_layout(name, random_store.bench_config(40), "int8") for name in ("high_noise", "low_noise", "text_encoder", "vae")]
     assert layouts[0].block_bytes == component_layout("high_noise", T2V_A14B, "int8").block_bytes
     assert sum(layout.total_bytes for layout in layouts) == pytest.approx(29.9e9, rel=0.02)
-    options = bench.make_parser().parse_args(["stream"])
+    options = bench_commands.make_parser().parse_args(["stream"])
     pairs = bench_stream.budgets_of(options, 140 * 10**9 + 12345)
     assert pairs[0] == (140 * 10**9, 40 * 10**9)
     assert len(pairs) == 1 + 4 * 3
@@ -316,7 +316,7 @@ def test_the_store_of_true_shapes_holds_both_experts() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_one_line_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["stream", "--layers", "1"]) == 1
+    assert bench_commands.main(["stream", "--layers", "1"]) == 1
     said = capsys.readouterr().out.strip()
     assert "no CUDA device here, nothing was measured" in said
     assert "\n" not in said
@@ -345,7 +345,7 @@ def test_the_whole_command_can_be_rehearsed_on_a_cpu(
         "--output",
         f"{tmp_path}",
     ]
-    assert bench.main(command) == 0
+    assert bench_commands.main(command) == 0
     output = tmp_path / "stream-an-old-cpu-2-0ghz"
     found = in_file(output)
     assert {row.gpu for row in found} == {"An Old CPU @ 2.0GHz"}
@@ -363,7 +363,7 @@ def test_the_whole_command_can_be_rehearsed_on_a_cpu(
     assert "goal not measured: 832x480 x 81, 40 layers: " in said
     assert said.count("\ngoal ") == 2 * (len(stream_goals.GOALS) - 1) + 2 * len(stream_goals.GOALS) - 1
     assert "A rehearsal on a CPU" in output.with_suffix(".md").read_text(encoding="utf-8")
-    assert bench.REHEARSAL != bench.OUTPUT
+    assert bench_commands.REHEARSAL != bench_commands.OUTPUT
 
 
 def test_a_slow_link_misses_the_goal_of_overhead_and_is_shown(

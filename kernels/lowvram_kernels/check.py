@@ -1,0 +1,108 @@
+"""The check of every kernel against its reference on the device at hand: small calls of all that a model launches, seconds in all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from lowvram_kernels import cases
+from lowvram_kernels.dispatch import OPS
+from lowvram_kernels.tuning import PV_DTYPES, architecture, pv_choices
+
+INT8, BF16 = torch.int8, torch.bfloat16
+ROWS = {"int8, rotated": (INT8, True), "int8": (INT8, False), "fp8": (cases.E4M3, False)}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One call that was compared. op: a key of `dispatch.OPS`; label: its dtypes and options.
+
+    problem: empty where the kernel agrees with its reference, else what differs, or why it does not run, in one line.
+    """
+
+    op: str
+    label: str
+    problem: str
+
+
+def checks(device: torch.device, ops: Iterable[str] = tuple(OPS)) -> Iterator[Check]:
+    """Runs the calls of each op. An op that fails, however it does, ends no other; once the device is lost the rest is not checked."""
+    lost = ""
+    for op in ops:
+        for label, make in calls(op, device).items():
+            if lost:
+                yield Check(op, label, f"not checked: the device was lost at {lost}")
+                continue
+            yield Check(op, label, _problem(make))
+            lost = f"{op}, {label}" if _is_lost(device) else ""
+
+
+def problems(found: Iterable[Check]) -> dict[str, str]:
+    """Op -> its first problem, of those that have one."""
+    first: dict[str, str] = {}
+    for check in found:
+        if check.problem:
+            first.setdefault(check.op, f"{check.label}: {check.problem}")
+    return first
+
+
+def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
+    """By label: ragged numbers of tokens, several programs in each direction, every dtype and epilogue that the models use."""
+    where = str(device)
+    if op == "quantized_linear":
+        return {
+            "int8": partial(cases.linear, 33, 65, 96, device=where),
+            "int8, bf16": partial(cases.linear, 150, 328, 272, out=BF16, device=where),
+            "int8, GELU": partial(cases.linear_gelu, 33, 65, 96, out=BF16, device=where),
+            "int8, += gate * y": partial(cases.linear_add, 150, 328, 272, device=where),
+            "int8, += y": partial(cases.linear_add, 33, 65, 96, gated=False, device=where),
+            "fp8": partial(cases.linear, 150, 328, 272, code=cases.E4M3, device=where),
+            "fp8, += gate * y": partial(cases.linear_add, 33, 65, 96, code=cases.E4M3, device=where),
+        }
+    if op in ("adaln_quantize", "quantize_rows", "gelu_quantize"):
+        x = torch.float32 if op == "adaln_quantize" else BF16
+        return {
+            label: partial(cases.rows, op, 9, 768, code=code, rotated=rotated, x=x, device=where) for label, (code, rotated) in ROWS.items()
+        }
+    if op == "rms_rope_quantize":
+        return {
+            "rope, smoothing": partial(cases.rms_rope, 9, 5, device=where),
+            "smoothing": partial(cases.rms_rope, 9, 5, rope=False, device=where),
+            "rope, heads of 64": partial(cases.rms_rope, 9, 4, smoothing=False, head_dim=64, device=where),
+        }
+    pvs = pv_choices(architecture(device))
+    if op == "quantize_values":
+        sizes = {"": (70, 2, 128), ", heads of 64": (130, 3, 64)}
+        return {
+            f"{pv}{label}": partial(cases.values, n, heads, head_dim=width, code=PV_DTYPES[pv], device=where)
+            for pv in pvs
+            for label, (n, heads, width) in sizes.items()
+        }
+    shapes = {"": (150, 130, 2, 128, torch.float32), ", heads of 64": (33, 64, 2, 64, BF16)}
+    return {
+        f"{pv}{label}": partial(cases.attention, m, n, heads, head_dim=width, pv=pv, out=out, device=where)
+        for pv in pvs
+        for label, (m, n, heads, width, out) in shapes.items()
+    }
+
+
+def _problem(make: Callable[[], cases.Case]) -> str:
+    try:
+        return make().mismatch()
+    except Exception as error:  # compilers, drivers and kernels fail with errors of many kinds; each is the answer
+        lines = str(error).strip().splitlines()
+        return f"does not run: {lines[0][:200] if lines else type(error).__name__}"
+
+
+def _is_lost(device: torch.device) -> bool:
+    """After some faults a CUDA context refuses everything."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
