@@ -118,14 +118,15 @@ def run(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.seconds
     step = next(step for step in STEPS if step.name == options.step)
     missing = missing_packages(("torch", "numpy", *step.needs))
+    lacks = f"not installed: {', '.join(missing)}" if missing else ""
+    if not options.rehearse and "torch" not in missing and not has_device():
+        print("; ".join(filter(None, ("no CUDA device", lacks))), flush=True)
+        return NO_DEVICE
     if missing:
-        print(f"not installed: {', '.join(missing)}", flush=True)
+        print(lacks, flush=True)
         return LEFT_OUT
     import torch
 
-    if not options.rehearse and not torch.cuda.is_available():
-        print("no CUDA device", flush=True)
-        return NO_DEVICE
     facts = identity_facts(options.commit, options.rehearse)
     context = Context(
         Results(options.out, options.call, options.earlier), options.out, options.work, deadline, options.rehearse,
@@ -140,6 +141,12 @@ def run(options: argparse.Namespace) -> int:
             print("\n".join(unit.name for unit in units))
             return 0
         return run_units(step, units, context, options.units)
+
+
+def has_device() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def again(options: argparse.Namespace) -> list[str]:
