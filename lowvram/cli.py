@@ -279,16 +279,17 @@ def inspect(
 def doctor(
     as_json: Json = False,
     path: Annotated[Path, typer.Option(help="The folder whose disk is looked at.", readable=False)] = Path("."),
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure the machine's speeds again.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Check the kernels and measure the machine's speeds again.")] = False,
 ) -> None:
-    """GPU, Triton, disk, memory, speeds: what is there, what is missing and how to get it."""
-    from lowvram.memory.probe import check_folder, doctor_report, measured_speeds, probe_machine
+    """GPU, Triton, kernels, disk, memory, speeds: what is there, what is missing and how to get it."""
+    from lowvram.memory.probe import check_folder, checked_kernels, doctor_report, measured_speeds, probe_machine
     from lowvram.streaming.read_speed import read_speed
     from lowvram.terminal import doctor_table
 
     check_folder(path)
     machine = probe_machine(path, measure=True, disk_speed=read_speed)
-    report = doctor_report(path, machine, measured_speeds(path, machine, refresh))
+    kernels = checked_kernels(machine, refresh)  # first: the speeds are those of what runs
+    report = doctor_report(path, machine, measured_speeds(path, machine, refresh), kernels)
     _show(report, lambda: doctor_table(report), as_json)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lowvram_kernels.constraints import refused_gpu
+from lowvram_kernels.dispatch import distrusted
 from torch import Tensor
 
 from lowvram.checkpoint.store import Store, open_store
@@ -98,7 +99,7 @@ class Pipeline:
         self.device = device
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
         host = Host.of(device.type, process_bytes)
-        self.host = replace(host, references=host.references or refused_gpu(device) is not None)
+        self.host = replace(host, references=host.references or refused_gpu(device) is not None or bool(distrusted()))
         self.model = hashlib.sha256((store.path / "lowvram.json").read_bytes()).hexdigest()
 
     def plan(self, request: Request) -> MemoryPlan:
@@ -269,6 +270,7 @@ def load(
     Raises `CheckpointError` where MODEL is not a store, `UsageError` for a budget or device that cannot be read.
     """
     from lowvram.memory.budget import resolve_budgets
+    from lowvram.memory.kernel_check import trust_kernels
     from lowvram.memory.measure import on_disk_of, this_machine
 
     if not isinstance(model, (str, Path)):
@@ -280,6 +282,7 @@ def load(
     target = torch.device(budgets.device)
     if target.index is not None:
         torch.cuda.set_device(target)  # what asks for "the" GPU means this one
+    trust_kernels(target)
     measured = this_machine(target.type)
     profile = None if measured is None else on_disk_of(path, measured)
     cache = PromptCache() if prompt_cache else None

@@ -1,10 +1,19 @@
-"""The check of every kernel against its reference on the device at hand: small calls of all that a model launches, seconds in all."""
+"""The check of every kernel against its reference on the device at hand: small calls of all that a model launches, seconds in all.
+
+`python -m lowvram_kernels.check cuda:0 [OP ...]` prints JSON lines, `begin` of each op and the result of each call: a
+kernel that breaks the device breaks that process alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,6 +22,7 @@ from lowvram_kernels.dispatch import OPS
 from lowvram_kernels.tuning import PV_DTYPES, architecture, pv_choices
 
 INT8, BF16 = torch.int8, torch.bfloat16
+DEVICE_LOST = 3  # exit code of a process whose device answers no more
 ROWS = {"int8, rotated": (INT8, True), "int8": (INT8, False), "fp8": (cases.E4M3, False)}
 
 
@@ -20,24 +30,29 @@ ROWS = {"int8, rotated": (INT8, True), "int8": (INT8, False), "fp8": (cases.E4M3
 class Check:
     """One call that was compared. op: a key of `dispatch.OPS`; label: its dtypes and options.
 
-    problem: empty where the kernel agrees with its reference, else what differs, or why it does not run, in one line.
+    problem: empty where the kernel agrees with its reference, else what differs, or why it does not run, in one line;
+    unchecked: why it could not be compared, which says nothing about the kernel.
     """
 
     op: str
     label: str
-    problem: str
+    problem: str = ""
+    unchecked: str = ""
 
 
 def checks(device: torch.device, ops: Iterable[str] = tuple(OPS)) -> Iterator[Check]:
-    """Runs the calls of each op. An op that fails, however it does, ends no other; once the device is lost the rest is not checked."""
+    """Runs the calls of each op. A call that fails, however it does, ends no other; once the device is lost the rest is unchecked."""
     lost = ""
     for op in ops:
         for label, make in calls(op, device).items():
             if lost:
-                yield Check(op, label, f"not checked: the device was lost at {lost}")
+                yield Check(op, label, unchecked=f"the device was lost at {lost}")
                 continue
-            yield Check(op, label, _problem(make))
-            lost = f"{op}, {label}" if _is_lost(device) else ""
+            check = _checked(op, label, make)
+            if _is_lost(device):
+                lost = f"{op}, {label}"
+                check = replace(check, problem=check.problem or "the device stops answering")
+            yield check
 
 
 def problems(found: Iterable[Check]) -> dict[str, str]:
@@ -47,6 +62,23 @@ def problems(found: Iterable[Check]) -> dict[str, str]:
         if check.problem:
             first.setdefault(check.op, f"{check.label}: {check.problem}")
     return first
+
+
+def sources_digest() -> str:
+    """16 hex digits of the kernels' code: other code has not been checked."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def triton_version() -> str:
+    """The installed Triton's; empty where there is none."""
+    try:
+        import triton
+    except (ImportError, OSError):
+        return ""
+    return str(triton.__version__)
 
 
 def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
@@ -89,12 +121,18 @@ def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
     }
 
 
-def _problem(make: Callable[[], cases.Case]) -> str:
+def _checked(op: str, label: str, make: Callable[[], cases.Case]) -> Check:
     try:
-        return make().mismatch()
+        return Check(op, label, make().mismatch())
     except Exception as error:  # compilers, drivers and kernels fail with errors of many kinds; each is the answer
         lines = str(error).strip().splitlines()
-        return f"does not run: {lines[0][:200] if lines else type(error).__name__}"
+        said = lines[0][:200] if lines else type(error).__name__
+        return Check(op, label, unchecked=said) if is_occupied(str(error)) else Check(op, label, f"does not run: {said}")
+
+
+def is_occupied(text: str) -> bool:
+    """Whether an error says that others use the device, which is no fault of a kernel."""
+    return re.search("out of memory|busy or unavailable", text, re.IGNORECASE) is not None
 
 
 def _is_lost(device: torch.device) -> bool:
@@ -106,3 +144,18 @@ def _is_lost(device: torch.device) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def main(arguments: Sequence[str]) -> int:
+    device, *ops = torch.device(arguments[0]), *arguments[1:]
+    for op in ops or tuple(OPS):
+        print(json.dumps({"begin": op}), flush=True)
+        for check in checks(device, (op,)):
+            print(json.dumps(asdict(check)), flush=True)
+        if _is_lost(device):
+            return DEVICE_LOST
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +42,8 @@ class Op:
 
     def refusal(self, *args: Any, **kwargs: Any) -> str | None:
         """Why the Triton kernel cannot run this call; None where it can."""
+        if self.name in _distrusted:
+            return _distrusted[self.name]
         first = args[0] if args else None
         reason = constraints.wrong_device(first if isinstance(first, Tensor) else None)
         reason = reason or constraints.scattered([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
@@ -71,6 +73,18 @@ OPS = {
     )
 }
 _told: set[tuple[str, str]] = set()
+_distrusted: dict[str, str] = {}
+
+
+def distrust(problems: Mapping[str, str]) -> None:
+    """From now on these ops, and no others, run on their references: op -> what `lowvram_kernels.check` found wrong with its kernel."""
+    _distrusted.clear()
+    _distrusted.update({name: f"its kernel disagrees with its reference on this GPU ({problem})" for name, problem in problems.items()})
+
+
+def distrusted() -> tuple[str, ...]:
+    """The ops that run on their references because their kernels are wrong here."""
+    return tuple(_distrusted)
 
 
 def choose(name: str, *args: Any, **kwargs: Any) -> Callable[..., None]:

@@ -49,7 +49,7 @@ def machine_key(device: str) -> ProfileKey:
     import torch
 
     if device == "cuda":
-        return ProfileKey(torch.cuda.get_device_name(), _driver(), torch.__version__, _lowvram())
+        return ProfileKey(torch.cuda.get_device_name(), driver_version(), torch.__version__, _lowvram())
     return ProfileKey(f"cpu {platform.machine()} {platform.processor()}", platform.release(), torch.__version__, _lowvram())
 
 
@@ -134,12 +134,13 @@ def measure_profile(device: str, folder: Path, link_bytes_s: float | None = None
 
 
 def _probe_shape(device: str) -> ProbeShape:
-    """On a GPU that no kernel is for, the references would take minutes for what kernels do in milliseconds."""
+    """On a GPU that no kernel is for, or whose kernels are wrong, the references would take minutes for what kernels do in milliseconds."""
     if device == "cuda":
         import torch
         from lowvram_kernels.constraints import refused_gpu
+        from lowvram_kernels.dispatch import distrusted
 
-        if refused_gpu(torch.device("cuda")) is not None:
+        if refused_gpu(torch.device("cuda")) is not None or distrusted():
             return SHAPES["cpu"]
     return SHAPES[device]
 
@@ -290,7 +291,7 @@ def _same_disk(one: Path, other: Path) -> bool:
         return False
 
 
-def _driver() -> str:
+def driver_version() -> str:
     """The GPU driver's version line; where the system shows none, the version of ROCm or CUDA that torch was built for."""
     import torch
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowvram.config import format_bytes
 from lowvram.errors import LowvramError, UsageError
+from lowvram.memory.kernel_check import KernelReport, trust_kernels
 from lowvram.memory.limits import host_memory
 from lowvram.memory.machine import Machine, probe_machine
 from lowvram.memory.measure import machine_profile
@@ -20,6 +21,7 @@ __all__ = [
     "Machine",
     "Speeds",
     "check_folder",
+    "checked_kernels",
     "doctor_report",
     "free_ram_bytes",
     "measured_speeds",
@@ -79,14 +81,31 @@ def check_folder(path: Path) -> None:
         raise UsageError(f"{path} is not a folder that can be looked at: give --path one that exists")
 
 
-def doctor_report(path: Path, machine: Machine, speeds: Speeds | None = None) -> dict[str, Any]:
-    """{"ok": nothing is missing, "findings": […], "machine": {…}, "profile": {…} or None}; disk room and speed are those of `path`."""
-    findings = [_gpu(machine), _triton(machine), _ram(machine), _disk_room(machine, path), _disk_speed(machine)]
+def checked_kernels(machine: Machine, refresh: bool = False) -> KernelReport | None:
+    """The check of the kernels on this GPU, remembered or (with `refresh`) made now, and applied; None where no kernel can run."""
+    if machine.gpu is None or not machine.triton_works or machine.gpu.capability < INT8_CAPABILITY:
+        return None
+    import torch
+
+    return trust_kernels(torch.device("cuda"), refresh)
+
+
+def doctor_report(path: Path, machine: Machine, speeds: Speeds | None = None, kernels: KernelReport | None = None) -> dict[str, Any]:
+    """{"ok": nothing is missing, "findings": […], "machine": {…}, "profile": {…} or None, "kernels": [a check per call]}; disk room and
+    speed are those of `path`.
+    """
+    findings = [_gpu(machine), _triton(machine), _kernels(machine, kernels), _ram(machine), _disk_room(machine, path), _disk_speed(machine)]
     findings += [_speeds(speeds)] if speeds else []
     findings += [_packages(machine), _encoder()]
     ok = all(finding.status != "missing" for finding in findings)
     profile = speeds.profile.to_dict() if speeds and speeds.profile else None
-    return {"ok": ok, "findings": [asdict(finding) for finding in findings], "machine": machine.to_dict(), "profile": profile}
+    return {
+        "ok": ok,
+        "findings": [asdict(finding) for finding in findings],
+        "machine": machine.to_dict(),
+        "profile": profile,
+        "kernels": [asdict(check) for check in kernels.checks] if kernels else [],
+    }
 
 
 def _speeds(speeds: Speeds) -> Finding:
@@ -123,6 +142,20 @@ def _triton(machine: Machine) -> Finding:
     package = "triton-windows" if sys.platform == "win32" else "triton"
     advice = f"install {package} in the version that your torch names, and a C compiler; until then the slow reference runs"
     return Finding("Triton", "warn", machine.triton_reason, advice)
+
+
+def _kernels(machine: Machine, report: KernelReport | None) -> Finding:
+    if report is None:
+        reason = "without a GPU" if machine.gpu is None else "where no kernel runs"
+        return Finding("kernels", "ok", f"not needed {reason}")
+    detail = f"{report.summary}; {'checked now' if report.checked_now else 'checked before'}"
+    if report.problems:
+        fallen = "it runs" if len(report.problems) == 1 else "they run"
+        advice = f"install the GPU's newest driver and the Triton that your torch names, then --refresh; until then {fallen} as torch code"
+        return Finding("kernels", "warn", detail, f"{advice}, slower")
+    if report.unchecked:
+        return Finding("kernels", "warn", detail, "close what else uses the GPU and call this again")
+    return Finding("kernels", "ok", detail, "" if report.checked_now else "check again with --refresh")
 
 
 def _ram(machine: Machine) -> Finding:
