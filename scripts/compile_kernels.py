@@ -189,17 +189,8 @@ def known(kernel: Any, name: str) -> int:
 
 def compiled(variant: Variant, arch: str, unaligned: tuple[str, ...] = ()) -> Compiled:
     """One variant for one architecture, measured and judged; `unaligned`: arguments that shall not be divisible by 16 either."""
-    names = variant.kernel.arg_names
-    constants = variant.constants | {name: 1 for name in names if name in ONE}
-    signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if name not in unaligned and signature[name] not in ("constexpr", "fp32") and known(variant.kernel, name) == 16
-    }
-    target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 32)
     start = time.perf_counter()
-    result = triton.compile(ASTSource(variant.kernel, signature, constants, aligned), target=target, options=variant.options)
+    result = built(variant, arch, unaligned)
     seconds = time.perf_counter() - start
     nvidia = arch.startswith("sm_")
     assembly = result.asm["ptx" if nvidia else "amdgcn"]
@@ -214,6 +205,20 @@ def compiled(variant: Variant, arch: str, unaligned: tuple[str, ...] = ()) -> Co
         arch, variant.name, registers, spilled, shared, shown, narrowest, seconds,
         faults(variant, arch, spilled, shared, multiplications, products, narrowest, fused),
     )  # fmt: skip
+
+
+def built(variant: Variant, arch: str, unaligned: tuple[str, ...] = ()) -> Any:
+    """What Triton makes of a variant for an architecture: metadata, and the code of every stage."""
+    names = variant.kernel.arg_names
+    constants = variant.constants | {name: 1 for name in names if name in ONE}
+    signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name not in unaligned and signature[name] not in ("constexpr", "fp32") and known(variant.kernel, name) == 16
+    }
+    target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 32)
+    return triton.compile(ASTSource(variant.kernel, signature, constants, aligned), target=target, options=variant.options)
 
 
 def faults(
@@ -246,15 +251,21 @@ def nvidia_resources(cubin: bytes, ptx: str, unfused: bool) -> tuple[int, int, i
     A division is made of fused multiply-adds and rounds once all the same. Beside divisions the PTX is counted instead of the machine
     code: its multiplications and additions must name their rounding, which forbids the assembler to fuse them.
     """
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = output(str(tools / "cuobjdump"), "--dump-resource-usage", file.name)
-        code = output(str(tools / "nvdisasm"), "-c", file.name) if unfused and "div.rn.f32" not in ptx else ""
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    registers, spilled, code = disassembled(cubin, code=unfused and "div.rn.f32" not in ptx)
     fused = re.findall(r"\bFFMA", code) if code else re.findall(r"\bfma\.|\b(?:mul|add|sub)(?:\.ftz)?\.f32", ptx)
-    return registers, stack + local, len(fused) if unfused else 0
+    return registers, spilled, len(fused) if unfused else 0
+
+
+def disassembled(cubin: bytes, code: bool = True) -> tuple[int, int, str]:
+    """(registers, bytes of stack, machine code where asked for) of the one kernel of a cubin, by the tools that come with Triton."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = output(str(tools / "cuobjdump"), "--dump-resource-usage", str(path))
+        text = output(str(tools / "nvdisasm"), "-c", str(path)) if code else ""
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    return registers, stack + local, text
 
 
 def output(*command: str) -> str:
