@@ -162,7 +162,12 @@ def peaks_table(peaks: dict[str, Any]) -> Table:
     return table
 
 
-_BASES = {"measured": "measured speeds", "table": "table's assumptions", "given": "given speeds"}
+_BASES = {
+    "measured": "measured speeds",
+    "predicted": "kernels' machine code and the data sheet",
+    "table": "table's assumptions",
+    "given": "given speeds",
+}
 
 
 def _precise(seconds: float) -> str:
@@ -226,7 +231,11 @@ def _only_planned(variant: str) -> str:
 
 def matrix_table(matrix: Matrix) -> Table:
     """Sizes and lengths against VRAM budgets: the predicted time of a video, or that it does not fit."""
-    source = {"measured": "its measured speeds", "table": "the table of cards"}.get(matrix.basis, "given speeds")
+    source = {
+        "measured": "its measured speeds",
+        "predicted": "by its data sheet and the machine code of the kernels",
+        "table": "by the table of cards",
+    }.get(matrix.basis, "given speeds")
     what = f"{matrix.variant} {matrix.format}, {format_bytes(matrix.ram_bytes)} of RAM"
     title = f"{what}: time of a video, predicted for {matrix.machine}, {source}"
     table = Table(title=title)

@@ -189,6 +189,27 @@ def predicted(one: Bound, found: Sequence[Bound]) -> float | None:
     return one.tops * scale if scale and "attention" in one.kernel and one.key not in PUBLISHED else None
 
 
+# Of a block's linears, how many multiplications (in 5120^2 per token) are stored as they are and how many are added to the stream.
+LINEAR_WORK = {"store": 3 + 1 + 13824 / 5120, "+= gate * y": 1 + 1 + 13824 / 5120}
+# Nothing published calibrates products: they are predicted at the lowest share of a serial bound that anything published reaches.
+LOWEST_PUBLISHED = 0.73
+
+
+def shares(found: Sequence[Bound], arch: str) -> dict[str, float]:
+    """What is predicted of the card's dense peaks, for `lowvram.memory.cards`: linears in int8 and fp8, and attention of the int8 peak."""
+    card, by_kernel = CARDS[arch], {one.kernel: one for one in found if one.arch == arch}
+    predictions = {}
+    for kind in ("int8", "fp8"):
+        rates = {label: by_kernel[f"linear {kind} {label}"].tops for label in LINEAR_WORK if f"linear {kind} {label}" in by_kernel}
+        if rates:
+            mean = sum(LINEAR_WORK.values()) / sum(LINEAR_WORK[label] / rate for label, rate in rates.items())
+            predictions[f"gemm_{kind}"] = LOWEST_PUBLISHED * mean / card.tops(kind)
+    attention = predicted(by_kernel["attention int8"], found)
+    if attention is not None:
+        predictions["attention"] = attention / card.tops("int8")
+    return {name: round(share, 3) for name, share in predictions.items()}
+
+
 def table(found: Sequence[Bound], measured: dict[tuple[str, str], float], pipes: bool = False) -> str:
     heads = [
         "kernel",

@@ -1,4 +1,4 @@
-"""Cards that people have, from their data sheets, and what lowvram may reach of their peaks: assumptions, each with its source.
+"""Cards that people have, from their data sheets, and what is predicted of their peaks from the machine code of lowvram's kernels.
 
 Data sheets give peaks; nothing here was measured by lowvram. Peaks of GeForce cards follow from cores and boost clock, as in NVIDIA's
 architecture papers: dense tensor rates with exact accumulation are 2 (bf16), 4 (fp8) and 8 (int8) times the fp32 rate of 2 operations per
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from lowvram.config import parse_bytes
 from lowvram.errors import UsageError
-from lowvram.memory.profile import GIVEN, PINNED_SHARE, TABLE, MachineProfile
+from lowvram.memory.profile import GIVEN, PINNED_SHARE, PREDICTED, TABLE, MachineProfile
 
 GIB = 2**30
 # Whose times are predicted where nobody names a card and none was measured (`card_with`).
@@ -31,35 +31,30 @@ CONV_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Achievable:
-    """Shares of a card's dense peaks that lowvram's kernels are assumed to reach; `source` is a section of `docs/facts/kernels.md`.
+    """Shares of a card's dense peaks that lowvram's kernels and the libraries' are expected to reach. Nothing here was measured.
 
-    gemm: int8 and fp8 linears; attention: of the int8 peak; bf16, attention_bf16: the libraries' kernels, of the bf16 peak.
+    gemm_int8, gemm_fp8: linears, each of its own peak; attention: of the int8 peak; bf16, attention_bf16: the libraries' kernels, of the
+    bf16 peak. basis: of the first three, `PREDICTED` where they follow from the machine code (docs/benchmarks/kernels.md, "Bounds from
+    machine code"), `TABLE` where they are assumed; source: of the rest, by section of docs/facts/kernels.md.
     """
 
-    gemm: float
+    gemm_int8: float
+    gemm_fp8: float | None
     attention: float
     bf16: float
     attention_bf16: float
+    basis: str
     source: str
 
 
+# The first three of each row are `scripts/static_bound.py`'s `shares`; a test holds them together.
 ACHIEVABLE = {
-    "ampere": Achievable(
-        180 / 284, 135 / 284, 0.85, 0.95, "6 and 2.7: int8 GEMM 180 of 284 assumed, Sage1 134-136 and FA2 68-71 on a 3090"
-    ),
-    "ada": Achievable(400 / 660, 322 / 660, 0.85, 0.95, "6 and 2.7: int8 GEMM 400 of 660 assumed, Sage1 322 and FA2 164 on a 4090"),
-    "blackwell": Achievable(
-        560 / 838, 479 / 838, 0.85, 0.95, "6 and 2.7: int8 GEMM 560 of 838 assumed (within 5 % of CUTLASS), Sage1 479 and FA2 214 on a 5090"
-    ),
-    "a100": Achievable(247 / 624, 278 / 624, 0.85, 0.65, "6 and 2.7: Triton int8 246.7 (M = 2048), Sage1 278 and FA2 204 on an A100"),
-    "hopper": Achievable(
-        1200 / 1979,
-        518 / 1979,
-        0.85,
-        0.47,
-        "6 and 2.7: row-wise fp8 in Triton 1190, int8 assumed equal; Sage1 518, Triton attention 465 on an H100",
-    ),
-    "rdna3": Achievable(0.4, 0.3, 0.5, 0.3, "no published number: an assumption without a source"),
+    "ampere": Achievable(0.644, None, 0.524, 0.85, 0.95, PREDICTED, "2.7: FA2 68-71 of 71 on a 3090"),
+    "ada": Achievable(0.643, 0.671, 0.539, 0.85, 0.95, PREDICTED, "2.7: FA2 164 of 165 on a 4090"),
+    "blackwell": Achievable(0.651, 0.688, 0.505, 0.85, 0.95, PREDICTED, "2.7: FA2 214 of 209 on a 5090"),
+    "a100": Achievable(0.575, None, 0.401, 0.85, 0.65, PREDICTED, "2.7: FA2 204 of 312 on an A100"),
+    "hopper": Achievable(0.59, 0.471, 0.209, 0.85, 0.47, PREDICTED, "2.7: attention in Triton 465 of 989 on an H100"),
+    "rdna3": Achievable(0.4, None, 0.3, 0.5, 0.3, TABLE, "no published number: an assumption without a source"),
 }
 
 
@@ -82,7 +77,7 @@ class Card:
         return LANE_BYTES_S[self.pcie_generation] * self.pcie_lanes
 
     def profile(self, ram_bytes: int = RAM_BYTES, link_bytes_s: float | None = None, disk_bytes_s: float | None = None) -> MachineProfile:
-        """What a machine with this card is assumed to do; the last two replace the table's own where the user names them."""
+        """What a machine with this card is predicted to do; the last two replace the table's own where the user names them."""
         share = ACHIEVABLE[self.architecture]
         profile = MachineProfile(
             name=self.name,
@@ -90,8 +85,8 @@ class Card:
             link_bytes_s=link_bytes_s or self.link_bytes_s,
             disk_bytes_s=disk_bytes_s or DISK_BYTES_S,
             host_copy_bytes_s=HOST_COPY_BYTES_S,
-            gemm_int8_ops_s=self.int8_ops_s * share.gemm,
-            gemm_fp8_ops_s=self.fp8_ops_s * share.gemm if self.fp8_ops_s else None,
+            gemm_int8_ops_s=self.int8_ops_s * share.gemm_int8,
+            gemm_fp8_ops_s=self.fp8_ops_s * share.gemm_fp8 if self.fp8_ops_s and share.gemm_fp8 else None,
             gemm_bf16_ops_s=self.bf16_ops_s * share.bf16,
             attention_ops_s=self.int8_ops_s * share.attention,
             attention_bf16_ops_s=self.bf16_ops_s * share.attention_bf16,
@@ -103,6 +98,7 @@ class Card:
             pinned_limit_bytes=int(ram_bytes * PINNED_SHARE),
         )
         sources = dict.fromkeys((name for name in profile.to_dict() if name.endswith(("_s", "_bytes"))), TABLE)
+        sources |= dict.fromkeys(("gemm_int8_ops_s", "gemm_fp8_ops_s", "attention_ops_s"), share.basis)
         sources |= {"link_bytes_s": GIVEN} if link_bytes_s else {}
         sources |= {"disk_bytes_s": GIVEN} if disk_bytes_s else {}
         return replace(profile, sources=sources)

@@ -24,11 +24,11 @@ LAUNCHES_PER_VISIT = 47
 class Prediction:
     """Seconds that a plan is predicted to take, by phase and in parts. Writing the file is not predicted.
 
-    basis: whether the rates behind it were "measured" on this machine or come from the "table" of cards. block_s: computing one block for
-    one guidance branch in the plan's chunks; step_s: a denoising step between the first and the last of its expert; compute_step_s: what
-    computing alone takes of it, as if every block were there when it is wanted, and compute_s that of all steps; resident_step_s: the step
-    that a budget without limit gives, every block resident and chunks as long as they get; switch_stall_s: what the expert switch adds.
-    The bytes are those of the denoising phase, by hop.
+    basis: whether the rates behind it were "measured" on this machine, are "predicted" for a card or come from the "table" of cards.
+    block_s: computing one block for one guidance branch in the plan's chunks; step_s: a denoising step between the first and the last of
+    its expert; compute_step_s: what computing alone takes of it, as if every block were there when it is wanted, and compute_s that of all
+    steps; resident_step_s: the step that a budget without limit gives, every block resident and chunks as long as they get; switch_stall_s:
+    what the expert switch adds. The bytes are those of the denoising phase, by hop.
     """
 
     machine: str

@@ -19,7 +19,7 @@ from lowvram.errors import OutputError, UsageError
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
-MEASURED, TABLE, GIVEN = "measured", "table", "given"
+MEASURED, TABLE, GIVEN, PREDICTED = "measured", "table", "given", "predicted"
 # No more of the host's memory is page-locked: the system cannot take such pages back when it runs short.
 PINNED_SHARE = 0.5
 # One kernel launch from Python through Triton; an assumption wherever it was not measured.
@@ -32,7 +32,8 @@ class MachineProfile:
 
     A rate is None where the machine cannot do it or nobody knows it. `attention_ops_s` is attention with both products in int8;
     `elementwise_bytes_s` counts what is read and what is written. `sources`: where each number comes from, by its field's name:
-    "measured" here, "table" of cards (data sheets and assumptions, `memory.cards`) or "given" by the user.
+    "measured" here, "table" of cards (data sheets and assumptions, `memory.cards`), "predicted" from the kernels' machine code, or "given"
+    by the user.
     """
 
     name: str
@@ -68,7 +69,7 @@ class MachineProfile:
 
     @property
     def basis(self) -> str:
-        """Whether the rates of computing were measured or come from the table."""
+        """Whether the rates of computing were measured, are predicted from machine code, or come from the table."""
         return self.sources.get("gemm_int8_ops_s", TABLE)
 
     def gemm_ops_s(self, format: str) -> float | None:

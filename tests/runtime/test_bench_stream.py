@@ -99,7 +99,7 @@ def test_rows_hold_times_peaks_and_one_digest(rows: tuple[list[StreamRow], Path]
         assert len(row.steps_s.split()) == 4
         assert row.predicted_s is not None
         assert row.predicted_s > 0
-        assert row.rates == "table"
+        assert row.rates == "predicted"
         assert row.disk_gb_s is not None
         assert row.disk_gb_s > 0
         assert row.peak_vram_gb is not None

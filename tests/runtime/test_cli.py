@@ -300,7 +300,7 @@ def test_plan_answers_for_a_card_of_the_table() -> None:
     card = ["--gpu", "rtx 3060", "--ram", "16GiB"]
     plan = json.loads(run("plan", "t2v-a14b", "--size", "832x480", *card, "--link", "PCIe 3.0 x8", "--disk", "7GB", "--json").stdout)
     assert plan["prediction"]["machine"] == "RTX 3060 12GB"
-    assert plan["prediction"]["basis"] == "table"
+    assert plan["prediction"]["basis"] == "predicted"
     assert plan["peak_vram_bytes"] <= 12 * 2**30
     table = run("plan", "t2v-a14b", "--size", "832x480", *card).stdout
     for text in ("RTX 3060 12GB", "a denoising step, predicted", "the video, predicted"):
