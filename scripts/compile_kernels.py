@@ -33,6 +33,7 @@ from lowvram_kernels import tuning
 from lowvram_kernels.adaln_quantize_triton import adaln_kernel
 from lowvram_kernels.attention_int8 import VALUE_MAX
 from lowvram_kernels.attention_int8_triton import attention_kernel, values_kernel
+from lowvram_kernels.common_triton import scalar_products
 from lowvram_kernels.quantize_rows_triton import groups_of, rows_kernel
 from lowvram_kernels.quantized_linear_triton import linear_kernel
 from lowvram_kernels.rms_rope_quantize_triton import rms_rope_kernel
@@ -113,6 +114,7 @@ def linear_variants(arch: str) -> Iterator[Variant]:
             constants = {
                 "HAS_BIAS": True, "GELU": False, "HAS_GATE": False, "ACCUMULATE": False, "INT8": int8, "DECODE": kind == "decode",
                 "EVEN_K": True, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
+                "SCALAR": scalar_products(arch),
             } | changed  # fmt: skip
             options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
             operands = (tile.block_m + tile.block_n) * tile.block_k

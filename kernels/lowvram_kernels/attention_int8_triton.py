@@ -10,10 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lowvram_kernels.attention_int8 import value_max
-from lowvram_kernels.common_triton import absmax_of_bits, e4m3_as_float16, e4m3_bytes, quantized_codes, size_bits, stored
+from lowvram_kernels.common_triton import BEFORE_3_7, absmax_of_bits, e4m3_as_float16, e4m3_bytes, quantized_codes, size_bits, stored
 from lowvram_kernels.tuning import PV_DTYPES, architecture, attention_tile, multiplies_e4m3
 
 KEY_TILE = tl.constexpr(64)
+# Read once each, the scales of 64 keys are copied by Triton 3.6 sixteen times, four bytes at a time, in the layout of the logits; as four
+# times 64 values they are too many for that, and every thread copies one.
+SCALE_COPIES = tl.constexpr(4 if BEFORE_3_7 else 1)
 # Its low byte is p - 128 once p was added; the sum of both rounds p half to even.
 ROUND_LESS_128 = tl.constexpr(12582912.0 - 128.0)
 LOG2_255 = tl.constexpr(math.log2(255.0))
@@ -57,6 +60,14 @@ def tile_scales(v_scale_ptrs, tile, T, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def key_scales(k_scale_ptrs):
+    """The scales of 64 keys, [64]."""
+    if SCALE_COPIES == 1:
+        return tl.load(k_scale_ptrs)
+    return tl.max(tl.load(k_scale_ptrs[:, None] + tl.zeros((1, SCALE_COPIES), tl.int32)), axis=1)
+
+
+@triton.jit
 def attend_tile(
     result, total, maximum, q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, tile, T, left,
     HEAD_DIM: tl.constexpr, HALF_SUM: tl.constexpr, MASKED: tl.constexpr,
@@ -68,7 +79,7 @@ def attend_tile(
         key_scale = tl.load(k_scale_ptrs, mask=key < left, other=0.0)
     else:
         k = tl.load(k_ptrs)
-        key_scale = tl.load(k_scale_ptrs)
+        key_scale = key_scales(k_scale_ptrs)
     logits = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
     if MASKED:
         logits = tl.where((key < left)[None, :], logits, float("-inf"))

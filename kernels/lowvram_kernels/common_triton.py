@@ -7,6 +7,7 @@ import struct
 import triton
 import triton.language as tl
 
+BEFORE_3_7 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 # 1.5 * 2^23: adding it to |x| < 2^22 and taking it away rounds half to even, on every architecture and in the interpreter.
 ROUND = tl.constexpr(12582912.0)
 SMALLEST_ABSMAX_BITS = tl.constexpr(int.from_bytes(struct.pack("<f", 1e-12), "little"))
@@ -19,6 +20,21 @@ GROUP = tl.constexpr(256)
 def round_half_even(x):
     """The integer nearest to x, as fp32; |x| < 2^22."""
     return (x + ROUND) - ROUND
+
+
+@triton.jit
+def rounded_product(x, y, SCALAR: tl.constexpr):
+    """x * y, fp32, rounded before anything is added to it. SCALAR: one by one, see `scalar_products`."""
+    if SCALAR:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.float32, is_pure=True, pack=1)
+    return x * y
+
+
+def scalar_products(arch: str) -> bool:
+    """Whether products before a sum must be kept out of pairs: Triton 3.6 pairs them (`mul.rn.f32x2`), and the assembler that comes with it
+    splits the pairs and fuses them with the sum on sm_120, in spite of their rounding. A fused sum has other bits than the reference's.
+    """
+    return BEFORE_3_7 and arch == "sm_120"
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowvram_kernels import quantize_rows
-from lowvram_kernels.common_triton import ROUND, e4m3_as_float16, stored
+from lowvram_kernels.common_triton import ROUND, e4m3_as_float16, rounded_product, scalar_products, stored
 from lowvram_kernels.tuning import architecture, linear_kind, linear_tile
 
 C0, C1, C2, C3, C4, C5 = (tl.constexpr(value) for value in quantize_rows.EXP2)
@@ -49,8 +49,9 @@ def linear_kernel(
     a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, gate_ptr, out_ptr, M, N, K, stride_a, stride_w, stride_out,
     HAS_BIAS: tl.constexpr, GELU: tl.constexpr, HAS_GATE: tl.constexpr, ACCUMULATE: tl.constexpr, INT8: tl.constexpr, DECODE: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SCALAR: tl.constexpr,
 ):  # fmt: skip
-    """One [BLOCK_M, BLOCK_N] tile of out; DECODE: operands are bytes of e4m3, multiplied as fp16."""
+    """One [BLOCK_M, BLOCK_N] tile of out; DECODE: operands are bytes of e4m3, multiplied as fp16; SCALAR: as `rounded_product`."""
     tile_m, tile_n = grouped_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -79,13 +80,13 @@ def linear_kernel(
         y = y * 65536.0  # both operands were decoded as 2^-8 of their value
     inside = columns < N
     y = y * tl.load(a_scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
-    y = y * tl.load(w_scale_ptr + columns, mask=inside, other=0.0)[None, :]
+    y = rounded_product(y, tl.load(w_scale_ptr + columns, mask=inside, other=0.0)[None, :], SCALAR)
     if HAS_BIAS:
         y = y + tl.load(bias_ptr + columns, mask=inside, other=0.0)[None, :]
     if GELU:
         y = gelu_tanh(y)
     if HAS_GATE:
-        y = y * tl.load(gate_ptr + columns, mask=inside, other=0.0)[None, :]
+        y = rounded_product(y, tl.load(gate_ptr + columns, mask=inside, other=0.0)[None, :], SCALAR)
     out_ptrs = row_pointers(out_ptr, rows, stride_out)[:, None] + columns[None, :]
     mask = (rows < M)[:, None] & inside[None, :]
     if ACCUMULATE:
@@ -124,5 +125,6 @@ def quantized_linear(
         m, n, k, a.stride(0), weight.stride(0), out.stride(0),
         HAS_BIAS=bias is not None, GELU=gelu, HAS_GATE=gate is not None, ACCUMULATE=accumulate, INT8=int8, DECODE=kind == "decode",
         EVEN_K=k % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=8,
+        SCALAR=scalar_products(arch),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
