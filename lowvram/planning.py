@@ -11,6 +11,7 @@ from lowvram.config import VARIANTS, ModelConfig, check_clip, clip_size, format_
 from lowvram.errors import BudgetError, UsageError
 from lowvram.memory.budget import AUTO_SHARE, amount_bytes, resolve_budgets
 from lowvram.memory.cards import Card, card_with, find_card, parse_link, parse_speed
+from lowvram.memory.kernel_check import known_problems
 from lowvram.memory.matrix import Cell, Matrix
 from lowvram.memory.measure import on_disk_of, this_machine
 from lowvram.memory.plan import Host, MemoryPlan, choose_plan
@@ -66,7 +67,7 @@ def plan(
         vram_bytes = _share_of(machine) if gpu else min(DEFAULT_VRAM_BYTES, machine.vram_total_bytes)
     elif vram != "auto":
         _check_vram(machine, vram_bytes)
-    return _choose(config, format, (width, height), frames, steps, vram_bytes, ram_bytes, device, machine)
+    return _choose(config, format, (width, height), frames, steps, vram_bytes, ram_bytes, _host(device, gpu, machine), machine)
 
 
 def plan_matrix(
@@ -95,6 +96,7 @@ def plan_matrix(
         check_clip(width, height, length, steps)
     device, vram_bytes, ram_bytes = _budgets(vram, ram, gpu, "cuda")
     machine = planned_machine(model, gpu, link, disk, ram_bytes, device)
+    host = _host(machine.device if machine else "cuda", gpu, machine)
     if machine is None:
         machine = _card_profile(card_with(vram_bytes or 0), link, disk, ram_bytes)
         if vram == "auto" and vram_bytes is not None:  # of this machine, which may be a host with more memory than any card
@@ -110,7 +112,7 @@ def plan_matrix(
     for (width, height), length, budget in product(sizes, lengths, budgets):
         made, refusal = None, ""
         try:
-            made = _choose(config, format, (width, height), length, steps, budget, ram_bytes, machine.device, machine)
+            made = _choose(config, format, (width, height), length, steps, budget, ram_bytes, host, machine)
         except BudgetError as error:
             refusal = str(error)
         cells.append(Cell(width, height, length, budget, made, refusal))
@@ -158,15 +160,25 @@ def _choose(
     steps: int,
     vram_bytes: int,
     ram_bytes: int,
-    device: str,
+    host: Host,
     machine: MachineProfile | None,
 ) -> MemoryPlan:
-    host, sampling = Host.of(device), config.sampling
+    sampling = config.sampling
     if machine is None:
         return choose_plan(config, format, size, frames, steps, host, vram_bytes, ram_bytes)
     clock = Forecast(config, format, machine, steps, sampling.shift, sampling.boundary)
     limit = machine.pinned_limit_bytes
     return choose_plan(config, format, size, frames, steps, host, vram_bytes, ram_bytes, clock=clock, pinned_limit_bytes=limit)
+
+
+def _host(device: str, gpu: str | None, machine: MachineProfile | None) -> Host:
+    """The references' temporaries count, too, where the machine is this one and a check of its kernels is known to have failed."""
+    host = Host.of(device)
+    if device != "cuda" or gpu is not None or machine is None:
+        return host
+    import torch
+
+    return replace(host, references=host.references or bool(known_problems(torch.device(device))))
 
 
 def _budgets(vram: str | int | None, ram: str | int, gpu: str | None, device: str) -> tuple[str, int | None, int]:

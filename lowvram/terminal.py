@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -346,5 +347,5 @@ def doctor_table(report: dict[str, Any]) -> Table:
     styles = {"ok": "green", "warn": "yellow", "missing": "red"}
     for finding in report["findings"]:
         status = finding["status"]
-        table.add_row(finding["name"], f"[{styles[status]}]{status}[/]", finding["detail"], finding["advice"])
+        table.add_row(finding["name"], f"[{styles[status]}]{status}[/]", escape(finding["detail"]), escape(finding["advice"]))
     return table

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from lowvram.checkpoint.source import Source, open_source
 from lowvram.checkpoint.store_layout import StoredTensor, component_layout
 from lowvram.checkpoint.writer import header_bytes
 from lowvram.config import EXPERTS, T2V_A14B, ModelConfig
+from lowvram.memory.usage import peak_rss_bytes
 
 COPY_BYTES = 16 * 2**20
 
@@ -102,7 +102,7 @@ def measure(source: Source, work: Path, format: str, threads: int | None) -> dic
         "scan_s": scan_s,
         "quantize_s": quantize_s,
         "source_gb_per_s": source_bytes / 1e9 / (scan_s + quantize_s),
-        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "peak_rss_gb": (peak_rss_bytes() or 0) / 1e9,  # 0: the system does not say
         "largest_tensor_gb": 4 * max(math.prod(shape) for shape in dit_shapes(source.config.dit).values()) / 1e9,
     }
 

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel and variant for six architectures on a machine that has none of them, and gates what comes out.
 
-    python scripts/compile_kernels.py [--arch sm_89 ...] [--kernel attention ...] [--csv FILE]
+    python scripts/compile_kernels.py [--arch sm_89 ...] [--kernel attention ...] [--jobs 4] [--csv FILE]
 
 Prints a table of registers, spilled bytes, shared memory, matrix instructions and the narrowest load of the main operands. Exits 1 where a
 GEMM or attention kernel spills, has not enough matrix instructions of the expected type for each of its products, or loads its operands in
@@ -20,8 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ import triton
 from lowvram_kernels import tuning
 from lowvram_kernels.adaln_quantize_triton import adaln_kernel
 from lowvram_kernels.attention_int8 import VALUE_MAX
-from lowvram_kernels.attention_int8_triton import attention_kernel, values_kernel
+from lowvram_kernels.attention_int8_triton import attention_kernel, scale_copies, values_kernel
 from lowvram_kernels.common_triton import scalar_products
 from lowvram_kernels.quantize_rows_triton import groups_of, rows_kernel
 from lowvram_kernels.quantized_linear_triton import linear_kernel
@@ -169,8 +171,8 @@ def attention_variant(arch: str, pv: str, head_dim: int, name: str) -> Variant:
     tile, dtype = tuning.attention_tile(arch, pv, head_dim), tuning.PV_DTYPES[pv]
     types = dict.fromkeys(("q_ptr", "k_ptr"), "*i8") | {f"{letter}_scale_ptr": "*fp32" for letter in "qkv"}
     types |= {"v_ptr": CODE_TYPES.get(pv, "*fp16"), "out_ptr": "*bf16", "M": "i32", "N": "i32", "softmax_scale": "fp32"}
-    constants = {"HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "HALF_SUM": tile.half_sum}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    constants = {"HEAD_DIM": head_dim, "BLOCK_M": tile.block_m, "HALF_SUM": tile.half_sum, "SCALE_COPIES": scale_copies(arch)}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     one = 2 * tile.block_m * 64 * head_dim  # of the loop over keys and of the keys that are left
     matrix = {"int8": 2 * one} if pv == "int8" else {"int8": one, pv: one}
     operands = 64 * head_dim * (1 + dtype.itemsize)
@@ -207,6 +209,19 @@ def compiled(variant: Variant, arch: str, unaligned: tuple[str, ...] = ()) -> Co
         arch, variant.name, registers, spilled, shared, shown, narrowest, seconds,
         faults(variant, arch, spilled, shared, multiplications, products, narrowest, fused),
     )  # fmt: skip
+
+
+def all_compiled(names: Sequence[tuple[str, str]], jobs: int) -> list[Compiled]:
+    """Variants by (name, architecture), in as many processes: Triton's kernels do not travel between them."""
+    if jobs <= 1:
+        return [_compiled_by_name(pair) for pair in names]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_compiled_by_name, names))
+
+
+def _compiled_by_name(pair: tuple[str, str]) -> Compiled:
+    name, arch = pair
+    return compiled(next(variant for variant in variants(arch) if variant.name == name), arch)
 
 
 def built(variant: Variant, arch: str, unaligned: tuple[str, ...] = ()) -> Any:
@@ -345,10 +360,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arch", nargs="+", choices=tuning.ARCHITECTURES, default=list(tuning.ARCHITECTURES))
     parser.add_argument("--kernel", nargs="+", default=[""], help="only kernels whose name contains one of these")
     parser.add_argument("--csv", type=Path, help="also write the table here")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile at once")
     options = parser.parse_args(arguments)
-    wanted = [(variant, arch) for arch in options.arch for variant in variants(arch)]
-    chosen = [(variant, arch) for variant, arch in wanted if any(part in variant.name for part in options.kernel)]
-    rows = sorted((compiled(*pair) for pair in chosen), key=lambda row: row.kernel)
+    wanted = [(variant.name, arch) for arch in options.arch for variant in variants(arch)]
+    chosen = [(name, arch) for name, arch in wanted if any(part in name for part in options.kernel)]
+    rows = sorted(all_compiled(chosen, options.jobs), key=lambda row: row.kernel)
     print(table(rows))
     if options.csv:
         names = [item.name for item in fields(Compiled) if item.name not in ("faults", "seconds")]

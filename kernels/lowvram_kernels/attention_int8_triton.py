@@ -14,9 +14,6 @@ from lowvram_kernels.common_triton import BEFORE_3_7, absmax_of_bits, e4m3_as_fl
 from lowvram_kernels.tuning import PV_DTYPES, architecture, attention_tile, multiplies_e4m3
 
 KEY_TILE = tl.constexpr(64)
-# Read once each, the scales of 64 keys are copied by Triton 3.6 sixteen times, four bytes at a time, in the layout of the logits; as four
-# times 64 values they are too many for that, and every thread copies one.
-SCALE_COPIES = tl.constexpr(4 if BEFORE_3_7 else 1)
 # Its low byte is p - 128 once p was added; the sum of both rounds p half to even.
 ROUND_LESS_128 = tl.constexpr(12582912.0 - 128.0)
 LOG2_255 = tl.constexpr(math.log2(255.0))
@@ -60,17 +57,24 @@ def tile_scales(v_scale_ptrs, tile, T, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def key_scales(k_scale_ptrs):
-    """The scales of 64 keys, [64]."""
-    if SCALE_COPIES == 1:
+def key_scales(k_scale_ptrs, COPIES: tl.constexpr):
+    """The scales of 64 keys, [64], each read COPIES times."""
+    if COPIES == 1:
         return tl.load(k_scale_ptrs)
-    return tl.max(tl.load(k_scale_ptrs[:, None] + tl.zeros((1, SCALE_COPIES), tl.int32)), axis=1)
+    return tl.max(tl.load(k_scale_ptrs[:, None] + tl.zeros((1, COPIES), tl.int32)), axis=1)
+
+
+def scale_copies(arch: str) -> int:
+    """How often a step reads the scale of a key. Triton 3.6 copies 64 scales in the layout of the logits, sixteen times four bytes a
+    thread; four times 64 are too many for that, and every thread copies one.
+    """
+    return 4 if BEFORE_3_7 and arch.startswith("sm_") else 1
 
 
 @triton.jit
 def attend_tile(
     result, total, maximum, q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, tile, T, left,
-    HEAD_DIM: tl.constexpr, HALF_SUM: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HALF_SUM: tl.constexpr, SCALE_COPIES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One online-softmax step over 64 keys; `left`: how many of them exist, where MASKED. query_scale: log2(e) / sqrt(HEAD_DIM) in it."""
     key = tl.arange(0, KEY_TILE)
@@ -79,7 +83,7 @@ def attend_tile(
         key_scale = tl.load(k_scale_ptrs, mask=key < left, other=0.0)
     else:
         k = tl.load(k_ptrs)
-        key_scale = key_scales(k_scale_ptrs)
+        key_scale = key_scales(k_scale_ptrs, SCALE_COPIES)
     logits = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
     if MASKED:
         logits = tl.where((key < left)[None, :], logits, float("-inf"))
@@ -144,7 +148,7 @@ def add_float(
 def attention_kernel(
     q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, out_ptr, M, N, softmax_scale,
     stride_qh, stride_qs, stride_kh, stride_ks, stride_vh, stride_vd, stride_vsh, stride_vsd, stride_out,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, HALF_SUM: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, HALF_SUM: tl.constexpr, SCALE_COPIES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head over all keys; softmax_scale = log2(e) / sqrt(HEAD_DIM)."""
     head = tl.program_id(1).to(tl.int64)
@@ -165,7 +169,7 @@ def attention_kernel(
     for tile in range(0, N // KEY_TILE):
         result, total, maximum = attend_tile(
             result, total, maximum, q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, tile, T, KEY_TILE,
-            HEAD_DIM, HALF_SUM, False,
+            HEAD_DIM, HALF_SUM, SCALE_COPIES, False,
         )  # fmt: skip
         k_ptrs += KEY_TILE * HEAD_DIM
         k_scale_ptrs += KEY_TILE
@@ -174,7 +178,7 @@ def attention_kernel(
     if left > 0:
         result, total, maximum = attend_tile(
             result, total, maximum, q, query_scale, k_ptrs, k_scale_ptrs, v_ptrs, v_scale_ptrs, T - 1, T, left,
-            HEAD_DIM, HALF_SUM, True,
+            HEAD_DIM, HALF_SUM, SCALE_COPIES, True,
         )  # fmt: skip
     y = tl.div_rn(result, tl.broadcast_to(total[:, None], (BLOCK_M, HEAD_DIM)))
     out_ptrs = out_ptr + rows[:, None] * stride_out + head * HEAD_DIM + channel[None, :]
@@ -206,5 +210,6 @@ def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Te
     attention_kernel[(triton.cdiv(num_queries, tile.block_m), num_heads)](
         q, q_scale, k, k_scale, v, v_scale, out, num_queries, k.shape[1], math.log2(math.e) / math.sqrt(head_dim),
         q.stride(0), q_scale.stride(0), k.stride(0), k_scale.stride(0), v.stride(0), v.stride(1), v_scale.stride(0), v_scale.stride(1),
-        out.stride(0), HEAD_DIM=head_dim, BLOCK_M=tile.block_m, HALF_SUM=tile.half_sum, num_warps=tile.warps, num_stages=tile.stages,
+        out.stride(0), HEAD_DIM=head_dim, BLOCK_M=tile.block_m, HALF_SUM=tile.half_sum,
+        SCALE_COPIES=scale_copies(arch), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

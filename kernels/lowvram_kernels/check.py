@@ -22,6 +22,7 @@ from lowvram_kernels.dispatch import OPS
 from lowvram_kernels.tuning import PV_DTYPES, architecture, pv_choices
 
 INT8, BF16 = torch.int8, torch.bfloat16
+DIM, FFN, HEADS = 5120, 13824, 40  # of A14B: Triton compiles what a model launches
 DEVICE_LOST = 3  # exit code of a process whose device answers no more
 ROWS = {"int8, rotated": (INT8, True), "int8": (INT8, False), "fp8": (cases.E4M3, False)}
 
@@ -82,27 +83,28 @@ def triton_version() -> str:
 
 
 def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
-    """By label: ragged numbers of tokens, several programs in each direction, every dtype and epilogue that the models use."""
+    """By label: the widths of A14B, ragged numbers of tokens, several programs in each direction, every dtype and epilogue in use."""
     where = str(device)
     if op == "quantized_linear":
         return {
             "int8": partial(cases.linear, 33, 65, 96, device=where),
-            "int8, bf16": partial(cases.linear, 150, 328, 272, out=BF16, device=where),
-            "int8, GELU": partial(cases.linear_gelu, 33, 65, 96, out=BF16, device=where),
-            "int8, += gate * y": partial(cases.linear_add, 150, 328, 272, device=where),
-            "int8, += y": partial(cases.linear_add, 33, 65, 96, gated=False, device=where),
-            "fp8": partial(cases.linear, 150, 328, 272, code=cases.E4M3, device=where),
-            "fp8, += gate * y": partial(cases.linear_add, 33, 65, 96, code=cases.E4M3, device=where),
+            "int8, bf16": partial(cases.linear, 150, 328, 256, out=BF16, device=where),
+            "int8, GELU": partial(cases.linear_gelu, 33, 72, 256, out=BF16, device=where),
+            "int8, += gate * y": partial(cases.linear_add, 150, 328, 256, device=where),
+            "int8, += y": partial(cases.linear_add, 33, 72, 256, gated=False, device=where),
+            "fp8": partial(cases.linear, 150, 328, 256, code=cases.E4M3, out=BF16, device=where),
+            "fp8, += gate * y": partial(cases.linear_add, 33, 72, 256, code=cases.E4M3, device=where),
         }
     if op in ("adaln_quantize", "quantize_rows", "gelu_quantize"):
-        x = torch.float32 if op == "adaln_quantize" else BF16
+        x, width = torch.float32 if op == "adaln_quantize" else BF16, FFN if op == "gelu_quantize" else DIM
         return {
-            label: partial(cases.rows, op, 9, 768, code=code, rotated=rotated, x=x, device=where) for label, (code, rotated) in ROWS.items()
+            label: partial(cases.rows, op, 3, width, code=code, rotated=rotated, x=x, device=where)
+            for label, (code, rotated) in ROWS.items()
         }
     if op == "rms_rope_quantize":
         return {
-            "rope, smoothing": partial(cases.rms_rope, 9, 5, device=where),
-            "smoothing": partial(cases.rms_rope, 9, 5, rope=False, device=where),
+            "rope, smoothing": partial(cases.rms_rope, 3, HEADS, device=where),
+            "smoothing": partial(cases.rms_rope, 3, HEADS, rope=False, device=where),
             "rope, heads of 64": partial(cases.rms_rope, 9, 4, smoothing=False, head_dim=64, device=where),
         }
     pvs = pv_choices(architecture(device))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -21,10 +23,48 @@ MAX_ROW = 32768
 Refusal = Callable[..., str | None]
 
 
+# The Triton that comes with the oldest torch, and the newest that every kernel was compiled with: tests/kernels/test_triton_versions.py.
+OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
+TRITON_PACKAGES = ("triton", "triton-windows", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton")
+
+
+@cache
+def triton_release() -> tuple[int, int] | None:
+    """(major, minor) of the installed Triton, whatever its package is called; None where that cannot be told."""
+    for package in TRITON_PACKAGES:
+        try:
+            found = re.match(r"(\d+)\.(\d+)", version(package))
+        except PackageNotFoundError:
+            continue
+        if found:
+            return int(found[1]), int(found[2])
+    return None
+
+
 @cache
 def no_triton() -> str | None:
     """Why Triton cannot run in this installation at all."""
-    return None if find_spec("triton") else "the triton package is not installed"
+    return old_triton() if find_spec("triton") else "the triton package is not installed"
+
+
+def old_triton() -> str | None:
+    """Why an installed Triton is refused for its age."""
+    release = triton_release()
+    if release is None or release >= OLDEST_TRITON:
+        return None
+    return f"Triton {_dotted(release)} is too old: {_dotted(OLDEST_TRITON)} or later is needed"
+
+
+def untried_triton() -> str | None:
+    """What is to be known of a Triton that is newer than those that the kernels were compiled with."""
+    release = triton_release()
+    if release is None or release <= NEWEST_TRITON:
+        return None
+    return f"newer than Triton {_dotted(NEWEST_TRITON)}, the newest that the kernels were compiled with"
+
+
+def _dotted(release: tuple[int, int]) -> str:
+    return ".".join(map(str, release))
 
 
 @cache

@@ -61,7 +61,7 @@ _ATTENTION = {
     "sm_89": {"int8": _TILE, "fp16": _HALF_SUM_TILE, "fp8": _HALF_SUM_TILE},
     "sm_90": {"int8": _TILE, "fp16": _TILE, "fp8": _TILE},
     "sm_120": {"int8": _TILE, "fp16": _HALF_SUM_TILE, "fp8": _HALF_SUM_TILE},
-    "gfx1100": {"int8": AttentionTile(64, 16, 1), "fp16": AttentionTile(64, 16, 1)},
+    "gfx1100": {"int8": AttentionTile(64, 16, 1), "fp16": AttentionTile(32, 16, 1)},  # 64 spill with Triton 3.8 and later
     INTERPRETER: {"int8": AttentionTile(64, 4, 1), "fp16": AttentionTile(64, 4, 1, half_sum=True), "fp8": AttentionTile(64, 4, 1)},
 }
 # 128 queries with heads of 128 in int8 take all registers on sm_120 and spill where strides of scales are not divisible by 16, as at 720p.

@@ -120,9 +120,20 @@ def kernel_key(device: torch.device) -> KernelKey:
 
     from lowvram.memory.measure import driver_version
 
-    major, minor = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
-    return KernelKey(name, f"{major}.{minor}", driver_version(), torch.__version__, triton_version(), sources_digest())
+    properties = torch.cuda.get_device_properties(device)
+    architecture = str(getattr(properties, "gcnArchName", "")) if torch.version.hip else ""
+    capability = architecture or f"{properties.major}.{properties.minor}"
+    return KernelKey(str(properties.name), capability, driver_version(), torch.__version__, triton_version(), sources_digest())
+
+
+def known_problems(device: torch.device) -> dict[str, str]:
+    """What an earlier check of this GPU found wrong, without checking anything: for plans."""
+    from lowvram_kernels.constraints import refused_gpu
+
+    if device.type != "cuda" or refused_gpu(device) is not None:
+        return {}
+    key = kernel_key(device)
+    return KernelReport(_load(cache_folder() / key.file_name, key) or (), False).problems
 
 
 def check_in_processes(device: str, ops: Iterable[str] | None = None) -> list[Check]:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -37,7 +38,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What one run may count on. triton_reason is empty where Triton works, else it says why not."""
+    """What one run may count on. triton_reason is empty where Triton works, else it says why not; triton_note: what else is to be known."""
 
     system: str
     python: str
@@ -52,6 +53,7 @@ class Machine:
     triton_works: bool
     triton_reason: str
     versions: dict[str, str | None]
+    triton_note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,6 +83,7 @@ def probe_machine(
         triton_works=not triton_reason,
         triton_reason=triton_reason,
         versions={name: _version(name) for name in PACKAGES},
+        triton_note=triton_note(),
     )
 
 
@@ -113,11 +116,24 @@ def why_triton_fails(has_gpu: bool) -> str:
         return f"Triton does not load: {_one_line(error)}"
     if not has_gpu:
         return "there is no GPU for it"
+    from lowvram_kernels.constraints import old_triton
+
+    too_old = old_triton()
+    if too_old:
+        return too_old
     try:
         triton.runtime.driver.active.get_current_target()
     except Exception as error:  # whatever its driver and compiler raise is the answer
         return f"Triton's driver fails: {_one_line(error)}"
     return ""
+
+
+def triton_note() -> str:
+    """Empty where the installed Triton is one that the kernels were compiled with."""
+    from lowvram_kernels.constraints import untried_triton
+
+    note = untried_triton()
+    return f"{note}: the check of the kernels says whether they are right here" if note else ""
 
 
 def disk_free(folder: Path) -> int | None:
@@ -220,11 +236,29 @@ def _used_bytes(uuid: str) -> int | None:
         nvml.nvmlShutdown()
 
 
-def _version(package: str) -> str | None:
+def nvml_driver_version() -> str | None:
+    """The version of NVIDIA's driver where the system shows it in no file, as on Windows; None where NVML cannot tell."""
     try:
-        return version(package)
-    except PackageNotFoundError:
+        nvml = ctypes.CDLL(NVML)
+    except OSError:
         return None
+    text = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    try:
+        return text.value.decode() if nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0 else None
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package; Triton's has other names beside Linux and CUDA."""
+    from lowvram_kernels.constraints import TRITON_PACKAGES
+
+    for name in TRITON_PACKAGES if package == "triton" else (package,):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None
 
 
 def _one_line(error: BaseException) -> str:

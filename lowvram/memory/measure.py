@@ -17,7 +17,7 @@ from lowvram.config import format_bytes
 from lowvram.errors import LowvramError
 from lowvram.memory.cards import DISK_BYTES_S
 from lowvram.memory.limits import host_memory
-from lowvram.memory.machine import find_gpu
+from lowvram.memory.machine import find_gpu, nvml_driver_version
 from lowvram.memory.profile import MEASURED, PINNED_SHARE, TABLE, MachineProfile, ProfileKey, any_profile, load_profile, save_profile
 
 logger = logging.getLogger(__name__)
@@ -292,13 +292,14 @@ def _same_disk(one: Path, other: Path) -> bool:
 
 
 def driver_version() -> str:
-    """The GPU driver's version line; where the system shows none, the version of ROCm or CUDA that torch was built for."""
+    """The GPU driver's version; where neither the system nor NVML shows one, the version of ROCm or CUDA that torch was built for."""
     import torch
 
     try:
         return NVIDIA_DRIVER.read_text(encoding="utf-8").splitlines()[0].strip()
     except (OSError, IndexError):
-        return f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        built_for = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        return nvml_driver_version() or built_for
 
 
 def _lowvram() -> str:

@@ -136,7 +136,7 @@ def _gpu(machine: Machine) -> Finding:
 
 def _triton(machine: Machine) -> Finding:
     if machine.triton_works:
-        return Finding("Triton", "ok", f"version {machine.versions.get('triton')}")
+        return Finding("Triton", "ok", f"version {machine.versions.get('triton')}", machine.triton_note)
     if machine.gpu is None:
         return Finding("Triton", "ok", f"not needed without a GPU ({machine.triton_reason})")
     package = "triton-windows" if sys.platform == "win32" else "triton"

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from lowvram.disk import output_error, write_all
+from lowvram.disk import BINARY, output_error, write_all
 from lowvram_quantize.recipe import check_same
 from lowvram_quantize.report import TensorError
 
@@ -31,7 +31,7 @@ class RunState:
             error = TensorError(**json.loads(line))
             self.errors[error.component, error.name] = error
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | BINARY, 0o666)
             os.ftruncate(self._fd, os.lseek(self._fd, sum(len(line) for line in kept), os.SEEK_SET))
             if not kept:
                 self._append({"identity": identity})

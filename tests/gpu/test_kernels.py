@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from lowvram_kernels import dispatch
+from lowvram_kernels.check import checks, problems
 from lowvram_kernels.tuning import PV_DTYPES, architecture, pv_choices
 
 from tests.kernels import cases
@@ -15,6 +16,11 @@ CUDA = "cuda"
 DIM, FFN, HEADS = 5120, 13824, 40
 ROWS = ("adaln_quantize", "quantize_rows", "gelu_quantize")
 LINEARS = [(1, 17, 32), (33, 65, 96), (700, 1000, DIM), (257, DIM, 1040), (130, 520, FFN), (2500, 300, 256)]
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_p18_the_check_of_the_doctor_finds_that_all_agree(op: str) -> None:
+    assert problems(checks(torch.device(CUDA), (op,))) == {}
 
 
 @pytest.mark.parametrize(("m", "n", "k"), LINEARS)

@@ -20,6 +20,7 @@ import torch
 
 from lowvram.errors import CheckpointError
 from lowvram.memory import machine as machine_module
+from lowvram.memory import measure
 from lowvram.memory.limits import cpu_count, host_memory
 from lowvram.memory.machine import Gpu, Machine, disk_free, find_gpu, probe_machine, why_triton_fails
 from lowvram.memory.probe import doctor_report, free_ram_bytes, total_ram_bytes
@@ -404,6 +405,10 @@ class FakeNvml:
         self.open -= 1
         return 0
 
+    def nvmlSystemGetDriverVersion(self, text: Any, length: int) -> int:
+        text.value = b"576.80"
+        return self.codes[0]
+
     def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: object) -> int:
         assert uuid == b"GPU-1-2"
         return self.codes[0]
@@ -421,6 +426,17 @@ def test_nvml_is_asked_by_the_cards_own_name(monkeypatch: pytest.MonkeyPatch, co
     assert library.open == 0
 
 
+@pytest.mark.parametrize(("code", "version"), [(0, "576.80"), (999, None)])
+def test_nvml_is_asked_for_the_driver(monkeypatch: pytest.MonkeyPatch, code: int, version: str | None) -> None:
+    library = FakeNvml(code)
+    monkeypatch.setattr(machine_module.ctypes, "CDLL", lambda name: library)
+    assert machine_module.nvml_driver_version() == version
+    assert library.open == 0
+    monkeypatch.setattr(measure, "NVIDIA_DRIVER", Path("/no/such/file"))
+    assert measure.driver_version() == (version or f"CUDA {torch.version.cuda}")
+
+
 def test_without_nvml_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_module, "NVML", "no such library")
     assert machine_module._used_bytes("1-2") is None
+    assert machine_module.nvml_driver_version() is None
