@@ -60,9 +60,9 @@ STEPS = (
     Step("block", "one block beside diffusers'", 40, 25, ("triton", "diffusers", "optimum", "safetensors")),
     Step("stream", "denoising steps of A14B's shapes: resident, within 6 GB, from disk", 90, 45, PIPELINE, interpreted=False),
     Step("demo", "the demo within three budgets", 45, 25, DEMO, interpreted=False),
-    Step("tiles", "tiles that static bounds leave open", 45, 20),
-    Step("more", "75,600 tokens, 8,192 tokens, other formats", 50, 20),
-    Step("ncu", "Nsight Compute on the two slowest kernels", 20, 15),
+    Step("tiles", "tiles that static bounds leave open", 40, 20),
+    Step("more", "75,600 tokens, 8,192 tokens, other formats", 40, 20),
+    Step("ncu", "Nsight Compute on the two slowest kernels", 35, 20),
 )
 TOTAL_S = sum(step.seconds for step in STEPS)
 
@@ -106,7 +106,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results: rows.jsonl, page.md, log.txt")
     parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="folders of earlier calls: what they measured stays")
     parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="only these steps")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder for 8 GB of random weights; removed at the end")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "bench", help="folder for 11 GB of random weights; removed at the end"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU at toy sizes: shows that all of it runs, and no speed")
     parser.add_argument("--commit", default="", help="the commit's name, where the folder is no git checkout")
     options = parser.parse_args(arguments)

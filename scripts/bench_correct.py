@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -68,6 +69,8 @@ def tested(file: str, shard: str, context: Context) -> Iterator[Row]:
     import pytest
 
     report = Report()
+    for name in ("LOWVRAM_BACKEND", "LOWVRAM_PV"):  # the tests choose for themselves
+        os.environ.pop(name, None)
     code = pytest.main(["-q", "-p", "no:cacheprovider", f"--shard={shard}", str(ROOT / file)], plugins=[report])
     yield {"name": file, **report.counts, "failures": report.failures}
     if report.failures or code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):

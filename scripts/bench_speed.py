@@ -111,18 +111,19 @@ def tile_units(context: Context) -> Iterator[Unit]:
 
 
 def searched(name: str, kind: str, candidates: tune.Candidates, shapes: Shapes) -> Iterator[Row]:
-    """A row per tile that gives the present tile's result, fastest first."""
+    """A row per tile that gives the present tile's result, the present one first."""
     if name == "attention":
         task = tune.attention_task(shapes.tokens, shapes.heads, kind, shapes.device)
     else:
         task = tune.linear_task(name, shapes.tokens, *shapes.linears[name], torch.int8, shapes.device)
-    found = tune.search(task, candidates, shapes.device, min(shapes.repeats, 10))
-    if not found:
-        raise NoTileError(f"no tile of {task.name} runs and agrees with the present one")
-    present = {tile: median for median, tile in found}.get(tuple(candidates[0]))
-    for median, tile in found:
+    present: float | None = None
+    measured = False
+    for _, median, tile in tune.tried(task, candidates, shapes.device, min(shapes.repeats, 10)):
+        measured, present = True, median if tile == candidates[0] else present
         gain = None if present is None else present / median - 1
         yield {"name": task.name, "tile": list(tile), "median_ms": median, "present": tile == candidates[0], "gain": gain}
+    if not measured:
+        raise NoTileError(f"no tile of {task.name} runs and agrees with the present one")
 
 
 class NoTileError(Exception):

@@ -124,6 +124,15 @@ def search(task: Task, candidates: Candidates, device: str = "cuda", repeats: in
     Raises `DeadDeviceError` where a candidate breaks the device.
     """
     found: list[tuple[float, tuple[int, ...]]] = []
+    for number, median, candidate in tried(task, candidates, device, repeats):
+        if not found or median < min(found)[0]:
+            print(f"{task.name}: best of {number} of {len(candidates)}: {median:.3f} ms  {candidate}", flush=True)
+        found.append((median, candidate))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def tried(task: Task, candidates: Candidates, device: str = "cuda", repeats: int = 10) -> Iterator[tuple[int, float, tuple[int, ...]]]:
+    """(how many were tried, ms, tile) of each candidate that runs and agrees, as it is measured. Raises as `search` does."""
     try:
         task.reset()
         task.run()
@@ -132,7 +141,7 @@ def search(task: Task, candidates: Candidates, device: str = "cuda", repeats: in
     except Exception as error:
         print(f"{task.name}: the present tile does not run, so nothing can be compared with it: {reason(error)}", flush=True)
         _require_alive(f"{task.name}, the present tile", device)
-        return found
+        return
     for number, candidate in enumerate(candidates, 1):
         with mock.patch(task.target, return_value=candidate):
             try:
@@ -147,10 +156,7 @@ def search(task: Task, candidates: Candidates, device: str = "cuda", repeats: in
                 print(f"{task.name} {candidate}: {reason(error)[:100]}", flush=True)
                 _require_alive(f"{task.name} {candidate}", device)
                 continue
-        if not found or median < min(found)[0]:
-            print(f"{task.name}: best of {number} of {len(candidates)}: {median:.3f} ms  {candidate}", flush=True)
-        found.append((median, candidate))
-    return sorted(found, key=lambda pair: pair[0])
+        yield number, median, candidate
 
 
 def _require_alive(culprit: str, device: str) -> None:

@@ -48,10 +48,10 @@ if step == "correct":
 if step == "tiles":
     import tune
 
-    def search(*arguments):
+    def tried(*arguments):
         raise RuntimeError("a planted fault")
 
-    tune.search = search
+    tune.tried = tried
 """
 # Packages that a machine for measuring may lack.
 BARE = ("av", "ftfy", "diffusers", "optimum", "transformers", "tokenizers", "safetensors", "huggingface_hub", "psutil", "typer", "rich")
