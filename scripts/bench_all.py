@@ -114,6 +114,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.seconds <= 0:
         parser.error("--seconds must be positive")
+    options.out, options.work = options.out.resolve(), options.work.resolve()  # the steps run in another folder
+    options.earlier = [path.resolve() for path in options.earlier]
     return options
 
 
@@ -139,7 +141,11 @@ class Run:
             return
         limit = min(left, max(share + self.saved_s, step.least_s))
         begin = time.monotonic()
-        outcome = self._run(step, begin + limit)
+        try:
+            outcome = self._run(step, begin + limit)
+        except KeyboardInterrupt:
+            self._note(Outcome(step, "interrupted", "by Ctrl-C", time.monotonic() - begin))
+            raise
         outcome.seconds = time.monotonic() - begin
         self.saved_s = max(0.0, self.saved_s + share - outcome.seconds)
         self._note(outcome)

@@ -208,7 +208,7 @@ def in_processes(step: str, names: Sequence[str], context: Context) -> bool:
             running[name] = subprocess.Popen([*context.command, "--seconds", f"{context.left_s:.1f}", "--units", name])
         for name in [name for name, process in running.items() if process.poll() is not None]:
             code = running.pop(name).returncode
-            if context.results.state(step, name) == "begun":
+            if context.results.state(step, name) in ("begun", ""):  # it died in the unit, or before it
                 reason = f"its process ended with {code}" if code >= 0 else f"its process was killed (signal {-code})"
                 end(step, name, context, "failed", reason)
         if context.left_s <= 0:

@@ -260,6 +260,7 @@ sys.exit(bench_all.main(["--out", {str(tmp_path)!r}, "--work", {str(tmp_path / "
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "# `bench.py all`" in said
+    assert "| machine: what machine this is, and its measured peaks | interrupted |" in said
     assert (tmp_path / "page.md").exists()
 
 
@@ -272,8 +273,33 @@ open({str(pids)!r}, "w").write(str(child.pid))
 unit('a'); print('all of it')
 """
     run_all(tmp_path, monkeypatch, {"demo": body}, "--only", "demo")
-    state = Path(f"/proc/{pids.read_text()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    begin = time.monotonic()
+    while runs(pids.read_text()):
+        assert time.monotonic() - begin < 10
+        time.sleep(0.05)
+
+
+def runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_relative_folder_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = bench_all.parse(["--out", "out", "--work", "work", "--earlier", "one", "two"])
+    assert (options.out, options.work) == (tmp_path / "out", tmp_path / "work")
+    assert options.earlier == [tmp_path / "one", tmp_path / "two"]
+
+
+def test_a_process_that_dies_before_its_unit_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a step whose units run in processes of their own."""
+    context = context_of(tmp_path)
+    context.command = [sys.executable, "-c", "raise SystemExit(7)"]
+    step = Step("correct", "a step", 10, 1, parallel=True)
+    assert bench_steps.run_units(step, [Unit("one", rows({}))], context) == FAILED
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 1 failed: one: its process ended with 7"
 
 
 def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
