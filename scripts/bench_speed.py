@@ -11,10 +11,11 @@ import tune
 from bench_kernels import HEADS, LINEARS, TEXT_TOKENS, Bench, attention_bench, gelu_bench, linear_bench, row_benches, row_of
 from bench_machine import peaks_of
 from bench_results import problem_of
-from bench_steps import Context, LeftOut, Row, Unit
+from bench_steps import Context, LeftOut, Row, Unit, missing_packages
 from lowvram_kernels.tuning import INTERPRETER, architecture
 
 TOKENS_480P, TOKENS_720P, TOKENS_CHUNK = 32760, 75600, 8192
+PEERS = ("sageattention", "comfy_kitchen")  # are measured where they are installed, and named where they are not
 WARM_TOKENS = 72  # like 32,760 divisible by 8 and not by 16: Triton compiles the same variants
 
 
@@ -76,6 +77,8 @@ def speed_units(context: Context) -> Iterator[Unit]:
     shapes = Shapes.of(context)
     for bench in [shapes.attention(), *shapes.products(), *shapes.rows(), shapes.text_attention()]:
         yield from units_of(bench, shapes, context)
+    for package in missing_packages(PEERS):
+        yield Unit(f"a peer, {package}", lambda: iter(()), (package,))
 
 
 def more_units(context: Context) -> Iterator[Unit]:

@@ -89,7 +89,7 @@ def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout
     assert "lowvram int8: measured before" in again.stdout
     units = [json.loads(line)["unit"] for line in (tmp_path / "again" / "rows.jsonl").read_text().splitlines()]
-    assert all("SDPA" in unit for unit in units), "only what did not run before is tried again"
+    assert all("SDPA" in unit or unit.startswith("a peer") for unit in units), "only what did not run before is tried again"
 
 
 def test_a_fault_costs_its_step_alone(tmp_path: Path) -> None:
