@@ -270,7 +270,7 @@ def load(
     Raises `CheckpointError` where MODEL is not a store, `UsageError` for a budget or device that cannot be read.
     """
     from lowvram.memory.budget import resolve_budgets
-    from lowvram.memory.kernel_check import trust_kernels
+    from lowvram.memory.kernel_check import trust_kernels_before_a_run
     from lowvram.memory.measure import on_disk_of, this_machine
 
     if not isinstance(model, (str, Path)):
@@ -282,7 +282,7 @@ def load(
     target = torch.device(budgets.device)
     if target.index is not None:
         torch.cuda.set_device(target)  # what asks for "the" GPU means this one
-    trust_kernels(target)
+    trust_kernels_before_a_run(target)
     measured = this_machine(target.type)
     profile = None if measured is None else on_disk_of(path, measured)
     cache = PromptCache() if prompt_cache else None

@@ -97,6 +97,12 @@ def trust_kernels(device: torch.device, refresh: bool = False) -> KernelReport |
     return report
 
 
+def trust_kernels_before_a_run(device: torch.device) -> None:
+    """`trust_kernels`, but where kernels are forced (`LOWVRAM_BACKEND=triton`): those run whatever they compute."""
+    if os.environ.get("LOWVRAM_BACKEND") != "triton":
+        trust_kernels(device)
+
+
 def kernel_report(device: torch.device, refresh: bool = False, folder: Path | None = None) -> KernelReport:
     """The remembered check of this GPU's kernels, else (or with `refresh`) a new one; it is remembered where every call was compared."""
     import torch

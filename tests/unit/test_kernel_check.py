@@ -138,6 +138,16 @@ def test_where_no_kernel_runs_nothing_is_checked(checked: list[list[Check]], mon
     assert kernel_check.trust_kernels(GPU) is None
 
 
+@pytest.mark.parametrize(("backend", "checks"), [("", 1), ("triton", 0), ("reference", 0)])
+def test_a_run_is_preceded_by_a_check_unless_a_backend_is_forced(
+    backend: str, checks: int, checked: list[list[Check]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked.append(GOOD)
+    monkeypatch.setenv("LOWVRAM_BACKEND", backend)
+    kernel_check.trust_kernels_before_a_run(GPU)
+    assert len(checked) == 1 - checks
+
+
 def machine(**changes: Any) -> Machine:
     gpu = Gpu("RTX 4090", 24 << 30, 20 << 30, (8, 9), "sm_89", 20e9)
     values: dict[str, Any] = {
