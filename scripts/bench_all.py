@@ -103,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.py all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help=f"all steps together, {TOTAL_S:.0f} where nothing is said")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results: rows.jsonl, page.md, log.txt")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results: page.md, rows.jsonl, log.txt, demo.mp4")
     parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="folders of earlier calls: what they measured stays")
     parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="only these steps")
     parser.add_argument(

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from lowvram.memory.plan import Choice, describe_plan
 
 if TYPE_CHECKING:  # these need packages that a step on a bare machine does without
     from lowvram.checkpoint.store import Store
-    from lowvram.pipeline import Pipeline
+    from lowvram.pipeline import Pipeline, Video
 
 GB = 10**9
 SIZE, FRAMES, STEPS = (832, 480), 81, 4
@@ -161,7 +162,7 @@ def demo_units(context: Context) -> Iterator[Unit]:
 
 
 def demo(context: Context) -> Iterator[Row]:
-    """A row per budget."""
+    """A row per budget; the first clip lies beside the rows where av is installed."""
     from lowvram_quantize.convert import quantize
 
     from lowvram.demo.run import MODEL
@@ -176,7 +177,10 @@ def demo(context: Context) -> Iterator[Row]:
     with pipeline.store:
         for name, choice in demo_choices(pipeline.store.config.dit.num_layers).items():
             context.require_time()
-            yield demo_row(name, pipeline, choice, settings)
+            row, video = demo_clip(pipeline, choice, settings)
+            if name == "resident" and find_spec("av"):
+                video.save(context.folder / "demo.mp4", overwrite=True, scale=4)
+            yield {"name": name, **row}
 
 
 def demo_choices(layers: int) -> dict[str, Choice]:
@@ -188,8 +192,8 @@ def demo_choices(layers: int) -> dict[str, Choice]:
     }
 
 
-def demo_row(name: str, pipeline: Pipeline, choice: Choice, settings: dict[str, Any]) -> Row:
-    """One clip within exactly what the plan of `choice` takes."""
+def demo_clip(pipeline: Pipeline, choice: Choice, settings: dict[str, Any]) -> tuple[Row, Video]:
+    """One clip within exactly what the plan of `choice` takes, and its row."""
     from lowvram.demo.checker import matches
     from lowvram.demo.scenes import Scene
 
@@ -198,15 +202,15 @@ def demo_row(name: str, pipeline: Pipeline, choice: Choice, settings: dict[str, 
     plan = describe_plan(store.config, store.format, size, request.num_frames, request.steps, choice, pipeline.host)
     pipeline.vram_bytes = plan.peak_vram_bytes
     begin = time.perf_counter()
-    frames = pipeline.generate(request, plan=plan).frames
+    video = pipeline.generate(request, plan=plan)
     seconds = time.perf_counter() - begin
-    shows = matches(frames, Scene((("red", "circle"),), "white", "right"))
-    return {
-        "name": name,
+    shows = matches(video.frames, Scene((("red", "circle"),), "white", "right"))
+    row = {
         "vram_budget_gb": plan.peak_vram_bytes / GB,
         "resident": plan.choice.resident_blocks,
         "chunk": plan.choice.chunk_tokens,
         "seconds": round(seconds, 2),
         "shows_its_prompt": bool(shows),
-        "frames_sha256": hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest(),
+        "frames_sha256": hashlib.sha256(video.frames.contiguous().numpy().tobytes()).hexdigest(),
     }
+    return row, video

@@ -85,6 +85,7 @@ def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
         assert "| done |" in line or (step == "ncu" and "ncu is not installed" in line), line
     for goal in ("every kernel agrees", "budgets change no bit of the latents", "no peak", "budgets change no bit of the demo"):
         assert "| met |" in lines(tmp_path / "out", (goal,))[goal]
+    assert (tmp_path / "out" / "demo.mp4").stat().st_size > 1000
     assert "A rehearsal on a CPU" in (tmp_path / "out" / "page.md").read_text(encoding="utf-8")
     assert not (tmp_path / "work").exists() or not list((tmp_path / "work").iterdir())
     again = run(tmp_path / "again", "--rehearse", "--earlier", str(tmp_path / "out"), "--only", "speed", "block")

@@ -86,14 +86,18 @@ def test_p07_lock_file_removed_by_its_holder_in_between_is_made_again(tmp_path: 
             OutputLock(tmp_path)
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"\xff", b'{"pid": "x"}', b'{"pid": -1}', b'{"pid": true}', b'{"pid": 4194305}', b'{"pid": 1e300}',
-    json.dumps({"pid": os.getpid(), "started": 1.0, "host": socket.gethostname()}).encode(),
-    json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time(), "host": "elsewhere"}).encode(),
-])  # fmt: skip
-def test_p07_stale_lock_is_recognised(content: bytes, tmp_path: Path) -> None:
+STALE = {
+    "empty": b"", "cut": b"{", "a list": b"[]", "no text": b"\xff", "a word": b'{"pid": "x"}', "negative": b'{"pid": -1}',
+    "true": b'{"pid": true}', "no process": b'{"pid": 4194305}', "a float": b'{"pid": 1e300}',
+    "reused": json.dumps({"pid": os.getpid(), "started": 1.0, "host": socket.gethostname()}).encode(),
+    "elsewhere": json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time(), "host": "elsewhere"}).encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_p07_stale_lock_is_recognised(name: str, tmp_path: Path) -> None:
     """Also where the process id was given to another process since, or comes from another machine."""
-    (tmp_path / LOCK_NAME).write_bytes(content)
+    (tmp_path / LOCK_NAME).write_bytes(STALE[name])
     OutputLock(tmp_path).release()
 
 
