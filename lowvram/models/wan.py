@@ -69,7 +69,9 @@ def condition(
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the next weight has another size: the one before is not to stay in torch's allocator beside it
         weight, bias = (read(f"{name}.{part}").to(device, dtype) for part in ("weight", "bias"))
-        return F.linear(x, weight, bias)
+        # Twice where there is one: libraries multiply a single row by another routine, whose sums may follow the number of threads.
+        rows = x if x.shape[0] > 1 else x.repeat(2, 1)
+        return F.linear(rows, weight, bias)[: x.shape[0]]
 
     fp32, compute = torch.float32, compute_dtype(format)
     hidden = F.silu(linear(timestep_features(timesteps, config.freq_dim).to(device), "time_embedding.0", fp32))
