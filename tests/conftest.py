@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.threads import forget_earlier_threads
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
@@ -21,6 +23,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> None:
+    """What `tests.threads` counts are the threads of this test."""
+    forget_earlier_threads()
 
 
 @pytest.fixture

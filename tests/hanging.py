@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from lowvram.streaming.source import BlockFile
+from tests.threads import lowvram_threads
 
 
 class HangingReads:
@@ -32,7 +33,3 @@ class HangingReads:
         while lowvram_threads() and time.monotonic() < until:
             time.sleep(0.01)
         assert not lowvram_threads()
-
-
-def lowvram_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("lowvram")]

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import cycle, pairwise
@@ -42,6 +41,7 @@ from lowvram.sampling.schedule import make_schedule
 from tests.checkpoints import tiny_config
 from tests.runs import digest, make_store, plan_of, request_of
 from tests.runtime.staged import StagedPipeline, StagedTransport
+from tests.threads import lowvram_threads
 
 # One slot, no block kept on the device: every visit is a copy, and one through staging, since no cached block is page-locked.
 CHOICE = Choice(64, 1, 0, 2, False)
@@ -83,10 +83,6 @@ def expected(store: Store) -> Callable[[Request], str]:
         return known[request]
 
     return of
-
-
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("lowvram")]
 
 
 class Living(TorchDispatchMode):
@@ -310,7 +306,7 @@ def test_p16_what_an_attempt_held_is_dead_before_the_next_one(
     assert attempts.left == [[]]
     assert told == list(range(asked.steps + 1)), "every step is told once"
     assert len([record for record in caplog.records if "out of" in record.getMessage()]) == 1
-    assert not threads()
+    assert not lowvram_threads()
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place != STAGING])
@@ -338,7 +334,7 @@ def test_p16_memory_that_never_comes_back_is_a_clear_error(
     assert sorted(path.name for path in tmp_path.iterdir()) in ([], ["clip.mp4.resume"])
     assert attempts.faults == {"text": 3, "decode": 3, "conditioning": 2}.get(name, attempts.faults) <= 8
     assert attempts.left == [[]] * (attempts.faults - 1)
-    assert not threads()
+    assert not lowvram_threads()
 
 
 def test_p16_staging_that_never_works_again_ends_in_the_video(
@@ -616,7 +612,7 @@ def test_p16_another_program_takes_the_ram_in_the_middle_of_a_step(
         kept = choice.host_blocks // 2
         assert (f"keeping {kept} blocks in RAM instead of {choice.host_blocks}" if kept else "reading every block from the disk") in said
         assert len(readings) == (visits if kept else low + 1), "looked at between all blocks while any is kept"
-        assert not threads()
+        assert not lowvram_threads()
 
 
 def test_free_ram_is_not_looked_at_more_often_than_the_period(pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from lowvram.progress import Progress
 from lowvram.streaming.source import BlockFile
 from tests.runs import digest, pipeline_of, plan_of, request_of
 from tests.runtime.staged import StagedPipeline
+from tests.threads import lowvram_threads
 
 StoreOf = Callable[[str], Store]
 CHOICE = Choice(64, 1, 0, 1, False, pinned_blocks=1)
@@ -53,10 +54,6 @@ class Disk:
         monkeypatch.setattr(disk_module, "RETRY_DELAYS_S", (1e-4, 1e-4, 1e-4))
 
 
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("lowvram")]
-
-
 @pytest.fixture
 def pipelines(tiny_store: StoreOf) -> list[Pipeline]:
     return [pipeline_of(tiny_store("int8")), StagedPipeline(tiny_store("int8"))]
@@ -83,7 +80,7 @@ def test_p16_reads_that_fail_now_and_then_change_no_bit(
                 assert frames_of(pipeline) == expected
             assert faulty.failures
             assert len([r for r in caplog.records if "trying again" in r.getMessage()]) == faulty.failures
-            assert not threads()
+            assert not lowvram_threads()
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "high_noise", "low_noise"])
@@ -102,7 +99,7 @@ def test_p16_a_block_that_cannot_be_read_is_named(pipelines: list[Pipeline], mon
                 frames_of(pipeline)
         named = int(str(failed.value).split("at byte ")[1].split()[0])
         assert named <= bad < named + 64 * 2**10
-        assert not threads()
+        assert not lowvram_threads()
 
 
 def test_a_stopped_run_leaves_no_thread_and_no_open_file(pipelines: list[Pipeline], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +115,7 @@ def test_a_stopped_run_leaves_no_thread_and_no_open_file(pipelines: list[Pipelin
         request = request_of(pipeline, steps=2, shift=5.0)
         with pytest.raises(KeyboardInterrupt):
             pipeline.generate(request, listener=interrupt)
-        assert not threads()
+        assert not lowvram_threads()
         assert (len(list(Path("/proc/self/fd").iterdir())) if before else 0) == before
 
 
@@ -156,7 +153,7 @@ def test_p16_a_read_without_memory_goes_down_the_ladder(
     assert "out of RAM in step 2 of 3" in said
     assert "Cannot allocate memory" in said
     assert "reading every block from the disk" in said, "the block in RAM is given up"
-    assert not threads()
+    assert not lowvram_threads()
 
 
 class Rest:
@@ -219,7 +216,7 @@ def test_p16_a_tensor_that_cannot_be_read_is_named(tiny_store: StoreOf, monkeypa
     said = rf"{component}\.safetensors: reading '{name}' at byte \d+ failed: Input/output error, 4 times: check the disk and its cable"
     with pytest.raises(CheckpointError, match=said):
         frames_of(pipeline)
-    assert not threads()
+    assert not lowvram_threads()
 
 
 @pytest.mark.parametrize(("component", "name"), REST)

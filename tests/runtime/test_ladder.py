@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable
 
@@ -24,6 +23,7 @@ from lowvram.progress import Progress
 from lowvram.sampling import recovery
 from tests.runs import digest, pipeline_of, plan_of, request_of
 from tests.runtime.staged import StagedPipeline, StagedTransport
+from tests.threads import lowvram_threads
 
 StoreOf = Callable[[str], Store]
 CHOICE = Choice(128, 1, 1, 1, True, pinned_blocks=1)
@@ -97,7 +97,7 @@ def run(
     video = pipeline.generate(request(pipeline), plan=plan, listener=listener)
     assert video.peak_bytes["vram"] <= plan.peak_vram_bytes
     assert video.peak_bytes["ram"] <= plan.peak_ram_bytes
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowvram")]
+    assert not lowvram_threads()
     return video, plan
 
 
@@ -215,7 +215,7 @@ def test_p16_the_foot_of_the_ladder_is_a_clear_error(
     assert "the same plan once more" in said[-1]
     for text in ("one slot", "one guidance branch after the other", "chunks of 128 tokens instead of 192", "chunks of 64 tokens"):
         assert sum(text in line for line in said) == 1, said
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowvram")]
+    assert not lowvram_threads()
 
 
 def test_other_errors_are_raised_as_they_are(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from lowvram.streaming.streamer import StreamedComponent, Streamer
 from lowvram.streaming.transport import HostTransport
 from lowvram.streaming.visits import BlockId, assign_slots
 from tests.runs import CPU
+from tests.threads import lowvram_threads
 
 BLOCKS, NBYTES = 5, 1024
 SLOT_BYTES = NBYTES + READ_SLACK_BYTES
@@ -151,7 +151,7 @@ def test_a_failing_read_names_file_and_block(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"high: block 3 ends at byte 3082, expected 4096"), streamer.block("high", 3):
             pass
     file.close()
-    assert not any(thread.name.startswith("lowvram-") for thread in threading.enumerate())
+    assert not lowvram_threads()
 
 
 def test_asking_out_of_order_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from lowvram import disk
 from lowvram.errors import CheckpointError, InternalLimitError
 from lowvram.memory.workspace import PAGE_BYTES, READ_SLACK_BYTES
 from lowvram.streaming.source import BlockFile
-from tests.hanging import HangingReads, lowvram_threads
+from tests.hanging import HangingReads
+from tests.threads import lowvram_threads
 
 SIZES = (256, 4096, 5 * 4096 + 256, 40_960, 3 * 4096 - 256)
 
@@ -236,7 +237,7 @@ def test_stop_ends_a_read_that_waits_for_its_next_try(blocks: tuple[BlockFile, l
     assert not reader.is_alive()
     assert "reading block 3 was stopped" in ends[0]
     file.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowvram")]
+    assert not lowvram_threads()
 
 
 def test_a_read_without_memory_is_nobodys_fault_and_raised_at_once(
