@@ -298,10 +298,11 @@ import resource, sys
 from pathlib import Path
 import torch
 from lowvram_quantize.convert import quantize
+from lowvram.memory.usage import peak_rss_bytes
 limit = int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), threads=2)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_rss_bytes())  # ru_maxrss would begin at the parent's size
 """
 
 
