@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = $(PYTHON) scripts/bootstrap.py
 
-.PHONY: dev lint type test test-gpu demo
+.PHONY: dev lint type contracts test test-all test-gpu demo
 
 dev:
 	$(RUN) setup
@@ -13,7 +13,13 @@ lint:
 type:
 	$(RUN) type
 
+contracts:
+	$(RUN) contracts
+
 test:
+	$(RUN) test -m "not slow"
+
+test-all:
 	$(RUN) test
 
 test-gpu:

@@ -1,6 +1,6 @@
 """`python -m lowvram`: the command line."""
 
-from lowvram.cli import main
+from lowvram.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -11,30 +11,33 @@ from typing import Any
 import torch
 from lowvram_kernels.constraints import refused_gpu
 from lowvram_kernels.dispatch import distrusted
+from lowvram_kernels.errors import UnsupportedOpError
 from torch import Tensor
 
-from lowvram.checkpoint.store import Store, open_store
-from lowvram.config import DEFAULT_NEGATIVE_PROMPT, EXPERTS, LatentShape, Request, clip_size, shown
-from lowvram.errors import CheckpointError, UsageError
+from lowvram.errors import CheckpointError, UnsupportedError, UsageError
+from lowvram.hardware.profile import MachineProfile
 from lowvram.memory.cap import vram_cap
-from lowvram.memory.exhaustion import hand_back
-from lowvram.memory.heap import return_freed_memory
-from lowvram.memory.plan import Host, MemoryPlan, choose_plan
-from lowvram.memory.profile import MachineProfile
+from lowvram.memory.malloc import return_freed_memory
+from lowvram.memory.out_of_memory import hand_back
 from lowvram.models.numerics import attention_values
 from lowvram.models.vae import WanVAE
 from lowvram.models.wan import Conditioning, Ends, condition, load_ends
+from lowvram.planner.plan import Host, MemoryPlan, choose_plan
 from lowvram.progress import Listener, PhaseClock, silent
-from lowvram.prompt_cache import PromptCache
-from lowvram.prompt_features import prompt_features, prompt_tokens
+from lowvram.prompt.cache import PromptCache
+from lowvram.prompt.encode import prompt_features, prompt_tokens
+from lowvram.request import DEFAULT_NEGATIVE_PROMPT, LatentShape, Request
 from lowvram.run import Run
 from lowvram.sampling.denoise import Expert, branches_of
 from lowvram.sampling.recovery import denoise_within_budgets
 from lowvram.sampling.schedule import Schedule, make_schedule
 from lowvram.sampling.solvers import Solver, make_solver
 from lowvram.sampling.state import RunState, load_state, save_state
-from lowvram.streaming.forecast import Forecast
+from lowvram.store.reader import Store, open_store
 from lowvram.streaming.transport import Transport, make_transport
+from lowvram.timing.forecast import Forecast
+from lowvram.units import clip_size, shown
+from lowvram.variants import EXPERTS
 from lowvram.video import clip_metadata, to_uint8, write_video
 
 MAX_PROMPT_CHARACTERS = 20_000
@@ -168,9 +171,12 @@ class Pipeline:
         return_freed_memory()
         run = self.new_run(request, plan or self.plan(request), listener)
         granted = max(self.vram_bytes, run.plan.peak_vram_bytes)  # a plan of the caller's own may ask for more
-        with vram_cap(self.device, granted - self.host.context_bytes):
-            latents = self.latents(run, noise, state_file, resume)
-            frames = run.phase("decode", lambda: self._decode(run, latents))
+        try:
+            with vram_cap(self.device, granted - self.host.context_bytes):
+                latents = self.latents(run, noise, state_file, resume)
+                frames = run.phase("decode", lambda: self._decode(run, latents))
+        except UnsupportedOpError as error:
+            raise UnsupportedError(str(error)) from error
         return Video(frames, request, self.model, {"vram": run.vram.peak_bytes, "ram": run.ram.peak_bytes})
 
     def new_run(self, request: Request, plan: MemoryPlan, listener: Listener = silent) -> Run:
@@ -269,9 +275,9 @@ def load(
 
     Raises `CheckpointError` where MODEL is not a store, `UsageError` for a budget or device that cannot be read.
     """
-    from lowvram.memory.budget import resolve_budgets
-    from lowvram.memory.kernel_check import trust_kernels_before_a_run
-    from lowvram.memory.measure import on_disk_of, this_machine
+    from lowvram.doctor.kernel_check import trust_kernels_before_a_run
+    from lowvram.doctor.measure import on_disk_of, this_machine
+    from lowvram.hardware.budgets import resolve_budgets
 
     if not isinstance(model, (str, Path)):
         raise UsageError(f"model is {shown(model)}: expected the folder of a quantized model")

@@ -9,18 +9,19 @@ from typing import TypeVar
 
 import torch
 
-from lowvram.checkpoint.store import Store
-from lowvram.config import LatentShape, Request, format_bytes, latent_shape
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory.arena import Ledger
-from lowvram.memory.exhaustion import as_out_of_memory, hand_back
-from lowvram.memory.ladder import RAM, VRAM
-from lowvram.memory.plan import Choice, Host, MemoryPlan, describe_plan
+from lowvram.memory.out_of_memory import as_out_of_memory, hand_back
+from lowvram.planner.fallback import RAM, VRAM
+from lowvram.planner.plan import Choice, Host, MemoryPlan, describe_plan
 from lowvram.progress import Listener
+from lowvram.request import LatentShape, Request, latent_shape
+from lowvram.store.reader import Store
+from lowvram.streaming.schedule import BlockId
 from lowvram.streaming.stream import Buffers, open_stream
 from lowvram.streaming.streamer import Streamer
 from lowvram.streaming.transport import Transport
-from lowvram.streaming.visits import BlockId
+from lowvram.units import format_bytes
 
 # What a phase does with where memory is short a second time: slower, and the same bit for bit. The denoising phase has a ladder of its own;
 # a phase that stands nowhere takes the least that it can from the start.

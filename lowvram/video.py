@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowvram.config import Request
-from lowvram.disk import output_error, sync_folder
 from lowvram.errors import OutputError, UsageError
+from lowvram.files.io import output_error, sync_folder
+from lowvram.request import Request
 
 if TYPE_CHECKING:  # loads when a video is written or read: a run without one does not need it
     import av

@@ -18,14 +18,15 @@ from lowvram_quantize.rows import RowEngine
 from torch import Tensor
 
 from lowvram.checkpoint.names import official_from_diffusers_dit
-from lowvram.checkpoint.store_layout import StoredTensor, component_layout
-from lowvram.checkpoint.tensors import TORCH_DTYPES
-from lowvram.config import LatentShape, ModelConfig
+from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
 from lowvram.memory.arena import Arena, Ledger
-from lowvram.memory.plan import Choice
-from lowvram.memory.workspace import dit_workspace
 from lowvram.models.wan import WanTransformer
+from lowvram.planner.plan import Choice
+from lowvram.planner.workspace import dit_workspace
+from lowvram.request import LatentShape
+from lowvram.store.layout import StoredTensor, component_layout
 from lowvram.streaming.block import BlockView
+from lowvram.variants import ModelConfig
 
 CHUNK_TOKENS = 8192
 UNLIMITED = 2**62

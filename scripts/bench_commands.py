@@ -29,7 +29,8 @@ import torch
 from bench_timing import ROOT, machine, peaks, rate_bars, require_cuda, table, write_csv
 from plots import bars, write_svg
 
-from lowvram.config import T2V_A14B, latent_shape
+from lowvram.request import latent_shape
+from lowvram.variants import T2V_A14B
 
 OUTPUT, REHEARSAL = ROOT / "docs" / "benchmarks", ROOT / "build" / "rehearsal"
 CUDA = torch.device("cuda")

@@ -12,7 +12,7 @@ from bench_results import ROOT
 from bench_speed import Shapes, own_calls
 from bench_steps import Context, LeftOut, Row, Unit, workers
 from lowvram_kernels import check
-from lowvram_kernels.dispatch import OPS
+from lowvram_kernels.ops import OPS
 
 TESTS = "tests/gpu/test_kernels.py"
 

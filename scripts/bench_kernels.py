@@ -9,7 +9,7 @@ from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 
-import lowvram_kernels.dispatch as ops
+import lowvram_kernels.ops as ops
 import torch
 import torch.nn.functional as F
 from bench_timing import Row, machine, measure, reason

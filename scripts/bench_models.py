@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bench_steps import Context, LeftOut, Row, Unit
 
-from lowvram.config import T2V_A14B, ModelConfig, TextEncoderConfig, VAEConfig, latent_shape
 from lowvram.errors import BudgetError
-from lowvram.memory.plan import Choice, describe_plan
+from lowvram.planner.plan import Choice, describe_plan
+from lowvram.request import latent_shape
+from lowvram.variants import T2V_A14B, ModelConfig, TextEncoderConfig, VAEConfig
 
 if TYPE_CHECKING:  # these need packages that a step on a bare machine does without
-    from lowvram.checkpoint.store import Store
     from lowvram.pipeline import Pipeline, Video
+    from lowvram.store.reader import Store
 
 GB = 10**9
 SIZE, FRAMES, STEPS = (832, 480), 81, 4
@@ -82,8 +83,8 @@ def streamed(context: Context) -> Iterator[Row]:
     from random_store import write_random_store
     from stream_rows import problems
 
-    from lowvram.memory.limits import host_memory
-    from lowvram.memory.measure import measure_profile
+    from lowvram.doctor.measure import measure_profile
+    from lowvram.hardware.cgroups import host_memory
 
     config, case = stream_case(context)
     device = torch.device(context.device)
@@ -116,8 +117,8 @@ def smallest(store: Store, case: Any, device: torch.device, which: str, other: i
     import psutil
     from bench_stream import BenchPipeline, request_of, taken_bytes
 
-    from lowvram.memory.budget import PROCESS_GROWTH_BYTES
-    from lowvram.memory.plan import Host
+    from lowvram.hardware.budgets import PROCESS_GROWTH_BYTES
+    from lowvram.planner.plan import Host
 
     process = psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES
     host = Host(True, taken_bytes(device), process, Host.of(device.type).references)

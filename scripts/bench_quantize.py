@@ -30,10 +30,10 @@ from lowvram_quantize.state import RunState
 
 from lowvram.checkpoint.names import Shape, dit_shapes, text_encoder_shapes, vae_shapes
 from lowvram.checkpoint.source import Source, open_source
-from lowvram.checkpoint.store_layout import StoredTensor, component_layout
-from lowvram.checkpoint.writer import header_bytes
-from lowvram.config import EXPERTS, T2V_A14B, ModelConfig
 from lowvram.memory.usage import peak_rss_bytes
+from lowvram.store.layout import StoredTensor, component_layout
+from lowvram.store.writer import header_bytes
+from lowvram.variants import EXPERTS, T2V_A14B, ModelConfig
 
 COPY_BYTES = 16 * 2**20
 

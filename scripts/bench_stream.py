@@ -31,25 +31,27 @@ from stream_rows import FAILED, GAVE_UP, NOT_MEASURED, SAME_PLAN, StreamRow, mac
 from timed_transport import TimedCuda, TimedHost, TimedStreamer, TimedVisit, Timeline, stall_seconds
 from torch import Tensor
 
-from lowvram.checkpoint.store import Store, open_store
-from lowvram.config import EXPERTS, ModelConfig, Request, format_bytes, latent_shape, parse_size
+from lowvram.doctor.measure import measure_profile
 from lowvram.errors import BudgetError
-from lowvram.memory.budget import PROCESS_GROWTH_BYTES
+from lowvram.hardware.budgets import PROCESS_GROWTH_BYTES
+from lowvram.hardware.cgroups import host_memory
+from lowvram.hardware.profile import MachineProfile
 from lowvram.memory.cap import vram_cap
-from lowvram.memory.exhaustion import is_out_of_memory
-from lowvram.memory.heap import return_freed_memory
-from lowvram.memory.limits import host_memory
-from lowvram.memory.measure import measure_profile
-from lowvram.memory.plan import Choice, Host, MemoryPlan
-from lowvram.memory.profile import MachineProfile
+from lowvram.memory.malloc import return_freed_memory
+from lowvram.memory.out_of_memory import is_out_of_memory
 from lowvram.pipeline import Pipeline
+from lowvram.planner.plan import Choice, Host, MemoryPlan
 from lowvram.progress import Listener, Progress, silent
+from lowvram.request import Request, latent_shape
 from lowvram.run import Run
 from lowvram.sampling.schedule import make_schedule
-from lowvram.streaming.source import BlockFile
+from lowvram.store.reader import Store, open_store
+from lowvram.streaming.block_file import BlockFile
+from lowvram.streaming.schedule import BlockId
 from lowvram.streaming.stream import Buffers
 from lowvram.streaming.transport import Transport
-from lowvram.streaming.visits import BlockId
+from lowvram.units import format_bytes, parse_size
+from lowvram.variants import EXPERTS, ModelConfig
 
 GB = 10**9
 SHIFT = 5.0
@@ -141,7 +143,7 @@ def disk_speed(store: Store) -> float:
 def outside_torch_bytes(device: torch.device) -> int:
     """What is taken of the device now and does not belong to torch's allocator; makes a context where there is none. 0 on a CPU.
 
-    `lowvram.memory.machine.context_bytes` is asked once, before this process has a context, and leaves other programs out. Here the context
+    `lowvram.hardware.machine.context_bytes` is asked once, before this process has a context, and leaves other programs out. Here the context
     has grown with every kernel since, and a row must count all that the cap on torch's allocator leaves to others: before each row, anew.
     """
     if device.type != "cuda":

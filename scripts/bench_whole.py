@@ -27,11 +27,12 @@ from memory_group import NoGroupError, memory_group
 from random_store import bench_config, write_random_store
 
 from lowvram.checkpoint.names import dit_shapes, text_encoder_shapes, vae_shapes
-from lowvram.checkpoint.store import open_store
-from lowvram.config import T2V_A14B, ModelConfig, format_bytes, parse_bytes
+from lowvram.doctor.measure import machine_profile
+from lowvram.doctor.read_speed import read_speed
 from lowvram.errors import LowvramError
-from lowvram.memory.measure import machine_profile
-from lowvram.streaming.read_speed import read_speed
+from lowvram.store.reader import open_store
+from lowvram.units import format_bytes, parse_bytes
+from lowvram.variants import T2V_A14B, ModelConfig
 
 GB = 10**9
 OUTPUT = ROOT / "docs" / "benchmarks" / "whole.csv"

@@ -3,7 +3,7 @@
     python scripts/bootstrap.py setup                 only make it, or bring it up to date
     python scripts/bootstrap.py demo [ARGS]           python -m lowvram demo ARGS
     python scripts/bootstrap.py run ARGS              python -m lowvram ARGS
-    python scripts/bootstrap.py lint | format | type | test [ARGS]
+    python scripts/bootstrap.py lint | format | type | contracts | test [ARGS]
     python scripts/bootstrap.py --torch-index URL …   also look there for torch: PyTorch's CPU index saves some GB where there is no GPU,
                                                       its CUDA index is needed on Windows
 
@@ -26,6 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = "lowvram-installed.txt"
 MIN_PYTHON = (3, 10)
+
+
+def processors() -> int:
+    """How many processors this process may use, as many as tests run side by side."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 COMMANDS = {
     "setup": [],
     "demo": ["-m", "lowvram", "demo"],
@@ -33,7 +40,8 @@ COMMANDS = {
     "lint": ["-m", "ruff", "check", "."],
     "format": ["-m", "ruff", "format", "--check", "."],
     "type": ["-m", "mypy"],
-    "test": ["-m", "pytest", "-q", "--durations=15"],
+    "contracts": ["-c", "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"],
+    "test": ["-m", "pytest", "-q", "--durations=15", "-n", str(processors()), "--dist", "worksteal"],
 }
 
 

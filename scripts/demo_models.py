@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from lowvram.checkpoint.names import official_from_diffusers_dit, official_from_diffusers_vae, official_from_transformers_text
-from lowvram.config import DEFAULT_NEGATIVE_PROMPT, VAEConfig
-from lowvram.prompt import clean_prompt
+from lowvram.prompt.tokenizer import clean_prompt
+from lowvram.request import DEFAULT_NEGATIVE_PROMPT
+from lowvram.variants import VAEConfig
 
 TEXT_LEN = 32
 PAD, END, START, UNKNOWN = range(4)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lowvram.config import ModelConfig, latent_shape
+from lowvram.request import latent_shape
+from lowvram.variants import ModelConfig
 
 
 def baselines(device: torch.device) -> dict[str, Callable[[Any], None]]:

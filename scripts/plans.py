@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowvram.config import I2V_A14B, T2V_A14B, ModelConfig, format_bytes
+from lowvram.cli.terminal import duration
 from lowvram.errors import BudgetError
-from lowvram.memory.cards import LANE_BYTES_S, Card, find_card
-from lowvram.memory.plan import Choice, Host, MemoryPlan, choose_plan
-from lowvram.memory.predict import attention_ops, block_seconds, linear_ops, text_ops
-from lowvram.streaming.forecast import Forecast, simulate_choice
-from lowvram.streaming.simulate import Speeds
-from lowvram.terminal import duration
+from lowvram.planner.plan import Choice, Host, MemoryPlan, choose_plan
+from lowvram.timing.cards import LANE_BYTES_S, Card, find_card
+from lowvram.timing.forecast import Forecast, simulate_choice
+from lowvram.timing.predict import attention_ops, block_seconds, linear_ops, text_ops
+from lowvram.timing.simulate import Speeds
+from lowvram.units import format_bytes
+from lowvram.variants import I2V_A14B, T2V_A14B, ModelConfig
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COMMAND = "python scripts/plans.py"

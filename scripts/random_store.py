@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowvram.checkpoint.manifest import TOKENIZER_NAME, ComponentManifest, Manifest, component_file
-from lowvram.checkpoint.store import Store, open_store
-from lowvram.checkpoint.store_layout import StoredTensor, component_layout, marker_bytes
-from lowvram.checkpoint.tensors import TORCH_DTYPES
-from lowvram.checkpoint.writer import StoreWriter, remove_leftovers
-from lowvram.config import COMPONENTS, T2V_A14B, ModelConfig, VAEConfig
-from lowvram.disk import check_room
+from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
+from lowvram.files.io import check_room
+from lowvram.store.layout import StoredTensor, component_layout, marker_bytes
+from lowvram.store.manifest import TOKENIZER_NAME, ComponentManifest, Manifest, component_file
+from lowvram.store.reader import Store, open_store
+from lowvram.store.writer import StoreWriter, remove_leftovers
+from lowvram.variants import COMPONENTS, T2V_A14B, ModelConfig, VAEConfig
 
 FORMAT = "int8"
 INT8_STD = 73.3  # of codes drawn evenly from -127 .. 127

@@ -196,7 +196,7 @@ LOWEST_PUBLISHED = 0.73
 
 
 def shares(found: Sequence[Bound], arch: str) -> dict[str, float]:
-    """What is predicted of the card's dense peaks, for `lowvram.memory.cards`: linears in int8 and fp8, and attention of the int8 peak."""
+    """What is predicted of the card's dense peaks, for `lowvram.timing.cards`: linears in int8 and fp8, and attention of the int8 peak."""
     card, by_kernel = CARDS[arch], {one.kernel: one for one in found if one.arch == arch}
     predictions = {}
     for kind in ("int8", "fp8"):

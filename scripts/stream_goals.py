@@ -10,7 +10,7 @@ from plots import TIMELINE_BLOCKS, timeline_plot, write_svg
 from stream_rows import FAILED, GAVE_UP, NOT_MEASURED, SAME_PLAN, StreamRow
 from timed_transport import Timeline
 
-from lowvram.config import EXPERTS, T2V_A14B
+from lowvram.variants import EXPERTS, T2V_A14B
 
 MET, MISSED, UNKNOWN = "met", "missed", "not measured"
 MOST_OVERHEAD, MOST_ERROR = 0.02, 0.10

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from tests.threads import forget_earlier_threads
+from tests.helpers.threads import forget_earlier_threads
+
+if TYPE_CHECKING:
+    from lowvram.store.reader import Store
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,8 +33,23 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_threads() -> None:
-    """What `tests.threads` counts are the threads of this test."""
+    """What `tests.helpers.threads` counts are the threads of this test."""
     forget_earlier_threads()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `tiny_store` makes its stores."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_store(model_folder: Path) -> Callable[[str], Store]:
+    """One tiny model, quantized once per session and format."""
+    from tests.helpers.checkpoints import tiny_config  # kernels are tested where these libraries are missing
+    from tests.helpers.runs import make_store
+
+    return cache(lambda format: make_store(model_folder, tiny_config(), format))
 
 
 @pytest.fixture

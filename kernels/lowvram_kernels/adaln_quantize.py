@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowvram_kernels import constraints
+from lowvram_kernels.dispatch import op
 from lowvram_kernels.quantize_rows import store_quantized
 from lowvram_kernels.slices import row_slices
 
@@ -14,6 +16,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * scale + shift
 
 
+@op(constraints.adaln_quantize)
 def adaln_quantize(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, out_scale: Tensor, *, eps: float, rotated: bool) -> None:
     """out, out_scale = quantize(LN(x) * scale + shift); the caller has added the 1 of (1 + scale).
 

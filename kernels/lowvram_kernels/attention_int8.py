@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from lowvram.errors import UnsupportedError
+from lowvram_kernels import constraints
+from lowvram_kernels.dispatch import op
+from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.quantize_rows import INT8_MAX, SMALLEST_ABSMAX
 from lowvram_kernels.slices import REFERENCE_ROWS, row_slices
 
@@ -18,6 +20,7 @@ VALUE_MAX = {torch.int8: INT8_MAX, torch.float16: 1.0, torch.float8_e4m3fn: 2.25
 P_MAX = {torch.int8: 255.0, torch.float16: 1.0, torch.float8_e4m3fn: 448.0}
 
 
+@op(constraints.quantize_values)
 def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> None:
     """out = round(v^T / s), one scale s = absmax / VALUE_MAX per tile of 64 keys and channel.
 
@@ -28,7 +31,7 @@ def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> None:
     num_heads, head_dim, padded = out.shape
     if padded % KEY_TILE or not padded - KEY_TILE < v.shape[0] <= padded:
         tiles = math.ceil(v.shape[0] / KEY_TILE)
-        raise UnsupportedError(f"values of {v.shape[0]} keys need {tiles} tiles of {KEY_TILE}, got {padded} columns")
+        raise UnsupportedOpError(f"values of {v.shape[0]} keys need {tiles} tiles of {KEY_TILE}, got {padded} columns")
     largest = value_max(out)
     for rows in row_slices(v.shape[0]):  # whole tiles, but for the last
         heads = v[rows].float().t().reshape(num_heads, head_dim, -1)
@@ -43,12 +46,13 @@ def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> None:
 
 
 def value_max(v: Tensor) -> float:
-    """`VALUE_MAX` of stored values. Raises `UnsupportedError` for another dtype."""
+    """`VALUE_MAX` of stored values. Raises `UnsupportedOpError` for another dtype."""
     if v.dtype not in VALUE_MAX:
-        raise UnsupportedError(f"values are {' or '.join(map(str, VALUE_MAX))}, not {v.dtype}")
+        raise UnsupportedOpError(f"values are {' or '.join(map(str, VALUE_MAX))}, not {v.dtype}")
     return VALUE_MAX[v.dtype]
 
 
+@op(constraints.attention_int8)
 def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, out: Tensor) -> None:
     """out = softmax(q k^T / sqrt(head_dim)) v, over tiles of 64 keys in ascending order; the dtype of v is that of the second product.
 
@@ -64,7 +68,7 @@ def attention_int8(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Te
     """
     num_keys = k.shape[1]
     if v.shape[-1] != math.ceil(num_keys / KEY_TILE) * KEY_TILE:
-        raise UnsupportedError(f"{num_keys} keys need {math.ceil(num_keys / KEY_TILE) * KEY_TILE} value columns, got {v.shape[-1]}")
+        raise UnsupportedOpError(f"{num_keys} keys need {math.ceil(num_keys / KEY_TILE) * KEY_TILE} value columns, got {v.shape[-1]}")
     value_max(v)
     num_heads, _, head_dim = q.shape
     per_head = out.unflatten(-1, (num_heads, head_dim)).transpose(0, 1)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram.errors import UnsupportedError
 from lowvram_kernels.attention_int8 import VALUE_MAX
-from lowvram_kernels.dispatch import OPS
+from lowvram_kernels.errors import UnsupportedOpError
+from lowvram_kernels.ops import OPS
 from lowvram_kernels.tuning import PV_DTYPES
 
 E4M3 = torch.float8_e4m3fn
@@ -60,7 +60,7 @@ class Case:
         if backend == "triton":
             reason = op.constraint(**inputs, **views)
             if reason:
-                raise UnsupportedError(f"{self.op} refuses this call: {reason}")
+                raise UnsupportedOpError(f"{self.op} refuses this call: {reason}")
             op.triton(**inputs, **views)
         else:
             op.reference(**inputs, **views)

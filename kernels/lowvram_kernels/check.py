@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lowvram_kernels import cases
-from lowvram_kernels.dispatch import OPS
+from lowvram_kernels.ops import OPS
 from lowvram_kernels.tuning import PV_DTYPES, architecture, pv_choices
 
 INT8, BF16 = torch.int8, torch.bfloat16
@@ -29,7 +29,7 @@ ROWS = {"int8, rotated": (INT8, True), "int8": (INT8, False), "fp8": (cases.E4M3
 
 @dataclass(frozen=True)
 class Check:
-    """One call that was compared. op: a key of `dispatch.OPS`; label: its dtypes and options.
+    """One call that was compared. op: a key of `ops.OPS`; label: its dtypes and options.
 
     problem: empty where the kernel agrees with its reference, else what differs, or why it does not run, in one line;
     unchecked: why it could not be compared, which says nothing about the kernel.

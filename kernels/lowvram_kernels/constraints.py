@@ -12,14 +12,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from lowvram.errors import UnsupportedError
-from lowvram_kernels.quantized_linear import GELU_ALONE
+from lowvram_kernels.errors import UnsupportedOpError
 
 FLOATS = (torch.float32, torch.bfloat16)
 CODES = (torch.int8, torch.float8_e4m3fn)
 VALUES = (torch.int8, torch.float16, torch.float8_e4m3fn)
 # Past this many channels a row no longer fits the registers of one program.
 MAX_ROW = 32768
+GELU_ALONE = "quantized_linear stores GELU(y) or adds gate * y to the residual stream, not both"
 Refusal = Callable[..., str | None]
 
 
@@ -105,7 +105,7 @@ def _old_device(index: int) -> str | None:
 
     try:
         architecture(torch.device("cuda", index))
-    except UnsupportedError as error:
+    except UnsupportedOpError as error:
         return str(error)
     return None
 

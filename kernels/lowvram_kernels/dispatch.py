@@ -1,4 +1,4 @@
-"""Which backend runs an op: one row per op, a reason for every refusal, a log line for every fall-back.
+"""Which backend runs an op: a reason for every refusal, a log line for every fall-back.
 
 `LOWVRAM_BACKEND=reference|triton` forces one. Unforced, tensors on a GPU take the Triton kernel where its constraints allow, and
 tensors on a CPU always take the torch reference; Triton's interpreter runs only where `triton` is forced and TRITON_INTERPRET=1 is set.
@@ -13,21 +13,17 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from lowvram.errors import UnsupportedError
-from lowvram_kernels import adaln_quantize as _adaln
-from lowvram_kernels import attention_int8 as _attention
 from lowvram_kernels import constraints
-from lowvram_kernels import quantize_rows as _rows
-from lowvram_kernels import quantized_linear as _linear
-from lowvram_kernels import rms_rope_quantize as _rms_rope
+from lowvram_kernels.errors import UnsupportedOpError
 
 log = logging.getLogger("lowvram_kernels.dispatch")
+P = ParamSpec("P")
 BACKENDS = ("triton", "reference")
 
 
@@ -60,18 +56,7 @@ def _wrapper(module: str, name: str) -> Callable[..., None]:
     return function
 
 
-OPS = {
-    op.name: op
-    for op in (
-        Op("adaln_quantize", _adaln.adaln_quantize, "adaln_quantize_triton", constraints.adaln_quantize),
-        Op("quantize_rows", _rows.quantize_rows, "quantize_rows_triton", constraints.quantize_rows),
-        Op("gelu_quantize", _rows.gelu_quantize, "quantize_rows_triton", constraints.quantize_rows),
-        Op("quantized_linear", _linear.quantized_linear, "quantized_linear_triton", constraints.quantized_linear),
-        Op("rms_rope_quantize", _rms_rope.rms_rope_quantize, "rms_rope_quantize_triton", constraints.rms_rope_quantize),
-        Op("quantize_values", _attention.quantize_values, "attention_int8_triton", constraints.quantize_values),
-        Op("attention_int8", _attention.attention_int8, "attention_int8_triton", constraints.attention_int8),
-    )
-}
+OPS: dict[str, Op] = {}
 _told: set[tuple[str, str]] = set()
 _distrusted: dict[str, str] = {}
 
@@ -90,13 +75,13 @@ def distrusted() -> tuple[str, ...]:
 def choose(name: str, *args: Any, **kwargs: Any) -> Callable[..., None]:
     """The function that runs op `name` on these arguments.
 
-    Raises `UnsupportedError` where the forced backend refuses, with its reason, and for an unknown op or backend.
+    Raises `UnsupportedOpError` where the forced backend refuses, with its reason, and for an unknown op or backend.
     """
     wanted = os.environ.get("LOWVRAM_BACKEND", "")
     if name not in OPS:
-        raise UnsupportedError(f"unknown op {name!r}: supported are {', '.join(sorted(OPS))}")
+        raise UnsupportedOpError(f"unknown op {name!r}: supported are {', '.join(sorted(OPS))}")
     if wanted and wanted not in BACKENDS:
-        raise UnsupportedError(f"LOWVRAM_BACKEND={wanted}: use one of {', '.join(sorted(BACKENDS))}")
+        raise UnsupportedOpError(f"LOWVRAM_BACKEND={wanted}: use one of {', '.join(sorted(BACKENDS))}")
     op = OPS[name]
     if wanted == "reference":
         return op.reference
@@ -107,7 +92,7 @@ def choose(name: str, *args: Any, **kwargs: Any) -> Callable[..., None]:
     if reason is None:
         return op.triton
     if wanted:
-        raise UnsupportedError(f"no backend can run {name}: {wanted}: {reason}")
+        raise UnsupportedOpError(f"no backend can run {name}: {wanted}: {reason}")
     _tell(name, f"triton: {reason}")
     return op.reference
 
@@ -125,20 +110,22 @@ def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[object]:
     return torch.cuda.device_of(args[0]) if on_gpu else nullcontext()
 
 
-def _dispatched(name: str) -> Callable[..., None]:
-    def run(*args: Any, **kwargs: Any) -> None:
-        function = choose(name, *args, **kwargs)
-        with _device_of(args):
-            function(*args, **kwargs)
+def op(constraint: constraints.Refusal) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Makes an op of its torch reference: calls run on the backend that `choose` names, with the reference's own signature.
 
-    run.__name__, run.__doc__ = name, OPS[name].reference.__doc__
-    return run
+    The Triton kernel is the function of the same name in the module `<reference's module>_triton`.
+    """
 
+    def made(reference: Callable[P, None]) -> Callable[P, None]:
+        name = reference.__name__
+        OPS[name] = Op(name, reference, f"{reference.__module__.rpartition('.')[2]}_triton", constraint)
 
-adaln_quantize = _dispatched("adaln_quantize")
-quantize_rows = _dispatched("quantize_rows")
-gelu_quantize = _dispatched("gelu_quantize")
-quantized_linear = _dispatched("quantized_linear")
-rms_rope_quantize = _dispatched("rms_rope_quantize")
-quantize_values = _dispatched("quantize_values")
-attention_int8 = _dispatched("attention_int8")
+        @wraps(reference)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            function = choose(name, *args, **kwargs)
+            with _device_of(args):
+                function(*args, **kwargs)
+
+        return run
+
+    return made

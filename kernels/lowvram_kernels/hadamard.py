@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowvram.errors import UnsupportedError
+from lowvram_kernels.errors import UnsupportedOpError
 
 GROUP = 256
 
@@ -15,11 +15,11 @@ def rotate(x: Tensor) -> Tensor:
 
     x: [..., K] float32, K a multiple of 256. Returns a new [..., K] float32. R is symmetric and its own inverse.
     Additions alone, in a fixed order: a row's result depends on no other row and on no thread count.
-    Raises `UnsupportedError` where K is not a multiple of 256.
+    Raises `UnsupportedOpError` where K is not a multiple of 256.
     """
     channels = x.shape[-1]
     if channels % GROUP:
-        raise UnsupportedError(f"rotation needs a multiple of {GROUP} channels, got {channels}")
+        raise UnsupportedOpError(f"rotation needs a multiple of {GROUP} channels, got {channels}")
     y = x.reshape(-1, 4, 4, 4, 4)
     for axis in (1, 2, 3, 4):
         a, b, c, d = y.unbind(axis)

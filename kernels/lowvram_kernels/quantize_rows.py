@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowvram.errors import UnsupportedError
+from lowvram_kernels import constraints
+from lowvram_kernels.dispatch import op
+from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.hadamard import rotate
 from lowvram_kernels.slices import row_slices
 
@@ -33,9 +35,10 @@ def store_quantized(rows: Tensor, out: Tensor, out_scale: Tensor, rotated: bool)
         out_scale.copy_(absmax / E4M3_MAX)
         out.copy_((rows / out_scale).clamp_(-E4M3_MAX, E4M3_MAX))
     else:
-        raise UnsupportedError(f"activations are quantized to int8 or float8_e4m3fn, not {out.dtype}")
+        raise UnsupportedOpError(f"activations are quantized to int8 or float8_e4m3fn, not {out.dtype}")
 
 
+@op(constraints.quantize_rows)
 def quantize_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
     """out, out_scale = quantize(x): one symmetric scale per row.
 
@@ -62,6 +65,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return x / (power + 1.0)
 
 
+@op(constraints.quantize_rows)
 def gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
     """out, out_scale = quantize(GELU_tanh(x)): the input of ffn.2. Shapes and rounding as `quantize_rows`."""
     for rows in row_slices(*x.shape):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowvram.errors import UnsupportedError
+from lowvram_kernels import constraints
+from lowvram_kernels.constraints import GELU_ALONE
+from lowvram_kernels.dispatch import op
+from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.quantize_rows import gelu_tanh
 from lowvram_kernels.slices import output_slices, row_slices
-
-GELU_ALONE = "quantized_linear stores GELU(y) or adds gate * y to the residual stream, not both"
 
 
 def product(a: Tensor, weight: Tensor) -> Tensor:
@@ -19,12 +20,12 @@ def product(a: Tensor, weight: Tensor) -> Tensor:
     Because nothing rounds before the end, no order of additions and no number of rows changes a bit.
     """
     if a.dtype != weight.dtype:
-        raise UnsupportedError(f"quantized_linear multiplies equal dtypes, got {a.dtype} and {weight.dtype}")
+        raise UnsupportedOpError(f"quantized_linear multiplies equal dtypes, got {a.dtype} and {weight.dtype}")
     if a.dtype == torch.int8:
         return int8_product(a, weight)
     if a.dtype == torch.float8_e4m3fn:
         return (a.to(torch.float64) @ weight.to(torch.float64).t()).float()
-    raise UnsupportedError(f"quantized_linear multiplies int8 or float8_e4m3fn, got {a.dtype}")
+    raise UnsupportedOpError(f"quantized_linear multiplies int8 or float8_e4m3fn, got {a.dtype}")
 
 
 def int8_product(a: Tensor, weight: Tensor) -> Tensor:
@@ -35,6 +36,7 @@ def int8_product(a: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(a.contiguous(), weight.t())[:rows]
 
 
+@op(constraints.quantized_linear)
 def quantized_linear(
     a: Tensor,
     a_scale: Tensor,
@@ -51,10 +53,10 @@ def quantized_linear(
 
     a: [M, K] and weight: [N, K], both int8 or both float8_e4m3fn; a_scale: [M, 1], weight_scale: [N, 1], bias: [N], gate: [N], float32;
     out: [M, N] float32 or bfloat16; with `accumulate` the fp32 residual stream, updated in place.
-    The epilogue is fp32; only the store to `out` rounds. Raises `UnsupportedError` where `gelu` meets `gate` or `accumulate`.
+    The epilogue is fp32; only the store to `out` rounds. Raises `UnsupportedOpError` where `gelu` meets `gate` or `accumulate`.
     """
     if gelu and (gate is not None or accumulate):
-        raise UnsupportedError(GELU_ALONE)
+        raise UnsupportedOpError(GELU_ALONE)
     for rows in row_slices(a.shape[0]):
         for outputs in output_slices(weight.shape[0]):
             y = product(a[rows], weight[outputs]).float().mul_(a_scale[rows]).mul_(weight_scale[outputs].view(1, -1))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lowvram_kernels import constraints
+from lowvram_kernels.dispatch import op
 from lowvram_kernels.quantize_rows import INT8_MAX, SMALLEST_ABSMAX
 from lowvram_kernels.slices import row_slices
 
@@ -29,6 +31,7 @@ def rms_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, 
     return heads.transpose(0, 1)
 
 
+@op(constraints.rms_rope_quantize)
 def rms_rope_quantize(
     x: Tensor,
     weight: Tensor,

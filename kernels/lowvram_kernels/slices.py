@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-# Rows of a product. A multiple of the 64 keys of an attention tile. The planner counts with both numbers too (`lowvram.memory.phases`).
+# Rows of a product. A multiple of the 64 keys of an attention tile. The planner counts with both numbers too (`lowvram.planner.phases`).
 REFERENCE_ROWS = 256
-# fp32 values of one temporary: half a MiB. Buffers of a MiB and more go back to the system when they are freed (`lowvram.memory.heap`),
+# fp32 values of one temporary: half a MiB. Buffers of a MiB and more go back to the system when they are freed (`lowvram.memory.malloc`),
 # and the page faults of fresh ones cost more than the arithmetic on them.
 REFERENCE_VALUES = 1 << 17
 

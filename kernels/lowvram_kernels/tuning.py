@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from lowvram.errors import UnsupportedError
+from lowvram_kernels.errors import UnsupportedOpError
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "gfx1100")
 INTERPRETER = "interpreter"
@@ -68,7 +68,7 @@ _ATTENTION = {
 _ATTENTION_128 = {"sm_120": {"int8": AttentionTile(64, 8, 3)}}
 PV_DTYPES = {"int8": torch.int8, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 # What the product of probabilities and values is computed in where the user says nothing: the most exact of the 8-bit ones. It changes
-# bits, so it follows from no budget; `lowvram.memory.workspace.value_bytes` counts on it.
+# bits, so it follows from no budget; `lowvram.planner.workspace.value_bytes` counts on it.
 _PV = "int8"
 
 
@@ -78,7 +78,7 @@ def interpreted() -> bool:
 
 
 def architecture(device: torch.device) -> str:
-    """The row of the tables for a device. Raises `UnsupportedError` for one without a row."""
+    """The row of the tables for a device. Raises `UnsupportedOpError` for one without a row."""
     return INTERPRETER if interpreted() else _architecture(device.index if device.index is not None else torch.cuda.current_device())
 
 
@@ -88,21 +88,23 @@ def _architecture(index: int) -> str:
         name = str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
         if name in ARCHITECTURES:
             return name
-        raise UnsupportedError(f"no tiles for {name}: supported are {', '.join(ARCHITECTURES)}")
+        raise UnsupportedOpError(f"no tiles for {name}: supported are {', '.join(ARCHITECTURES)}")
     return nvidia_row(torch.cuda.get_device_capability(index))
 
 
 def nvidia_row(capability: tuple[int, int]) -> str:
     """The row of a compute capability: its own, or that of an older one of the same major version.
 
-    Raises `UnsupportedError` for 10.x, 11.x and every other without a row: nothing was compiled for their matrix instructions.
+    Raises `UnsupportedOpError` for 10.x, 11.x and every other without a row: nothing was compiled for their matrix instructions.
     """
     major, minor = capability
     if major < 8:
-        raise UnsupportedError(f"compute capability {major}.{minor} has no 8-bit tensor cores that Triton can use: 8.0 or later is needed")
+        raise UnsupportedOpError(
+            f"compute capability {major}.{minor} has no 8-bit tensor cores that Triton can use: 8.0 or later is needed"
+        )
     rows = {8: "sm_80" if minor == 0 else "sm_86" if minor < 9 else "sm_89", 9: "sm_90", 12: "sm_120"}
     if major not in rows:
-        raise UnsupportedError(f"no tiles for compute capability {major}.{minor}: supported are 8.x, 9.x and 12.x")
+        raise UnsupportedOpError(f"no tiles for compute capability {major}.{minor}: supported are 8.x, 9.x and 12.x")
     return rows[major]
 
 
@@ -139,20 +141,20 @@ def _values_row(device: torch.device) -> str:
         return INTERPRETER
     try:
         return architecture(device)
-    except UnsupportedError:  # no kernel is for this GPU
+    except UnsupportedOpError:  # no kernel is for this GPU
         return INTERPRETER
 
 
 def pv_dtype(device: torch.device) -> torch.dtype:
     """The dtype that values are stored and multiplied in: `LOWVRAM_PV=int8|fp16|fp8`, else int8.
 
-    Where the references run, they take all three. Raises `UnsupportedError` for another word, and for one that the architecture cannot
+    Where the references run, they take all three. Raises `UnsupportedOpError` for another word, and for one that the architecture cannot
     multiply.
     """
     arch = _values_row(device)
     wanted = os.environ.get("LOWVRAM_PV") or _PV
     if wanted not in pv_choices(arch):
-        raise UnsupportedError(f"LOWVRAM_PV={wanted} on {arch}: use one of {', '.join(pv_choices(arch))}")
+        raise UnsupportedOpError(f"LOWVRAM_PV={wanted} on {arch}: use one of {', '.join(pv_choices(arch))}")
     return PV_DTYPES[wanted]
 
 

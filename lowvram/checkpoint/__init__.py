@@ -1,1 +1,1 @@
-"""What is on disk: headers, names, sources, and the store that `lowvram quantize` writes."""
+"""Checkpoints in any layout: from files to named tensors."""

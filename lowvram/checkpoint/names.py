@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lowvram.config import DiTConfig, TextEncoderConfig, VAEConfig
+from lowvram.variants import DiTConfig, TextEncoderConfig, VAEConfig
 
 Shape = tuple[int, ...]
 _INDEX = r"(0|[1-9][0-9]{0,5})"

@@ -10,14 +10,14 @@ from types import TracebackType
 
 import torch
 
-from lowvram.checkpoint.diffusers_layout import looks_diffusers, read_diffusers
-from lowvram.checkpoint.header import TensorInfo
-from lowvram.checkpoint.official import looks_official, read_official
-from lowvram.checkpoint.parts import Parts, Rename
-from lowvram.checkpoint.raw import RawTensors, fingerprint_texts, named
+from lowvram.checkpoint.layouts.diffusers import looks_diffusers, read_diffusers
+from lowvram.checkpoint.layouts.official import looks_official, read_official
+from lowvram.checkpoint.layouts.parts import Parts, Rename
+from lowvram.checkpoint.readers.safetensors_header import TensorInfo
+from lowvram.checkpoint.readers.shards import RawTensors, fingerprint_texts, named
 from lowvram.checkpoint.validate import check_config, check_experts, check_not_quantized, expected_shapes, problems, raise_problems
-from lowvram.config import COMPONENTS, ModelConfig
 from lowvram.errors import CheckpointError
+from lowvram.variants import COMPONENTS, ModelConfig
 
 TIED = "encoder.embed_tokens.weight"  # transformers may store the embedding a second time under this name
 

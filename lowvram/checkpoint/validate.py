@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lowvram.checkpoint.header import TensorInfo
 from lowvram.checkpoint.names import Shape, dit_shapes, text_encoder_shapes, vae_shapes
-from lowvram.checkpoint.raw import RawTensors, named
-from lowvram.config import EXPERTS, ModelConfig
+from lowvram.checkpoint.readers.safetensors_header import TensorInfo
+from lowvram.checkpoint.readers.shards import RawTensors, named
 from lowvram.errors import CheckpointError, MissingTensorsError
+from lowvram.variants import EXPERTS, ModelConfig
 
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 SCALE_NAME = re.compile(r"scale|comfy_quant|\._data$|\.qweight$|\.qzeros$|absmax", re.IGNORECASE)

@@ -1,1 +1,1 @@
-"""Budgets: what a run will need, computed before it, and the memory it then works in."""
+"""What counts, limits and releases memory while a run works."""

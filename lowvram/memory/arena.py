@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from lowvram.config import format_bytes
 from lowvram.errors import InternalLimitError, OutOfMemoryError
-from lowvram.memory.exhaustion import is_out_of_memory
-from lowvram.memory.workspace import Workspace
+from lowvram.memory.out_of_memory import is_out_of_memory
+from lowvram.planner.workspace import Workspace
+from lowvram.units import format_bytes
 
 
 class Ledger:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-import lowvram_kernels.dispatch as ops
+import lowvram_kernels.ops as ops
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.adaln_quantize import adaln
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lowvram.errors import UnsupportedError
 from lowvram.memory.arena import Arena
-from lowvram.memory.phases import PLAIN_ROWS
-from lowvram.memory.workspace import QUANTIZED_FORMATS
-from lowvram.streaming.block import BlockView
+from lowvram.planner.phases import PLAIN_ROWS
+from lowvram.planner.workspace import QUANTIZED_FORMATS
+from lowvram.streaming.block import LinearWeights
 
 
 class Rows(NamedTuple):
@@ -60,10 +60,10 @@ class Numerics(Protocol):
     def gelu(self, x: Tensor, region: str) -> Rows:
         """GELU_tanh(x) as the input of a linear."""
 
-    def linear(self, rows: Rows, block: BlockView, names: tuple[str, ...], out: Tensor) -> None:
-        """out = rows W^T + b; several names are neighbours in the store and one product."""
+    def linear(self, rows: Rows, weights: LinearWeights, out: Tensor) -> None:
+        """out = rows W^T + b."""
 
-    def linear_add(self, rows: Rows, block: BlockView, name: str, x: Tensor, gate: Tensor | None) -> None:
+    def linear_add(self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None) -> None:
         """x += gate * (rows W^T + b), x the fp32 residual stream."""
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
@@ -128,17 +128,17 @@ class QuantizedNumerics:
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
         rows = self._room(x, region)
-        ops.adaln_quantize(x, scale, shift, rows.values, rows.scale, eps=self._shapes.eps, rotated=self._rotated)
+        ops.adaln_quantize(x, scale, shift, rows.values, _scale(rows.scale), eps=self._shapes.eps, rotated=self._rotated)
         return rows
 
     def rows(self, x: Tensor, region: str) -> Rows:
         rows = self._room(x, region)
-        ops.quantize_rows(x, rows.values, rows.scale, rotated=self._rotated)
+        ops.quantize_rows(x, rows.values, _scale(rows.scale), rotated=self._rotated)
         return rows
 
     def gelu(self, x: Tensor, region: str) -> Rows:
         rows = self._room(x, region, "hidden_scales")
-        ops.gelu_quantize(x, rows.values, rows.scale, rotated=self._rotated)
+        ops.gelu_quantize(x, rows.values, _scale(rows.scale), rotated=self._rotated)
         return rows
 
     def _room(self, x: Tensor, region: str, scales: str = "row_scales") -> Rows:
@@ -146,13 +146,13 @@ class QuantizedNumerics:
         values = self._arena.view(region, (x.shape[0], x.shape[1]), self._code)
         return Rows(values, self._arena.view(f"{stage}.{scales}", (x.shape[0], 1), torch.float32))
 
-    def linear(self, rows: Rows, block: BlockView, names: tuple[str, ...], out: Tensor) -> None:
-        weight, scale, bias = _quantized_weights(block, names)
-        ops.quantized_linear(rows.values, rows.scale, weight, scale, bias, out)
+    def linear(self, rows: Rows, weights: LinearWeights, out: Tensor) -> None:
+        scales = _scale(rows.scale), _scale(weights.scale)
+        ops.quantized_linear(rows.values, scales[0], weights.weight, scales[1], weights.bias, out)
 
-    def linear_add(self, rows: Rows, block: BlockView, name: str, x: Tensor, gate: Tensor | None) -> None:
-        weight, scale, bias = _quantized_weights(block, (name,))
-        ops.quantized_linear(rows.values, rows.scale, weight, scale, bias, x, gate=gate, accumulate=True)
+    def linear_add(self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None) -> None:
+        scales = _scale(rows.scale), _scale(weights.scale)
+        ops.quantized_linear(rows.values, scales[0], weights.weight, scales[1], weights.bias, x, gate=gate, accumulate=True)
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
         heads, width, _ = self._shapes
@@ -168,7 +168,7 @@ class QuantizedNumerics:
 
     def heads(self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads) -> None:
         cos, sin = rope or (None, None)
-        ops.rms_rope_quantize(x, weight, cos, sin, smoothing, out.values, out.scale, eps=self._shapes.eps)
+        ops.rms_rope_quantize(x, weight, cos, sin, smoothing, out.values, _scale(out.scale), eps=self._shapes.eps)
 
     def queries(self, num_queries: int) -> Heads:
         heads, width, _ = self._shapes
@@ -185,8 +185,9 @@ class QuantizedNumerics:
         ops.quantize_values(v, memory.values[:, :, columns], memory.value_scales[:, :, first:last])
 
     def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
-        keys = memory.keys
-        ops.attention_int8(queries.values, queries.scale, keys.values, keys.scale, memory.values, memory.value_scales, out)
+        scales = (_scale(part) for part in (queries.scale, memory.keys.scale, memory.value_scales))
+        q_scale, k_scale, v_scale = scales
+        ops.attention_int8(queries.values, q_scale, memory.keys.values, k_scale, memory.values, v_scale, out)
 
 
 class PlainNumerics:
@@ -212,15 +213,19 @@ class PlainNumerics:
             rows[part] = prepare(x[part])
         return Rows(rows, None)
 
-    def linear(self, rows: Rows, block: BlockView, names: tuple[str, ...], out: Tensor) -> None:
-        weight, bias = (block.fused([f"{name}.{part}" for name in names]) for part in ("weight", "bias"))
-        torch.addmm(bias.to(self.compute), rows.values, weight.t(), out=out)
+    def linear(self, rows: Rows, weights: LinearWeights, out: Tensor) -> None:
+        torch.addmm(self._bias(weights), rows.values, weights.weight.t(), out=out)
 
-    def linear_add(self, rows: Rows, block: BlockView, name: str, x: Tensor, gate: Tensor | None) -> None:
-        weight, bias = block[f"{name}.weight"], block[f"{name}.bias"].to(self.compute)
+    def linear_add(self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None) -> None:
+        weight, bias = weights.weight, self._bias(weights)
         for part in _parts(x.shape[0]):
             y = F.linear(rows.values[part], weight, bias).float()
             x[part] += y if gate is None else y.mul_(gate)
+
+    def _bias(self, weights: LinearWeights) -> Tensor:
+        if weights.bias is None:
+            raise UnsupportedError("a linear of a block has no bias: quantize the model again")
+        return weights.bias.to(self.compute)
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
         shape = (self._shapes.num_heads, num_keys, self._shapes.head_dim)
@@ -254,14 +259,15 @@ def _parts(count: int) -> Iterator[slice]:
         yield slice(start, min(start + PLAIN_ROWS, count))
 
 
-def _quantized_weights(block: BlockView, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    parts = ("weight", "weight_scale", "bias")
-    weight, scale, bias = (block.fused([f"{name}.{part}" for name in names]) for part in parts)
-    return weight, scale, bias
+def _scale(scale: Tensor | None) -> Tensor:
+    """The scale of what is quantized."""
+    if scale is None:
+        raise UnsupportedError("quantized arithmetic was given a tensor without scales: quantize the model again")
+    return scale
 
 
 def make_numerics(format: str, num_heads: int, head_dim: int, eps: float, arena: Arena) -> Numerics:
-    """The arithmetic of one of `config.FORMATS`."""
+    """The arithmetic of one of `FORMATS`."""
     if format in QUANTIZED_FORMATS:
         return QuantizedNumerics(format, num_heads, head_dim, eps, arena)
     compute = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(format)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lowvram.checkpoint.names import diffusers_vae_from_official
-from lowvram.config import VAEConfig
 from lowvram.errors import CheckpointError
-from lowvram.memory.phases import VAE_TILE_MARGIN_PIXELS, VAE_TILE_OVERLAP_PIXELS
+from lowvram.planner.phases import VAE_TILE_MARGIN_PIXELS, VAE_TILE_OVERLAP_PIXELS
+from lowvram.variants import VAEConfig
 
 # At the picture's own border, where no other tile is, it is divided out.
 SMALLEST_WEIGHT = 1e-6

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from lowvram_kernels.adaln_quantize import adaln
 from torch import Tensor
 
-from lowvram.config import DiTConfig, LatentShape
 from lowvram.memory.arena import Arena
-from lowvram.memory.plan import Choice
-from lowvram.memory.workspace import QUANTIZED_FORMATS, SMOOTHING_TOKENS
 from lowvram.models.linear import fixed_rows_linear
 from lowvram.models.numerics import AttentionMemory, Heads, Rope, make_numerics, mean_key
 from lowvram.models.rope import RopeTable
+from lowvram.planner.plan import Choice
+from lowvram.planner.workspace import QUANTIZED_FORMATS, SMOOTHING_TOKENS
+from lowvram.request import LatentShape
 from lowvram.streaming.block import Blocks, BlockView
+from lowvram.variants import DiTConfig
 
 
 class Reader(Protocol):
@@ -185,12 +186,12 @@ class WanTransformer:
         if self._smoothed:
             tokens = self._smoothing_tokens
             key = self._buffer("project.projected", len(tokens), dim)
-            num.linear(num.modulated(x[tokens], scale, shift, "project.rows"), block, ("self_attn.k",), key)
+            num.linear(num.modulated(x[tokens], scale, shift, "project.rows"), block.linear("self_attn.k"), key)
             smoothing = mean_key(key, weight, Rope(*self._rope.at(tokens)), self._config.num_heads, self._config.eps)
         for start, end in self._chunks():
             projected = self._buffer("project.projected", end - start, 2 * dim)
             rows = num.modulated(x[start:end], scale, shift, "project.rows")
-            num.linear(rows, block, ("self_attn.k", "self_attn.v"), projected)
+            num.linear(rows, block.linear("self_attn.k", "self_attn.v"), projected)
             num.heads(projected[:, :dim], weight, self._rope_of(start, end), smoothing, memory.key_rows(start, end))
             num.values(projected[:, dim:], memory, start)
         return memory
@@ -201,7 +202,7 @@ class WanTransformer:
         length = context.shape[0]
         memory = num.attention_memory("text_", length)
         projected = self._buffer("project.projected", length, 2 * dim)
-        num.linear(num.rows(context, "project.rows"), block, ("cross_attn.k", "cross_attn.v"), projected)
+        num.linear(num.rows(context, "project.rows"), block.linear("cross_attn.k", "cross_attn.v"), projected)
         key = projected[:, :dim]
         smoothing = mean_key(key, weight, None, self._config.num_heads, self._config.eps) if self._smoothed else None
         num.heads(key, weight, None, smoothing, memory.key_rows(0, length))
@@ -223,17 +224,17 @@ class WanTransformer:
         num, dim, weight = self._numerics, self._config.dim, block[f"{name}.norm_q.weight"]
         for start, end in self._chunks():
             query = self._buffer("attend.projected", end - start, dim)
-            num.linear(num.modulated(x[start:end], scale, shift, "attend.rows"), block, (f"{name}.q",), query)
+            num.linear(num.modulated(x[start:end], scale, shift, "attend.rows"), block.linear(f"{name}.q"), query)
             queries: Heads = num.queries(end - start)
             num.heads(query, weight, self._rope_of(start, end) if rotary else None, None, queries)
             attended = self._buffer("attend.attended", end - start, dim)
             num.attend(queries, memory, attended)
-            num.linear_add(num.rows(attended, "attend.rows"), block, f"{name}.o", x[start:end], gate)
+            num.linear_add(num.rows(attended, "attend.rows"), block.linear(f"{name}.o"), x[start:end], gate)
 
     def _feed_forward(self, block: BlockView, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> None:
         """x += gate * ffn2(GELU(ffn0(LN(x) * scale + shift))), chunk by chunk."""
         num = self._numerics
         for start, end in self._chunks():
             hidden = self._buffer("ffn.hidden", end - start, self._config.ffn_dim)
-            num.linear(num.modulated(x[start:end], scale, shift, "ffn.rows"), block, ("ffn.0",), hidden)
-            num.linear_add(num.gelu(hidden, "ffn.hidden_rows"), block, "ffn.2", x[start:end], gate)
+            num.linear(num.modulated(x[start:end], scale, shift, "ffn.rows"), block.linear("ffn.0"), hidden)
+            num.linear_add(num.gelu(hidden, "ffn.hidden_rows"), block.linear("ffn.2"), x[start:end], gate)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram.config import Request
 from lowvram.errors import NumericsError
 from lowvram.models.wan import Conditioning, Ends, WanTransformer
+from lowvram.request import Request
 from lowvram.sampling.schedule import Schedule, expert_of
 from lowvram.sampling.solvers import Solver
 from lowvram.streaming.block import Blocks
-from lowvram.streaming.visits import BlockId
+from lowvram.streaming.schedule import BlockId
 
 # The residual stream is watched at this many tokens per block: attention spreads a NaN to all of them.
 WATCHED_TOKENS = 64

@@ -9,20 +9,20 @@ from time import monotonic
 
 from torch import Tensor
 
-from lowvram.config import format_bytes
 from lowvram.errors import OutOfMemoryError
+from lowvram.hardware.cgroups import host_memory
 from lowvram.memory.arena import Arena
-from lowvram.memory.exhaustion import as_out_of_memory, hand_back
-from lowvram.memory.ladder import Ladder
-from lowvram.memory.limits import host_memory
+from lowvram.memory.out_of_memory import as_out_of_memory, hand_back
 from lowvram.models.wan import WanTransformer
+from lowvram.planner.fallback import Ladder
 from lowvram.run import Run
 from lowvram.sampling.denoise import Expert, block_schedule, denoise
 from lowvram.sampling.schedule import Schedule
 from lowvram.sampling.solvers import Solver
 from lowvram.streaming.block import BlockView
+from lowvram.streaming.schedule import BlockId
 from lowvram.streaming.stream import Buffers
-from lowvram.streaming.visits import BlockId
+from lowvram.units import format_bytes
 
 LOW_RAM_BYTES = 256 * 2**20  # with less than this free on the machine, a run hands back the blocks that it keeps in RAM
 FREE_RAM_PERIOD_S = 2.0  # how often that is looked at, between two blocks: at 720p a block of A14B takes about as long on a small card

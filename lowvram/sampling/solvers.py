@@ -95,7 +95,7 @@ class UniPC:
 
 
 def make_solver(name: str, schedule: Schedule) -> Solver:
-    """Raises `UsageError` for a name that is not in `config.SOLVERS`."""
+    """Raises `UsageError` for a name that is not in `request.SOLVERS`."""
     solvers: dict[str, type[UniPC] | type[Euler]] = {"unipc": UniPC, "euler": Euler}
     if name not in solvers:
         raise UsageError(f"unknown solver {name!r}: use one of {', '.join(solvers)}")

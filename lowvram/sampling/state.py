@@ -9,11 +9,11 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from lowvram.checkpoint.tensors import TensorFile
-from lowvram.config import Request
-from lowvram.disk import replace_file
+from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.errors import CheckpointError, OutOfMemoryError, ResumeError
-from lowvram.memory.exhaustion import as_out_of_memory
+from lowvram.files.io import replace_file
+from lowvram.memory.out_of_memory import as_out_of_memory
+from lowvram.request import Request
 
 FORMAT_VERSION = "2"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,26 @@ from lowvram.errors import CheckpointError
 
 # short name -> (dtype, shape, offset from the block's start in bytes)
 BlockTensors = Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]
+
+
+class Adapter(NamedTuple):
+    """A low-rank change of a linear: weight + strength * up @ down. down: [R, K]; up: [N, R]."""
+
+    down: Tensor
+    up: Tensor
+    strength: float
+
+
+class LinearWeights(NamedTuple):
+    """One linear, or several that read the same input, stacked along their outputs.
+
+    weight: [N, K] as stored; scale: [N, 1] float32 of a quantized weight; bias: [N] float32.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    adapters: tuple[Adapter, ...] = ()
 
 
 class BlockView:
@@ -34,6 +54,15 @@ class BlockView:
     def fused(self, names: Sequence[str]) -> Tensor:
         """Neighbouring tensors of equal trailing shape as one, stacked along their first dimension, no copy."""
         return self._span(names[0], names)
+
+    def linear(self, *names: str) -> LinearWeights:
+        """The linears `names`, neighbours in the store, as one; no copy."""
+
+        def part(suffix: str) -> Tensor | None:
+            parts = [f"{name}.{suffix}" for name in names]
+            return self.fused(parts) if parts[0] in self._tensors else None
+
+        return LinearWeights(self.fused([f"{name}.weight" for name in names]), part("weight_scale"), part("bias"))
 
     def close(self) -> None:
         """Lets go of the slot, whoever still holds this view."""

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from lowvram.checkpoint.store import StoreFile
-from lowvram.checkpoint.tensors import TORCH_DTYPES
+from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
 from lowvram.memory.arena import Ledger
-from lowvram.streaming.ring import Slots
-from lowvram.streaming.source import BlockFile
+from lowvram.store.reader import StoreFile
+from lowvram.streaming.block_file import BlockFile
+from lowvram.streaming.schedule import BlockId, assign_slots
+from lowvram.streaming.slots import Slots
 from lowvram.streaming.streamer import StreamedComponent, Streamer
 from lowvram.streaming.transport import Transport
-from lowvram.streaming.visits import BlockId, assign_slots
 
 
 class Buffers(NamedTuple):

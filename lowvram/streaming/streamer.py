@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lowvram.errors import InternalLimitError
 from lowvram.streaming.block import BlockTensors, BlockView
-from lowvram.streaming.ring import Slots
-from lowvram.streaming.source import BlockFile
+from lowvram.streaming.block_file import BlockFile
+from lowvram.streaming.schedule import NEVER, Visit
+from lowvram.streaming.slots import Slots
 from lowvram.streaming.transport import Transport
-from lowvram.streaming.visits import NEVER, Visit
 
 # Hops of a visit: disk -> RAM, RAM -> staging, RAM -> device, and its computation.
 DISK, STAGE, LINK, COMPUTE = "disk", "stage", "link", "compute"

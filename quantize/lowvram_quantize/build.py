@@ -11,20 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lowvram.checkpoint.manifest import (
-    MANIFEST_NAME,
-    REPORT_NAME,
-    STORE_FILES,
-    TOKENIZER_NAME,
-    ComponentManifest,
-    Manifest,
-    component_file,
-)
 from lowvram.checkpoint.source import Source
-from lowvram.checkpoint.store_layout import ComponentLayout, StoredTensor
-from lowvram.checkpoint.writer import StoreWriter
-from lowvram.disk import replace_file, sync_folder
 from lowvram.errors import CheckpointError
+from lowvram.files.io import replace_file, sync_folder
+from lowvram.store.layout import ComponentLayout, StoredTensor
+from lowvram.store.manifest import MANIFEST_NAME, REPORT_NAME, STORE_FILES, TOKENIZER_NAME, ComponentManifest, Manifest, component_file
+from lowvram.store.writer import StoreWriter
 from lowvram_quantize.component import ComponentMaker
 from lowvram_quantize.progress import QUANTIZE, Meter, ProgressCallback
 from lowvram_quantize.recipe import Recipe, lowvram_version, run_identity, source_record

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
 from lowvram.checkpoint.source import ComponentSource
-from lowvram.checkpoint.store_layout import ComponentLayout, StoredTensor, marker_bytes
-from lowvram.checkpoint.tensors import TORCH_DTYPES
 from lowvram.errors import NonFiniteError
+from lowvram.store.layout import ComponentLayout, StoredTensor, marker_bytes
 from lowvram_quantize.recipe import ROW_FORMATS
 from lowvram_quantize.rows import ErrorSums, RowEngine, cast_rows, quantize_rows
 

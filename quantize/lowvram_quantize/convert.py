@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lowvram.checkpoint.lock import OutputLock
-from lowvram.checkpoint.manifest import MANIFEST_NAME, STAGING_NAME, STORE_FILES, leftovers, read_manifest
 from lowvram.checkpoint.source import Source, open_source
-from lowvram.checkpoint.store_layout import component_layout
-from lowvram.config import COMPONENTS, format_bytes
-from lowvram.disk import output_error
 from lowvram.errors import CheckpointError, DiskFullError, LowvramError, NonFiniteError, OutputError
+from lowvram.files.io import output_error
+from lowvram.files.lock import OutputLock
+from lowvram.store.layout import component_layout
+from lowvram.store.manifest import MANIFEST_NAME, STAGING_NAME, STORE_FILES, leftovers, read_manifest
+from lowvram.units import format_bytes
+from lowvram.variants import COMPONENTS
 from lowvram_quantize.build import STATE_NAME, Build, commit
 from lowvram_quantize.progress import SCAN, Meter, ProgressCallback
 from lowvram_quantize.recipe import Recipe, check_same, manifest_identity, run_identity

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from lowvram.checkpoint.manifest import Manifest
 from lowvram.checkpoint.source import Source
-from lowvram.config import FORMATS, ModelConfig
 from lowvram.errors import ResumeError, UsageError
+from lowvram.formats import FORMATS
+from lowvram.store.manifest import Manifest
+from lowvram.variants import ModelConfig
 from lowvram_quantize.fp8 import FP8
 from lowvram_quantize.int8 import INT8, INT8_PLAIN
 from lowvram_quantize.rows import RowFormat

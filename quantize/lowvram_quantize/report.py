@@ -14,9 +14,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lowvram.checkpoint.manifest import REPORT_NAME
-from lowvram.config import format_bytes
 from lowvram.errors import CheckpointError
+from lowvram.store.manifest import REPORT_NAME
+from lowvram.units import format_bytes
 from lowvram_quantize.rows import ErrorSums
 
 

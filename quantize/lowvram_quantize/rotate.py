@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowvram.checkpoint.store_layout import ROTATION_GROUP
+from lowvram.store.layout import ROTATION_GROUP
 
 _H4 = ((1.0, 1.0, 1.0, -1.0), (1.0, 1.0, -1.0, 1.0), (1.0, -1.0, 1.0, 1.0), (-1.0, 1.0, 1.0, 1.0))
 _STAGES = 4  # 4^4 = 256

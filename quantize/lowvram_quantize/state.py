@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from lowvram.disk import BINARY, output_error, write_all
+from lowvram.files.io import BINARY, output_error, write_all
 from lowvram_quantize.recipe import check_same
 from lowvram_quantize.report import TensorError
 

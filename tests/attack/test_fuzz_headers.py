@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from lowvram.checkpoint.header import DTYPE_BYTES, read_header
-from lowvram.checkpoint.manifest import MANIFEST_NAME
+from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES, TensorFile
+from lowvram.checkpoint.readers.safetensors_header import DTYPE_BYTES, read_header
 from lowvram.checkpoint.source import open_source
-from lowvram.checkpoint.store import open_store
-from lowvram.checkpoint.store_layout import StoredTensor
-from lowvram.checkpoint.tensors import TORCH_DTYPES, TensorFile
-from lowvram.checkpoint.writer import StoreWriter
 from lowvram.errors import LowvramError
-from tests.checkpoints import tiny_config, write_official, write_store
+from lowvram.store.layout import StoredTensor
+from lowvram.store.manifest import MANIFEST_NAME
+from lowvram.store.reader import open_store
+from lowvram.store.writer import StoreWriter
+from tests.helpers.checkpoints import tiny_config, write_official, write_store
 
 QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda name: name != "__metadata__")

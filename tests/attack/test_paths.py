@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.checkpoint.files import check_plain_name
+from lowvram.checkpoint.readers.files import check_plain_name
 from lowvram.checkpoint.source import open_source
-from lowvram.checkpoint.store import open_store
 from lowvram.errors import CheckpointError, UnsafeFileError
-from tests.checkpoints import tiny_config, write_json, write_official, write_store
+from lowvram.store.reader import open_store
+from tests.helpers.checkpoints import tiny_config, write_json, write_official, write_store
 
 CONFIG = tiny_config()
 VAE = "Wan2.1_VAE.safetensors"

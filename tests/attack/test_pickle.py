@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowvram.checkpoint import pickle_import
-from lowvram.checkpoint.pickle_import import PickleFile
+from lowvram.checkpoint.readers import pickle as pickle_import
+from lowvram.checkpoint.readers.pickle import PickleFile
 from lowvram.checkpoint.source import open_source
-from lowvram.config import COMPONENTS
 from lowvram.errors import CheckpointError, LowvramError, UnsafeFileError
-from tests.checkpoints import tiny_config, tiny_weights, write_official
+from lowvram.variants import COMPONENTS
+from tests.helpers.checkpoints import tiny_config, tiny_weights, write_official
 
 CONFIG = tiny_config()
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from lowvram_kernels import dispatch
+from lowvram_kernels import dispatch, ops
 from lowvram_kernels.check import checks, problems
 from lowvram_kernels.tuning import PV_DTYPES, architecture, pv_choices
 
@@ -18,7 +18,7 @@ ROWS = ("adaln_quantize", "quantize_rows", "gelu_quantize")
 LINEARS = [(1, 17, 32), (33, 65, 96), (700, 1000, DIM), (257, DIM, 1040), (130, 520, FFN), (2500, 300, 256)]
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", ops.OPS)
 def test_p18_the_check_of_the_doctor_finds_that_all_agree(op: str) -> None:
     assert problems(checks(torch.device(CUDA), (op,))) == {}
 
@@ -125,8 +125,8 @@ def test_p20_a_gpus_own_nan_comes_out_of_every_kernel() -> None:
 @pytest.mark.parametrize(("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("fp8", 0.045)])
 def test_attention_of_data_with_outliers_is_close_to_exact_attention(pv: str, largest: float) -> None:
     needs(pv)
-    ops = cases.AttentionOps(dispatch.rms_rope_quantize, dispatch.quantize_values, dispatch.attention_int8)
-    assert cases.attention_error(ops, 512, 4096, 4, dtype=PV_DTYPES[pv], device=CUDA) <= largest
+    functions = cases.AttentionOps(ops.rms_rope_quantize, ops.quantize_values, ops.attention_int8)
+    assert cases.attention_error(functions, 512, 4096, 4, dtype=PV_DTYPES[pv], device=CUDA) <= largest
 
 
 def test_fp8_values_are_refused_with_a_reason_where_no_tensor_core_takes_them() -> None:
@@ -134,7 +134,7 @@ def test_fp8_values_are_refused_with_a_reason_where_no_tensor_core_takes_them() 
         pytest.skip("this GPU multiplies e4m3")
     case = cases.attention(33, 64, 2, pv="fp8", device=CUDA)
     out = {name: output.cut(output.whole) for name, output in case.outputs.items()}
-    assert "begin with sm_89" in str(dispatch.OPS[case.op].constraint(**case.inputs, **out))
+    assert "begin with sm_89" in str(ops.OPS[case.op].constraint(**case.inputs, **out))
 
 
 def needs(pv: str) -> None:
@@ -220,7 +220,7 @@ def test_outputs_past_2_to_the_31_elements() -> None:
         out = torch.empty(2 * stride + width, device=CUDA).as_strided((3, width), (stride, 1))
         out.copy_(made.outputs["out"].cut(made.outputs["out"].whole))
         expected = made.outputs["out"].cut(made.run("triton")["out"])
-        dispatch.OPS[made.op].triton(**made.inputs, out=out)
+        ops.OPS[made.op].triton(**made.inputs, out=out)
         assert torch.equal(out.cpu(), expected)
         del out
 
@@ -228,7 +228,7 @@ def test_outputs_past_2_to_the_31_elements() -> None:
 def test_tensors_on_the_gpu_take_the_kernels_and_tensors_on_the_cpu_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOWVRAM_BACKEND", raising=False)
     for case in (cases.linear(33, 65, 96), cases.attention(33, 65, 1), cases.values(65, 1), cases.rms_rope(5, 2)):
-        op = dispatch.OPS[case.op]
+        op = ops.OPS[case.op]
         on_cpu = case.inputs | {name: output.cut(output.whole) for name, output in case.outputs.items()}
         on_gpu = {name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in on_cpu.items()}
         first, *rest = on_cpu

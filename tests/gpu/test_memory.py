@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowvram.checkpoint.store import open_store
-from lowvram.config import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
-from lowvram.memory.plan import Choice, MemoryPlan, describe_plan
 from lowvram.pipeline import Pipeline
+from lowvram.planner.plan import Choice, MemoryPlan, describe_plan
 from lowvram.progress import Progress
-from tests.checkpoints import write_store
-from tests.runs import digest
+from lowvram.store.reader import open_store
+from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from tests.helpers.checkpoints import write_store
+from tests.helpers.runs import digest
 
 SIZE, FRAMES, STEPS = (640, 384), 17, 3
 CHOICES = {

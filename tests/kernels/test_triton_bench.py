@@ -14,7 +14,7 @@ import torch
 from lowvram_kernels.tuning import LinearTile
 from triton.runtime.errors import OutOfResources
 
-from tests.checkpoints import tiny_config
+from tests.helpers.checkpoints import tiny_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))

@@ -13,15 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lowvram_kernels import constraints, dispatch, tuning
+from lowvram_kernels import constraints, dispatch, ops, tuning
+from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.tuning import ARCHITECTURES, linear_kind, linear_tile, nvidia_row
 
-from lowvram.errors import UnsupportedError
-from lowvram.memory.plan import Choice
-from lowvram.memory.workspace import dit_workspace
-from tests.checkpoints import tiny_config
+from lowvram.planner.plan import Choice
+from lowvram.planner.workspace import dit_workspace
+from tests.helpers.checkpoints import tiny_config
+from tests.helpers.runs import expert_velocities, make_store
 from tests.kernels import cases
-from tests.runs import expert_velocities, make_store
 
 ALL = [
     cases.linear(3, 32, 32), cases.linear_add(3, 32, 32), cases.rms_rope(2, 2), cases.values(5, 1), cases.attention(3, 5, 1),
@@ -42,7 +42,7 @@ def choose(case: cases.Case, **changes: object) -> object:
 
 
 def refusal(case: cases.Case, **changes: object) -> str:
-    return str(dispatch.OPS[case.op].constraint(**arguments(case, **changes)))
+    return str(ops.OPS[case.op].constraint(**arguments(case, **changes)))
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.op)
@@ -53,7 +53,7 @@ def test_the_cpu_takes_the_reference_and_says_so_below_warnings(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(dispatch, "_told", set())
     with caplog.at_level(logging.DEBUG, "lowvram_kernels.dispatch"):
-        assert choose(case) is dispatch.OPS[case.op].reference
+        assert choose(case) is ops.OPS[case.op].reference
         choose(case)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("INFO", f"{case.op} runs on the torch reference: its tensors are on the CPU")
@@ -65,19 +65,19 @@ def test_the_cpu_takes_the_reference_and_says_so_below_warnings(
 def test_forced_triton_runs_in_the_interpreter_alone(case: cases.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWVRAM_BACKEND", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UnsupportedError, match=rf"no backend can run {case.op}: triton: no Triton kernel runs on a CPU unless"):
+    with pytest.raises(UnsupportedOpError, match=rf"no backend can run {case.op}: triton: no Triton kernel runs on a CPU unless"):
         choose(case)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     chosen = choose(case)
-    assert chosen is dispatch.OPS[case.op].triton
-    assert chosen is not dispatch.OPS[case.op].reference
+    assert chosen is ops.OPS[case.op].triton
+    assert chosen is not ops.OPS[case.op].reference
 
 
 def test_without_triton_the_reason_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWVRAM_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(constraints, "no_triton", lambda: "the triton package is not installed")
-    with pytest.raises(UnsupportedError, match="the triton package is not installed"):
+    with pytest.raises(UnsupportedOpError, match="the triton package is not installed"):
         choose(ALL[0])
 
 
@@ -128,7 +128,7 @@ def test_p19_heads_of_another_width_take_the_reference_with_a_reason(
         assert refusal(make(*sizes, head_dim=width)) == "None"
     case = make(*sizes, head_dim=96)
     with caplog.at_level(logging.INFO, "lowvram_kernels.dispatch"):
-        assert choose(case) is dispatch.OPS[case.op].reference
+        assert choose(case) is ops.OPS[case.op].reference
     assert caplog.messages == [f"{case.op} runs on the torch reference: triton: heads of 96 channels: the kernels take 64 or 128"]
 
 
@@ -152,18 +152,18 @@ def test_the_product_of_attention_is_int8_unless_the_user_says_otherwise(monkeyp
         assert tuning.pv_dtype(cuda) == torch.int8
     monkeypatch.setenv("LOWVRAM_PV", "fp8")
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_86")
-    with pytest.raises(UnsupportedError, match=r"LOWVRAM_PV=fp8 on sm_86: use one of int8, fp16$"):
+    with pytest.raises(UnsupportedOpError, match=r"LOWVRAM_PV=fp8 on sm_86: use one of int8, fp16$"):
         tuning.pv_dtype(cuda)
     assert tuning.pv_dtype(cpu) == torch.float8_e4m3fn
     monkeypatch.setenv("LOWVRAM_PV", "fp4")
-    with pytest.raises(UnsupportedError, match=r"LOWVRAM_PV=fp4 on .*: use one of int8, fp16, fp8"):
+    with pytest.raises(UnsupportedOpError, match=r"LOWVRAM_PV=fp4 on .*: use one of int8, fp16, fp8"):
         tuning.pv_dtype(cpu)
 
 
 @pytest.mark.parametrize("forced", [False, True], ids=["a GPU without a row", "the reference is forced"])
 def test_p19_a_gpu_that_the_references_serve_takes_every_product(forced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(device: torch.device) -> str:
-        raise UnsupportedError("compute capability 7.5 has no 8-bit tensor cores that Triton can use")
+        raise UnsupportedOpError("compute capability 7.5 has no 8-bit tensor cores that Triton can use")
 
     monkeypatch.setattr(tuning, "architecture", (lambda device: "sm_86") if forced else refuse)
     monkeypatch.setenv("LOWVRAM_BACKEND", "reference" if forced else "")
@@ -224,7 +224,7 @@ def test_tiles_of_every_architecture() -> None:
                 assert not (arch in ("sm_86", "sm_89") and tile.block_m * tile.block_n > 128 * 128), "spills (kernels 2.9)"
     expected = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90", (12, 0): "sm_120"}
     assert {capability: nvidia_row(capability) for capability in expected} == expected
-    with pytest.raises(UnsupportedError, match=r"compute capability 7\.5"):
+    with pytest.raises(UnsupportedOpError, match=r"compute capability 7\.5"):
         nvidia_row((7, 5))
 
 
@@ -237,7 +237,7 @@ def test_triton_is_not_imported_before_it_is_chosen() -> None:
 def test_p19_tensors_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraints, "wrong_device", lambda tensor: None)
     case = cases.linear(3, 32, 32)
-    op, out = dispatch.OPS[case.op], {name: output.cut(output.whole) for name, output in case.outputs.items()}
+    op, out = ops.OPS[case.op], {name: output.cut(output.whole) for name, output in case.outputs.items()}
     assert op.refusal(**case.inputs, **out) is None
     elsewhere = {"weight": case.inputs["weight"].to("meta")}
     assert op.refusal(**(case.inputs | elsewhere), **out) == "its tensors lie on cpu and meta"
@@ -255,7 +255,7 @@ def test_an_op_runs_with_the_gpu_of_its_tensors_as_the_current_one(monkeypatch: 
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(dispatch, "choose", lambda name, *args, **kwargs: lambda *args, **kwargs: events.append(name))
-    dispatch.quantize_rows(torch.zeros(1))
+    ops.quantize_rows(torch.zeros(1))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    dispatch.quantize_rows(torch.zeros(1))
+    ops.quantize_rows(torch.zeros(1))
     assert events == ["quantize_rows", "enter", "quantize_rows", "leave"]

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels import dispatch
+from lowvram_kernels import ops
 from lowvram_kernels.tuning import LinearTile
 from lowvram_quantize.convert import quantize
 
-from lowvram.checkpoint.store import open_store
-from lowvram.config import Request
 from lowvram.demo.run import MODEL
 from lowvram.pipeline import Pipeline
-from tests.checkpoints import tiny_config
-from tests.runs import SMALL, make_store, pipeline_of, request_of
+from lowvram.request import Request
+from lowvram.store.reader import open_store
+from tests.helpers.checkpoints import tiny_config
+from tests.helpers.runs import SMALL, make_store, pipeline_of, request_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -33,7 +33,7 @@ class Compared:
     """`quantized_linear` of both backends side by side; `same`: one entry per call."""
 
     def __init__(self, exact: bool) -> None:
-        self.linear, self.reference = dispatch.quantized_linear, dispatch.OPS["quantized_linear"].reference
+        self.linear, self.reference = ops.quantized_linear, ops.OPS["quantized_linear"].reference
         self.exact = exact
         self.same: list[bool] = []
 
@@ -51,7 +51,7 @@ def one_step(pipeline: Pipeline, request: Request, monkeypatch: pytest.MonkeyPat
     expected = pipeline.generate(request).frames
     monkeypatch.setenv("LOWVRAM_BACKEND", "triton")
     compared = Compared(exact)
-    monkeypatch.setattr(dispatch, "quantized_linear", compared)
+    monkeypatch.setattr(ops, "quantized_linear", compared)
     frames = pipeline.generate(request).frames
     return compared, float((frames.int() - expected.int()).abs().float().mean())
 

@@ -15,7 +15,7 @@ import pytest
 from lowvram_kernels import constraints
 from lowvram_kernels.constraints import NEWEST_TRITON, OLDEST_TRITON
 
-from lowvram.memory import machine as machine_module
+from lowvram.hardware import machine as machine_module
 
 ROOT = Path(__file__).parents[2]
 ENDS = ("3.6.0", "3.9.0")

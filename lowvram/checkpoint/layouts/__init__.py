@@ -1,0 +1,1 @@
+"""Folders and files that hold a whole model: which file is which component, and its dimensions."""

@@ -1,0 +1,121 @@
+"""Opens the file or the shards of one component, under the names that the files use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lowvram.checkpoint.readers.files import check_plain_name, inside, read_json
+from lowvram.checkpoint.readers.pickle import PickleFile
+from lowvram.checkpoint.readers.safetensors import TensorFile
+from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
+from lowvram.errors import CheckpointError, MissingTensorsError
+
+
+class Reader(Protocol):
+    """Gives a tensor by the name it has in its file."""
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class RawTensors:
+    """All tensors of one component and the files they lie in; `notes` are texts in them that may tell which expert it is."""
+
+    where: Path
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    readers: dict[str, Reader] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, path: Path, reader: Reader, infos: dict[str, TensorInfo], metadata: dict[str, str]) -> None:
+        twice = [name for name in infos if name in self.infos]
+        if twice:
+            raise CheckpointError(f"{path} repeats {len(twice)} tensors of another shard: {named(twice)}; download both again")
+        self.infos |= infos
+        self.readers |= dict.fromkeys(infos, reader)
+        self.files.append(path)
+        self.notes += [path.name, *metadata.values()]
+
+
+def named(names: list[str], limit: int = 6) -> str:
+    """The first few names and how many more there are."""
+    rest = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(quoted(name) for name in names[:limit]) + rest
+
+
+def open_safetensors(root: Path, path: Path, into: RawTensors) -> None:
+    file = TensorFile(inside(root, path))
+    into.add(path, file, file.header.tensors, file.header.metadata)
+
+
+def open_one(root: Path, stem: str, allow_pickle: bool) -> RawTensors:
+    """`stem.safetensors`, or `stem.pth` where it alone is there and pickles are allowed."""
+    safe, pickled = root / f"{stem}.safetensors", root / f"{stem}.pth"
+    raw = RawTensors(safe)
+    if safe.exists():
+        open_safetensors(root, safe, raw)
+    elif pickled.exists():
+        file = PickleFile(inside(root, pickled), allow_pickle)
+        raw.where = pickled
+        raw.add(pickled, file, file.tensors, {})
+    else:
+        raise CheckpointError(f"{root} lacks {safe.name} (or {pickled.name}): download it")
+    return raw
+
+
+def open_folder(root: Path, folder: Path) -> RawTensors:
+    """The tensors of a folder: the shards that its one index names, or its only safetensors file. Raises `CheckpointError`."""
+    if not folder.is_dir():
+        raise CheckpointError(f"the folder {folder} is missing, or is none: download it again")
+    inside(root, folder)
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(indexes) > 1:
+        raise CheckpointError(f"{folder} holds {len(indexes)} indexes: {named([path.name for path in indexes])}; keep the right one")
+    if indexes:
+        return _open_indexed(root, folder, indexes[0], files)
+    if len(files) != 1:
+        text = f"{folder} holds {len(files)} .safetensors files and no .safetensors.index.json that names its shards"
+        raise CheckpointError(f"{text}: download the index" + ("" if files else " and the shards"))
+    raw = RawTensors(folder)
+    open_safetensors(root, files[0], raw)
+    return raw
+
+
+def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> RawTensors:
+    weight_map = read_json(root, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise CheckpointError(f"{index} holds no weight_map from tensor names to file names: download it again")
+    shards = sorted({check_plain_name(name, index) for name in weight_map.values()})
+    missing = [name for name in shards if not (folder / name).exists()]
+    if missing:
+        count = f"{len(missing)} of the {len(shards)} shards"
+        raise CheckpointError(f"{folder} lacks {count} that {index.name} names: {named(missing)}; download them")
+    stray = [path.name for path in files if path.name not in shards]
+    if stray:
+        raise CheckpointError(f"{folder} holds {named(stray)}, which {index.name} does not name: remove what does not belong to the model")
+    raw = RawTensors(folder)
+    homes: dict[str, str] = {}
+    for name in shards:
+        known = set(raw.infos)
+        open_safetensors(root, folder / name, raw)
+        homes |= {tensor: name for tensor in raw.infos if tensor not in known}
+    lost = [tensor for tensor, name in weight_map.items() if homes.get(tensor) != name]
+    if lost:
+        text = f"{len(lost)} tensors are not in the shard that {index.name} names"
+        raise MissingTensorsError(f"{folder}: {text}: {named(lost)}; download it again")
+    return raw
+
+
+def fingerprint_texts(infos: dict[str, TensorInfo], files: list[Path]) -> list[str]:
+    """What identifies a source without reading its data: tensors with dtype and shape, files with size and time of change."""
+    tensors = [json.dumps([name, infos[name].dtype, infos[name].shape]) for name in sorted(infos)]
+    status = [path.stat() for path in sorted(files)]
+    return tensors + [f"{item.st_size} {item.st_mtime_ns}" for item in status]

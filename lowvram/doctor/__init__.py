@@ -1,0 +1,1 @@
+"""`lowvram doctor`: measures this machine, checks its kernels and reports what is missing."""

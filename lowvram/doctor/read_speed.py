@@ -1,0 +1,63 @@
+"""How fast the streamer reads a disk: its own reader over blocks that are written for it and removed again. Torch loads inside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from lowvram.errors import CheckpointError
+from lowvram.planner.workspace import READ_SLACK_BYTES
+
+PROBE_BLOCKS = 4
+PROBE_BLOCK_BYTES = 64 << 20
+PIECE = 1 << 20
+
+
+def read_speed(folder: Path) -> float | None:
+    """Bytes per second that `BlockFile` reads in `folder`: whole blocks, in parts, by its threads, none of it out of the page cache.
+
+    None where the cache cannot be emptied, `folder` not be written or has too little room, or torch not be loaded.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    place = folder / f".lowvram-probe-{os.getpid()}"
+    try:
+        if shutil.disk_usage(folder).free < 2 * PROBE_BLOCKS * PROBE_BLOCK_BYTES:
+            return None
+        _write(place)
+        return _timed_read(place)
+    except (OSError, ImportError, CheckpointError):
+        return None
+    finally:
+        with suppress(OSError):
+            place.unlink(missing_ok=True)
+
+
+def _write(place: Path) -> None:
+    """A file of all blocks that lies on the disk and no longer in the page cache."""
+    piece = os.urandom(PIECE)
+    with place.open("xb", buffering=0) as file:
+        for _ in range(PROBE_BLOCKS * PROBE_BLOCK_BYTES // PIECE):
+            file.write(piece)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _timed_read(place: Path) -> float:
+    import torch
+
+    from lowvram.streaming.block_file import BlockFile
+
+    buffer = torch.ones(PROBE_BLOCK_BYTES + READ_SLACK_BYTES, dtype=torch.uint8)  # written once: a run's buffers are no fresh pages either
+    file = BlockFile(place, [(block * PROBE_BLOCK_BYTES, PROBE_BLOCK_BYTES) for block in range(PROBE_BLOCKS)])
+    try:
+        began = time.perf_counter()
+        for block in range(PROBE_BLOCKS):
+            file.read_into(block, buffer)
+        seconds = time.perf_counter() - began
+    finally:
+        file.close()
+    return PROBE_BLOCKS * PROBE_BLOCK_BYTES / max(seconds, 1e-9)

@@ -1,0 +1,1 @@
+"""Atomic writes, reads that are repeated, locks and the cache folder."""

@@ -1,0 +1,219 @@
+"""Writes that survive a power cut, reads that are tried again, and errors of the file system in words."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from lowvram.errors import CheckpointError, DiskFullError, OutputError
+from lowvram.units import format_bytes
+
+BINARY = getattr(os, "O_BINARY", 0)  # without it Windows would write \r\n for every byte 10
+PARTIAL = ".partial"  # ends the name of a file that is still being written
+RETRY_DELAYS_S = (0.05, 0.25, 1.0)
+READ_BYTES = 16 * 2**20  # at a time, so that a slow disk is told from one that hangs
+SLOW_READ_S = 10.0
+HANGING_READ_S = 300.0  # without one byte: disks that spin up and network drives that come back take less
+STOP_GRACE_S = 2.0  # what a stopped run waits for reads under way, which write into its buffers
+POLL_S = 0.25
+CHECK_DISK = "check the disk and its cable, or copy the model to another one"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ADVICE = {
+    errno.EEXIST: "it is a file: choose a folder that does not exist",
+    errno.ENOTDIR: "a part of this path is a file: choose another folder",
+    errno.EISDIR: "it is a folder: choose another name",
+    errno.EACCES: "choose another folder or change its permissions",
+    errno.EPERM: "choose another folder or change its permissions",
+}
+_log = logging.getLogger(__name__)
+
+
+def read_at(fd: int, target: memoryview, offset: int, seeking: threading.Lock) -> int:
+    """One read of at most len(target) bytes at `offset`; returns how many came. Raises `OSError`.
+
+    seeking: taken where the system has one position per open file (Windows).
+    """
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [target], offset)
+    with seeking:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(target))
+    target[: len(data)] = data
+    return len(data)
+
+
+class Reading:
+    """One read in parts, by threads that nobody has to wait for: when the last byte came, and how the parts ended.
+
+    `over` is set when no part is under way any more, so that nothing writes into the buffers.
+    """
+
+    def __init__(self, what: str, parts: int, stopped: threading.Event | None = None) -> None:
+        """what: begins the messages; stopped: set by whoever wants no more of it."""
+        self.over = threading.Event()
+        self._what, self._left, self._stopped = what, parts, stopped
+        self._moved_s = time.monotonic()
+        self._failures: dict[int, BaseException] = {}
+        self._ending = threading.Lock()
+
+    def moved(self) -> None:
+        """The disk has answered."""
+        self._moved_s = time.monotonic()
+
+    def run(self, part: int, work: Callable[[], None]) -> None:
+        """In a thread of its own; what `work` raises is raised by `wait`."""
+        try:
+            work()
+        except BaseException as error:
+            self._end(part, error)
+        else:
+            self._end(part, None)
+
+    def wait(self) -> None:
+        """Until no part is under way; raises what the first of those that failed has raised.
+
+        Raises `CheckpointError`, and leaves the parts to themselves, where the disk gives no byte for `HANGING_READ_S`, or for
+        `STOP_GRACE_S` from when it was stopped.
+        """
+        begun_s, slow = time.monotonic(), False
+        stopped_s: float | None = None
+        while not self.over.wait(min(POLL_S, SLOW_READ_S, HANGING_READ_S)):
+            now_s = time.monotonic()
+            if not slow and now_s - begun_s >= SLOW_READ_S:
+                slow = True
+                _log.warning("%s is not read after %.0f s: the disk is slow or busy", self._what, SLOW_READ_S)
+            if now_s - self._moved_s >= HANGING_READ_S:
+                raise CheckpointError(f"{self._what} cannot be read: the disk gave no byte for {HANGING_READ_S:.0f} s: {CHECK_DISK}")
+            if self._stopped is not None and self._stopped.is_set():
+                stopped_s = now_s if stopped_s is None else stopped_s
+                if now_s - stopped_s >= STOP_GRACE_S:
+                    raise CheckpointError(f"{self._what} is not read: it was stopped while the disk gave nothing")
+        if self._failures:
+            self._raise(self._failures.pop(min(self._failures)))
+
+    def _end(self, part: int, failure: BaseException | None) -> None:
+        with self._ending:
+            if failure is not None:
+                self._failures[part] = failure
+            self._left -= 1
+            if self._left == 0:
+                self.over.set()
+
+    def _raise(self, failure: BaseException) -> None:
+        """Without a reference that would keep the failure's frames, and the buffers in them, alive."""
+        self._failures.clear()
+        try:
+            raise failure
+        finally:
+            del failure
+
+
+def read_ranges(fd: int, ranges: Sequence[tuple[memoryview, int]], path: Path, what: str, seeking: threading.Lock) -> list[int]:
+    """Fills each of `ranges`, (target, offset in the file); returns how many bytes came: fewer only where the file ends.
+
+    A read that fails is tried again after short growing delays. Raises `CheckpointError` that names `path` and `what`, also where the disk
+    hangs, and `OSError` where the system has no memory for a read. Ctrl-C is heard while the disk is waited for.
+    """
+    counts: list[int] = []
+    reading = Reading(f"{path}: {what}", 1)
+
+    def read() -> None:
+        counts.extend(_read_fully(reading, fd, target, offset, f"{path}: reading {what}", seeking) for target, offset in ranges)
+
+    threading.Thread(target=reading.run, args=(0, read), name="lowvram-read", daemon=True).start()
+    reading.wait()
+    return counts
+
+
+def _read_fully(reading: Reading, fd: int, target: memoryview, offset: int, what: str, seeking: threading.Lock) -> int:
+    done = failures = 0
+    while done < len(target):
+        try:
+            count = read_at(fd, target[done : done + READ_BYTES], offset + done, seeking)
+            reading.moved()
+            if count == 0:
+                if os.fstat(fd).st_size <= offset + done:
+                    break
+                raise OSError(errno.EIO, "no byte came")
+        except OSError as error:
+            reading.moved()
+            before_next_try(f"{what} at byte {offset + done}", error, failures)
+            failures += 1
+            continue
+        done, failures = done + count, 0
+    return done
+
+
+def before_next_try(what: str, error: OSError, failures: int, pause: Callable[[float], object] = time.sleep) -> None:
+    """Says in the log that `what` failed, and waits. failures: how often it had failed before.
+
+    Raises `CheckpointError` where that was often enough, and `error` itself where it is about memory: whoever can give some up sees it.
+    """
+    if error.errno == errno.ENOMEM:
+        raise error
+    said = f"{what} failed: {error.strerror or error}"
+    if failures == len(RETRY_DELAYS_S):
+        raise CheckpointError(f"{said}, {failures + 1} times: {CHECK_DISK}") from error
+    _log.warning("%s; trying again in %.2f s", said, RETRY_DELAYS_S[failures])
+    pause(RETRY_DELAYS_S[failures])
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """All of `data`, however short the single writes are. Raises `OSError`."""
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[os.write(fd, view) :]
+
+
+def output_error(path: Path, error: OSError, advice: str = "make room and run it again") -> OutputError:
+    """What an `OSError` while writing `path` means, and what to do; `DiskFullError`, with `advice`, where room is the cause."""
+    if error.errno in _NO_ROOM:
+        return DiskFullError(f"no room to write {path} ({error.strerror}): {advice}")
+    remedy = _ADVICE.get(error.errno or 0, "choose another folder or disk")
+    return OutputError(f"cannot write {path}: {error.strerror or error}: {remedy}")
+
+
+def check_room(path: Path, needed_bytes: int) -> None:
+    """Raises `DiskFullError` where the file system that will hold `path` has less than `needed_bytes` free."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise DiskFullError(f"{path} needs {format_bytes(needed_bytes)}, but {folder} has {format_bytes(free_bytes)} free: make room first")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in `folder` durable, where the system can open a folder."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """`path` holds either its old content or all of `content`, whatever happens; an error leaves nothing else. Raises `OutputError`."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+        try:
+            write_all(fd, content)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise output_error(path, error) from error
+        raise

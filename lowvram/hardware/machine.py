@@ -1,0 +1,265 @@
+"""What the machine has, measured or asked. Torch and Triton load only inside the functions that ask them."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lowvram.hardware.cgroups import cpu_count, host_memory
+
+logger = logging.getLogger(__name__)
+LINK_PROBE_BYTES = 256 << 20
+NVML = "nvml.dll" if platform.system() == "Windows" else "libnvidia-ml.so.1"
+MOST_CONTEXT_BYTES = 3 << 30  # what grows by more than this is another program
+PACKAGES = ("lowvram", "torch", "triton", "diffusers", "safetensors", "tokenizers", "optimum-quanto", "av")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA (or ROCm) device. link_bytes_s: host to device from pinned memory, None where it was not measured."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: tuple[int, int]
+    architecture: str
+    link_bytes_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one run may count on. triton_reason is empty where Triton works, else it says why not; triton_note: what else is to be known."""
+
+    system: str
+    python: str
+    cpu_count: int
+    ram_total_bytes: int
+    ram_free_bytes: int
+    ram_limited_by: str
+    gpu: Gpu | None
+    gpu_reason: str
+    disk_free_bytes: int | None
+    disk_read_bytes_s: float | None
+    triton_works: bool
+    triton_reason: str
+    versions: dict[str, str | None]
+    triton_note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def probe_machine(
+    folder: Path | None = None, *, measure: bool = False, disk_speed: Callable[[Path], float | None] | None = None
+) -> Machine:
+    """Asks the machine; with `measure` also copies to the GPU, and has `disk_speed` read in `folder`: about a second in all.
+
+    disk_speed: bytes per second of the disk of a folder, or None where it cannot be told; `streaming.read_speed` reads as a run does.
+    """
+    memory = host_memory()
+    gpu, gpu_reason = find_gpu(measure)
+    triton_reason = why_triton_fails(gpu is not None)
+    return Machine(
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        cpu_count=cpu_count(),
+        ram_total_bytes=memory.total_bytes,
+        ram_free_bytes=memory.free_bytes,
+        ram_limited_by=memory.limited_by,
+        gpu=gpu,
+        gpu_reason=gpu_reason,
+        disk_free_bytes=disk_free(folder) if folder else None,
+        disk_read_bytes_s=disk_speed(folder) if folder and measure and disk_speed else None,
+        triton_works=not triton_reason,
+        triton_reason=triton_reason,
+        versions={name: _version(name) for name in PACKAGES},
+        triton_note=triton_note(),
+    )
+
+
+def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
+    """The current device, or None and the reason."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return None, f"torch does not load: {_one_line(error)}"
+    if not torch.cuda.is_available():
+        built_for = torch.version.cuda or torch.version.hip
+        reason = "torch sees no GPU: is its driver installed?" if built_for else f"torch {torch.__version__} is built without GPU support"
+        return None, reason
+    try:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        free, total = torch.cuda.mem_get_info()
+    except RuntimeError as error:  # a broken driver, or no memory left on the device
+        return None, f"the GPU does not answer: {_one_line(error)}"
+    capability = (int(properties.major), int(properties.minor))
+    architecture = str(getattr(properties, "gcnArchName", "")).split(":")[0] if torch.version.hip else f"sm_{capability[0]}{capability[1]}"
+    link = _link_speed_if_it_can_be_measured() if measure else None
+    return Gpu(str(properties.name), int(total), int(free), capability, architecture, link), ""
+
+
+def why_triton_fails(has_gpu: bool) -> str:
+    """Empty where Triton imports and its driver answers, which takes a working GPU and, at its first use, a C compiler."""
+    try:
+        import triton
+    except (ImportError, OSError) as error:
+        return f"Triton does not load: {_one_line(error)}"
+    if not has_gpu:
+        return "there is no GPU for it"
+    from lowvram_kernels.constraints import old_triton
+
+    too_old = old_triton()
+    if too_old:
+        return too_old
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever its driver and compiler raise is the answer
+        return f"Triton's driver fails: {_one_line(error)}"
+    return ""
+
+
+def triton_note() -> str:
+    """Empty where the installed Triton is one that the kernels were compiled with."""
+    from lowvram_kernels.constraints import untried_triton
+
+    note = untried_triton()
+    return f"{note}: the check of the kernels says whether they are right here" if note else ""
+
+
+def disk_free(folder: Path) -> int | None:
+    """Free bytes of the file system that holds `folder`, or will once it is made; None where that cannot be told."""
+    existing = next((place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir()), None)
+    try:
+        return shutil.disk_usage(existing).free if existing else None
+    except OSError:
+        return None
+
+
+def _link_speed_if_it_can_be_measured() -> float | None:
+    """None where pages cannot be locked or the device has no room left: that makes the GPU no less of one."""
+    try:
+        return _link_speed()
+    except RuntimeError as error:
+        logger.warning("the speed of the link to the GPU could not be measured: %s", _one_line(error))
+        return None
+
+
+def _link_speed() -> float:
+    import torch
+
+    source = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    best = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    del source, target  # torch would keep both, the host's pages locked, for the life of the process
+    if hasattr(torch._C, "_host_emptyCache"):
+        torch._C._host_emptyCache()
+    torch.cuda.empty_cache()
+    return LINK_PROBE_BYTES / best
+
+
+@cache
+def context_bytes(device: str) -> int | None:
+    """What this process takes of a CUDA device before it holds a tensor: context, kernels' code, cuBLAS with the workspace it keeps.
+
+    device: cuda or cuda:N. The growth of what the driver's library says is used, so that of other programs only what they take meanwhile
+    counts. None where it cannot be told: this process has a context there already, or the library does not know the device.
+    """
+    import torch
+
+    target = torch.device("cuda", torch.device(device).index or 0)
+    if _has_context(target):
+        return None
+    try:
+        uuid = str(getattr(torch.cuda.get_device_properties(target), "uuid", ""))
+        before = _used_bytes(uuid)
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.ones(16, 16, device=target, dtype=dtype)
+            torch.mm(x, x)
+        torch.cuda.synchronize(target)
+        del x
+        torch.cuda.empty_cache()
+        after = _used_bytes(uuid)
+    except RuntimeError:  # a full or broken device: whoever asks it next says so
+        return None
+    if before is None or after is None or not 0 < after - before <= MOST_CONTEXT_BYTES:
+        return None
+    return after - before
+
+
+def _has_context(device: Any) -> bool:
+    """Whether this process already has a context on the device: asking for a GPU's name makes none."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    has_context = getattr(torch._C, "_cuda_hasPrimaryContext", None)
+    return has_context is None or bool(has_context(device.index))
+
+
+class _NvmlMemory(ctypes.Structure):
+    """nvmlMemory_t."""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def _used_bytes(uuid: str) -> int | None:
+    """Bytes in use on the GPU of this UUID, by all programs, as NVML says; it makes no context. None where NVML cannot tell."""
+    try:
+        nvml = ctypes.CDLL(NVML)
+    except OSError:
+        return None
+    handle, memory = ctypes.c_void_p(), _NvmlMemory()
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    try:
+        name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+        if nvml.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)) != 0:
+            return None
+        return int(memory.used) if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0 else None
+    finally:
+        nvml.nvmlShutdown()
+
+
+def nvml_driver_version() -> str | None:
+    """The version of NVIDIA's driver where the system shows it in no file, as on Windows; None where NVML cannot tell."""
+    try:
+        nvml = ctypes.CDLL(NVML)
+    except OSError:
+        return None
+    text = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    try:
+        return text.value.decode() if nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0 else None
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package; Triton's has other names beside Linux and CUDA."""
+    from lowvram_kernels.constraints import TRITON_PACKAGES
+
+    for name in TRITON_PACKAGES if package == "triton" else (package,):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -1,0 +1,1 @@
+"""Bytes of a run before it starts: arithmetic without torch."""

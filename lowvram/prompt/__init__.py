@@ -1,0 +1,1 @@
+"""From a prompt to the text features that the experts read."""

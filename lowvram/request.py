@@ -1,0 +1,126 @@
+"""What the user asks for: one video, checked, and the shape of its latents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lowvram.errors import UsageError
+from lowvram.units import shown
+from lowvram.variants import ModelConfig
+
+# The text that the official code uses where the user gives no negative prompt (Wan2.2 `shared_config.py`).
+DEFAULT_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+SOLVERS = ("unipc", "euler")
+MAX_STEPS = 1000  # timesteps that Wan2.2 was trained on: more steps would repeat some of them
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video. Guidance, shift and steps are those of the official code; `guidance_high` goes with the high-noise expert."""
+
+    prompt: str
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    width: int = 1280
+    height: int = 720
+    num_frames: int = 81
+    fps: int = 16
+    steps: int = 40
+    shift: float = 12.0
+    guidance_high: float = 4.0
+    guidance_low: float = 3.0
+    boundary: float = 0.875
+    seed: int = 0
+    solver: str = "unipc"
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt", "solver"):
+            _check_text(name, getattr(self, name))
+        for name in ("fps", "seed"):
+            _check_integer(name, getattr(self, name))
+        for name in ("shift", "guidance_high", "guidance_low", "boundary"):
+            _check_number(name, getattr(self, name))
+        check_clip(self.width, self.height, self.num_frames, self.steps)
+        if self.fps < 1:
+            raise UsageError(f"fps {self.fps} is less than 1")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed {self.seed} is outside 0 .. 2^63-1")
+        if self.solver not in SOLVERS:
+            raise UsageError(f"unknown solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise UsageError(f"shift {self.shift} is not a positive number")
+        for name in ("guidance_high", "guidance_low"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} {getattr(self, name)} is not a finite number")
+        if not 0 <= self.boundary <= 1:
+            raise UsageError(f"boundary {self.boundary} is outside 0 .. 1")
+
+
+def check_clip(width: int, height: int, num_frames: int, steps: int) -> None:
+    """What a request and a plan both ask: sizes are multiples of 16, frames 4n+1, steps 1 to `MAX_STEPS`. Raises `UsageError`."""
+    for name, value in (("width", width), ("height", height), ("frames", num_frames), ("steps", steps)):
+        _check_integer(name, value)
+    for name, value in (("width", width), ("height", height)):
+        if value <= 0 or value % 16:
+            near = max(16, (value + 8) // 16 * 16)
+            raise UsageError(f"{name} {value} is not a positive multiple of 16: use {near}")
+    if num_frames < 1 or num_frames % 4 != 1:
+        near = max(1, (num_frames + 1) // 4 * 4 + 1)
+        raise UsageError(f"frames {num_frames} is not 4n+1: use {near}")
+    if steps < 1:
+        raise UsageError(f"steps {steps} is less than 1")
+    if steps > MAX_STEPS:
+        raise UsageError(f"steps {steps} is more than the {MAX_STEPS} timesteps that the model knows: use {MAX_STEPS} at most")
+
+
+def _check_integer(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value.bit_length() > 64:
+        raise UsageError(f"{name} is {shown(value)}: expected an integer")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, float) and (not isinstance(value, int) or isinstance(value, bool) or value.bit_length() > 64):
+        raise UsageError(f"{name} is {shown(value)}: expected a number")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is {shown(value)}: expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} holds {shown(value[error.start])} at character {error.start + 1}: expected Unicode text") from error
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """Latents `[channels, frames, height, width]` of one clip and the DiT's token grid over them."""
+
+    channels: int
+    frames: int
+    height: int
+    width: int
+    grid: tuple[int, int, int]
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.channels, self.frames, self.height, self.width)
+
+
+def latent_shape(config: ModelConfig, width: int, height: int, num_frames: int) -> LatentShape:
+    """Raises `UsageError` where the size does not divide into the VAE's cells and the DiT's patches."""
+    pt, ph, pw = config.dit.patch_size
+    stride = config.vae.spatial_stride
+    if height % (stride * ph) or width % (stride * pw):
+        raise UsageError(f"size {width}x{height} is not a multiple of {stride * pw}x{stride * ph}")
+    frames = (num_frames - 1) // config.vae.temporal_stride + 1
+    h, w = height // stride, width // stride
+    return LatentShape(config.vae.z_dim, frames, h, w, (frames // pt, h // ph, w // pw))

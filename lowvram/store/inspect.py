@@ -1,0 +1,175 @@
+"""What `lowvram inspect` shows of a file, a model to be quantized, or a store, and the check of a store against its hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowvram.checkpoint.layouts.official import FOLDERS, STEMS, looks_official
+from lowvram.checkpoint.readers.safetensors_header import Header, TensorInfo, read_header
+from lowvram.checkpoint.readers.shards import RawTensors, named, open_folder, open_one
+from lowvram.checkpoint.source import Source, open_source
+from lowvram.checkpoint.validate import SCALE_NAME
+from lowvram.errors import CheckpointError, IntegrityError, UsageError
+from lowvram.store.manifest import MANIFEST_NAME
+from lowvram.store.reader import Store, StoreFile, open_store
+
+Progress = Callable[[int, int], None]
+READ_BYTES = 8 * 2**20
+# A tensor that only one component has, under its official name or that of diffusers and transformers.
+_COMPONENTS = {
+    "expert": r"(^|\.)(patch_embedding\.weight|head\.modulation)$|attn1\.to_q\.weight$",
+    "text_encoder": r"token_embedding\.weight$|(^|\.)shared\.weight$|wi_0\.weight$",
+    "vae": r"decoder\.(conv1|conv_in)\.weight$",
+    "lora": r"lora_(down|up|A|B)\b",
+}
+_OFFICIAL = re.compile(r"self_attn\.q\.weight|attn\.q\.weight|decoder\.conv1\.weight")
+
+
+def inspect_path(path: Path, verify: bool, progress: Progress | None = None) -> dict[str, Any]:
+    """Describes a safetensors file, a source folder or a store, as data for JSON.
+
+    `verify` reads a store whole: `IntegrityError` names every tensor whose bytes differ from the manifest or whose scales are not
+    finite. `progress(done_bytes, total_bytes)` is called as it goes. Raises `CheckpointError`, `UsageError` for `verify` without hashes.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: give a .safetensors file, a checkpoint folder or a quantized model")
+    if (path / MANIFEST_NAME).exists():
+        with open_store(path, sample=not verify) as store:  # which would hide what else differs
+            if verify:
+                verify_store(store, progress)
+            return _describe_store(store, verify)
+    if verify:
+        raise UsageError(f"{path} is not a store that lowvram wrote, so there are no hashes to verify it with: leave out --verify")
+    if path.is_dir():
+        return _describe_folder(path)
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+        raise CheckpointError(f"{path} is a pickle, which inspect does not open: give the folder that it lies in")
+    return _describe_file(read_header(path))
+
+
+def verify_store(store: Store, progress: Progress | None = None) -> None:
+    """Compares every header and tensor with its hash in the manifest. Raises `IntegrityError` naming all that differ."""
+    total = sum(file.header.file_bytes for file in store.files.values())
+    done, damaged = 0, []
+    for component, file in store.files.items():
+        record = store.manifest.components[component]
+        if _hash_range(file, 0, file.header.data_start) != record.header_sha256:
+            damaged.append(f"{component} header")
+        done += file.header.data_start
+        for name, info in file.header.tensors.items():
+            if _hash_range(file, info.start, info.end) != record.tensors[name]:
+                damaged.append(f"{component} {name}")
+            elif name.endswith("_scale") and not bool(torch.isfinite(file.read(name)).all()):
+                damaged.append(f"{component} {name} (not finite)")
+            done += info.nbytes
+            if progress:
+                progress(done, total)
+    if damaged:
+        raise IntegrityError(f"{store.path}: {len(damaged)} parts differ from the manifest: {named(damaged)}: quantize again or restore it")
+
+
+def _hash_range(file: StoreFile, start: int, end: int) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(file.path, "rb") as data:
+            data.seek(start)
+            while start < end and (chunk := data.read(min(READ_BYTES, end - start))):
+                digest.update(chunk)
+                start += len(chunk)
+    except OSError as error:
+        raise IntegrityError(f"{file.path} cannot be read at byte {start}: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def _describe_store(store: Store, verified: bool) -> dict[str, Any]:
+    manifest = store.manifest
+    components = {
+        name: _contents(file.header.tensors.values())
+        | {"file": file.path.name, "file_bytes": file.header.file_bytes, "blocks": len(file.blocks)}
+        | {"block_bytes": file.blocks[0].nbytes if file.blocks else 0}
+        for name, file in store.files.items()
+    }
+    about = {"kind": "store", "path": str(store.path), "format": store.format, "verified": verified, "config": store.config.to_dict()}
+    made = {"lowvram_version": manifest.lowvram_version, "recipe": manifest.recipe, "source": manifest.source}
+    return about | made | {"components": components, "total_bytes": sum(file.header.file_bytes for file in store.files.values())}
+
+
+def _describe_folder(path: Path) -> dict[str, Any]:
+    if looks_official(path) and any(_only_pickled(path, stem) for stem in STEMS.values()):
+        return _describe_pickled(path)
+    with open_source(path) as source:
+        return _describe_source(source)
+
+
+def _describe_source(source: Source) -> dict[str, Any]:
+    components = {
+        name: _contents(component.tensors.values()) | {"files": [str(file.relative_to(source.path)) for file in component.raw.files]}
+        for name, component in source.components.items()
+    }
+    about = {"kind": "source", "path": str(source.path), "layout": source.layout, "config": source.config.to_dict()}
+    return about | {"components": components, "total_bytes": sum(item["bytes"] for item in components.values())}
+
+
+def _describe_pickled(path: Path) -> dict[str, Any]:
+    """An official folder as it is downloaded: its pickles are listed and not opened."""
+    components: dict[str, Any] = {}
+    for name, folder in FOLDERS.items():
+        components[name] = _describe_raw(path, open_folder(path, path / folder))
+    for name, stem in STEMS.items():
+        if _only_pickled(path, stem):
+            pickled = path / f"{stem}.pth"
+            components[name] = {"files": [pickled.name], "bytes": pickled.stat().st_size, "note": "a pickle, not opened"}
+        else:
+            components[name] = _describe_raw(path, open_one(path, stem, allow_pickle=False))
+    about = {"kind": "source", "path": str(path), "layout": "official", "config": None}
+    return about | {"components": components, "total_bytes": sum(item["bytes"] for item in components.values())}
+
+
+def _only_pickled(path: Path, stem: str) -> bool:
+    return (path / f"{stem}.pth").exists() and not (path / f"{stem}.safetensors").exists()
+
+
+def _describe_raw(path: Path, raw: RawTensors) -> dict[str, Any]:
+    return _contents(raw.infos.values()) | {"files": [str(file.relative_to(path)) for file in raw.files]}
+
+
+def _describe_file(header: Header) -> dict[str, Any]:
+    names = list(header.tensors)
+    found = [component for component, pattern in _COMPONENTS.items() if any(re.search(pattern, name) for name in names)]
+    about: dict[str, Any] = {"kind": "safetensors", "path": str(header.path), "file_bytes": header.file_bytes}
+    about |= {"header_bytes": header.data_start, "component": "lora" if "lora" in found else (found[0] if len(found) == 1 else "unknown")}
+    about |= {"dialect": _dialect(header), "metadata": {key: value[:1000] for key, value in header.metadata.items()}}
+    return about | _contents(header.tensors.values())
+
+
+def _dialect(header: Header) -> str:
+    """How the file's weights are stored, from the marks that each dialect leaves (formats.md 1)."""
+    names = list(header.tensors)
+    if header.metadata.get("quantization_format") == "quanto" or any(name.endswith("._data") for name in names):
+        return "quanto"
+    if "_quantization_metadata" in header.metadata or any(name.endswith(".comfy_quant") for name in names):
+        return "comfy_quant"
+    if any(name.endswith(("scaled_fp8", ".scale_weight")) for name in names):
+        return "comfy scaled_fp8"
+    if any(name.endswith(".weight_scale") for name in names):
+        return "weight_scale without markers"
+    if any(SCALE_NAME.search(name) and "scale_shift_table" not in name for name in names):
+        return "quantized, unknown"
+    return "official" if any(_OFFICIAL.search(name) for name in names) else "plain"
+
+
+def _contents(tensors: Iterable[TensorInfo]) -> dict[str, Any]:
+    """Number and bytes of tensors, in all and per dtype."""
+    dtypes: dict[str, dict[str, int]] = {}
+    for info in tensors:
+        entry = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += info.nbytes
+    counts = list(dtypes.values())
+    return {"tensors": sum(item["tensors"] for item in counts), "bytes": sum(item["bytes"] for item in counts), "dtypes": dtypes}

@@ -1,0 +1,89 @@
+"""Which tensors of an unfinished file are safely on disk: one JSON line each, appended after their data was synced."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowvram.errors import ResumeError
+from lowvram.files.io import BINARY, write_all
+
+
+@dataclass
+class Journal:
+    """An open journal; `hashes` holds what its lines say, in order."""
+
+    path: Path
+    fd: int
+    hashes: dict[str, str]
+    length: int = 0
+
+    @classmethod
+    def create(cls, path: Path, identity: dict[str, str]) -> Journal:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+        journal = cls(path, fd, {})
+        journal._write([{"identity": identity}])
+        return journal
+
+    @classmethod
+    def reopen(cls, path: Path, identity: dict[str, str]) -> Journal | None:
+        """The journal at `path` without a line that was cut off; None where there is none that can be used.
+
+        Raises `ResumeError` where it was begun with another identity.
+        """
+        if not path.exists():
+            return None
+        lines, length = _complete_lines(path)
+        if not lines:
+            return None
+        _check_identity(path, lines[0].get("identity"), identity)
+        fd = os.open(path, os.O_RDWR | BINARY)
+        return cls(path, fd, {line["name"]: line["sha256"] for line in lines[1:]}, length)
+
+    def append(self, hashes: dict[str, str]) -> None:
+        """Durable when it returns. The tensors' data must be so already."""
+        self._write([{"name": name, "sha256": digest} for name, digest in hashes.items()])
+        self.hashes |= hashes
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        if not lines:
+            return
+        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        os.ftruncate(self.fd, self.length)  # drops what an interrupted write left
+        os.lseek(self.fd, self.length, os.SEEK_SET)
+        write_all(self.fd, text)
+        os.fsync(self.fd)
+        self.length += len(text)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines up to the first that was cut or is not ours, and their length in bytes."""
+    lines: list[dict[str, Any]] = []
+    length = 0
+    for raw in path.read_bytes().splitlines(keepends=True):
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            break
+        keys = ("name", "sha256") if lines else ("identity",)
+        if not raw.endswith(b"\n") or not isinstance(line, dict) or set(line) != set(keys):
+            break
+        lines.append(line)
+        length += len(raw)
+    return lines, length
+
+
+def _check_identity(path: Path, found: Any, wanted: dict[str, str]) -> None:
+    if not isinstance(found, dict):
+        raise ResumeError(f"{path} is damaged: start again without --resume")
+    differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    if differing:
+        texts = [f"{key} was {found.get(key)!r} and is now {wanted.get(key)!r}" for key in differing]
+        name = path.name.removesuffix(".partial.journal")
+        raise ResumeError(f"cannot resume {name}: {'; '.join(texts)}: use the same, or start again without --resume")

@@ -1,0 +1,162 @@
+"""Which tensors a store file holds, in which order, dtype and shape: pure arithmetic on names.
+
+A file is `rest`, then block 0, block 1, ...: each block is one byte range. Inside a block the matrices come first, those
+that are multiplied together side by side, then their scales, their biases, the small tensors and the `comfy_quant` markers,
+every one on a multiple of 256 bytes from the block's start (design section 4).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+
+from lowvram.checkpoint.names import dit_shapes, text_encoder_shapes, vae_shapes
+from lowvram.errors import UsageError
+from lowvram.formats import FORMATS
+from lowvram.variants import EXPERTS, ModelConfig
+
+ALIGNMENT_BYTES = 256
+ROTATION_GROUP = 256
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
+
+# Linears of a block in the order of their matrices: q, k, v of the same input are one fused product.
+DIT_LINEARS = (
+    *(f"self_attn.{part}" for part in "qkvo"),
+    *(f"cross_attn.{part}" for part in "qkvo"),
+    "ffn.0",
+    "ffn.2",
+)
+TEXT_LINEARS = (*(f"attn.{part}" for part in "qkvo"), "ffn.gate.0", "ffn.fc1", "ffn.fc2")
+# Outside the blocks everything is fp32 but these, which the official code multiplies in bf16 (spec section 7).
+BF16_REST = ("patch_embedding.", "text_embedding.", "token_embedding.")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a store file. `role`: weight (quantized), scale, marker (`comfy_quant` JSON) or copy; `source`: what it is made of."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: str
+    source: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class ComponentLayout:
+    """All tensors of one component's file. `format`: what its block linears are stored as."""
+
+    component: str
+    format: str
+    rest: tuple[StoredTensor, ...]
+    blocks: tuple[tuple[StoredTensor, ...], ...]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """File order."""
+        return (*self.rest, *chain.from_iterable(self.blocks))
+
+    @property
+    def rest_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.rest)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block; all blocks are alike."""
+        return sum(tensor.nbytes for tensor in self.blocks[0]) if self.blocks else 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.rest_bytes + self.block_bytes * len(self.blocks)
+
+    def metadata(self) -> dict[str, str]:
+        """The header metadata that ComfyUI reads: `_quantization_metadata`, where anything is quantized."""
+        if self.format not in MARKERS:
+            return {}
+        layers = {t.name.removesuffix(".comfy_quant"): MARKERS[self.format] for t in self.tensors if t.role == "marker"}
+        return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+MARKERS: dict[str, dict[str, object]] = {
+    "int8": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": ROTATION_GROUP},
+    "int8-plain": {"format": "int8_tensorwise"},
+    "fp8": {"format": "float8_e4m3fn"},
+}
+
+
+def marker_bytes(format: str) -> bytes:
+    """The `comfy_quant` JSON of one layer, padded with spaces to `ALIGNMENT_BYTES`."""
+    return json.dumps(MARKERS[format]).encode().ljust(ALIGNMENT_BYTES)
+
+
+def component_format(component: str, format: str) -> str:
+    """What a recipe of `format` makes of a component: the text encoder is int8 without rotation, the VAE stays fp32."""
+    if component == "vae":
+        return "fp32"
+    if component == "text_encoder" and format in MARKERS:
+        return "int8-plain"
+    return format
+
+
+@cache
+def component_layout(component: str, config: ModelConfig, format: str) -> ComponentLayout:
+    """The file of `component` in a store of `format`. Raises `UsageError` where widths do not allow the format."""
+    if format not in FORMATS:
+        raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    kind = component_format(component, format)
+    if component in EXPERTS:
+        return _blocked(component, kind, dit_shapes(config.dit), DIT_LINEARS, config.dit.num_layers)
+    if component == "text_encoder":
+        return _blocked(component, kind, text_encoder_shapes(config.text_encoder), TEXT_LINEARS, config.text_encoder.num_layers)
+    shapes = vae_shapes(config.vae)
+    return ComponentLayout(component, kind, tuple(_copy(name, shape, "F32") for name, shape in shapes.items()), ())
+
+
+def _copy(name: str, shape: tuple[int, ...], dtype: str) -> StoredTensor:
+    return StoredTensor(name, dtype, shape, "copy", name)
+
+
+def _blocked(component: str, format: str, shapes: dict[str, tuple[int, ...]], linears: tuple[str, ...], num_layers: int) -> ComponentLayout:
+    rest_dtype = "F32" if format == "fp32" else "BF16"
+    rest = [name for name in shapes if not name.startswith("blocks.")]
+    stored_rest = [_copy(name, shapes[name], rest_dtype if name.startswith(BF16_REST) else "F32") for name in rest]
+    stored_rest.sort(key=lambda tensor: -tensor.nbytes)  # large first, so that no odd size misaligns another
+    own: dict[str, list[str]] = {f"blocks.{index}.": [] for index in range(num_layers)}
+    for name in shapes:
+        if name.startswith("blocks."):
+            own[name[: name.index(".", len("blocks.")) + 1]].append(name)
+    blocks = tuple(_block(prefix, names, format, shapes, linears) for prefix, names in own.items())
+    for tensor in blocks[0]:
+        if tensor.nbytes % ALIGNMENT_BYTES:
+            raise UsageError(f"{component} {tensor.name} {list(tensor.shape)}: a store needs widths that are multiples of 64")
+    return ComponentLayout(component, format, tuple(stored_rest), blocks)
+
+
+def _block(
+    prefix: str, own: list[str], format: str, shapes: dict[str, tuple[int, ...]], linears: tuple[str, ...]
+) -> tuple[StoredTensor, ...]:
+    """own: the names of all tensors of the block."""
+    weights = [f"{prefix}{linear}.weight" for linear in linears]
+    biases = [name for linear in linears if (name := f"{prefix}{linear}.bias") in shapes]
+    small = [name for name in own if name not in {*weights, *biases}]
+    copies = [_copy(name, shapes[name], "F32") for name in (*biases, *small)]
+    if format not in MARKERS:
+        dtype = "F32" if format == "fp32" else "BF16"
+        return (*(_copy(name, shapes[name], dtype) for name in weights), *copies)
+    for name in weights:
+        if format == "int8" and shapes[name][1] % ROTATION_GROUP:
+            raise UsageError(f"{name} {list(shapes[name])}: format int8 rotates groups of {ROTATION_GROUP} inputs; use int8-plain or fp8")
+    dtype = "F8_E4M3" if format == "fp8" else "I8"
+    return (
+        *(StoredTensor(name, dtype, shapes[name], "weight", name) for name in weights),
+        *(StoredTensor(f"{name}_scale", "F32", (shapes[name][0], 1), "scale", name) for name in weights),
+        *copies,
+        *(StoredTensor(f"{prefix}{name}.comfy_quant", "U8", (ALIGNMENT_BYTES,), "marker", f"{prefix}{name}.weight") for name in linears),
+    )

@@ -1,0 +1,1 @@
+"""Seconds of a run before it starts: arithmetic without torch."""

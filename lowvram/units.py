@@ -1,0 +1,56 @@
+"""Amounts of memory and sizes of videos, read from what people type and shown to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lowvram.errors import UsageError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """`8GiB`, `8GB`, `8192MiB` or a plain number of bytes. Raises `UsageError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"cannot read the amount of memory {text!r}: write it like 8GiB, 8GB or 8192MiB")
+    amount = float(match[1]) * unit
+    if amount >= 2**63:
+        raise UsageError(f"an amount of memory of {text[:80]!r} is more than any machine has: write it like 8GiB")
+    return int(amount)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`WIDTHxHEIGHT` (`*` is accepted for `x`), in pixels. Raises `UsageError`."""
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[xX*]\s*(\d{1,9})\s*", text)
+    if match is None:
+        raise UsageError(f"cannot read the size {text!r}: write it like 832x480")
+    return int(match[1]), int(match[2])
+
+
+def clip_size(size: str | Sequence[int]) -> tuple[int, int]:
+    """(width, height) of `WIDTHxHEIGHT` or of a pair, whose numbers `check_clip` judges. Raises `UsageError`."""
+    if isinstance(size, str):
+        return parse_size(size)
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise UsageError(f"size is {shown(size)}: expected (width, height) or text like 832x480")
+    return size[0], size[1]
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people, in decimal units: `14.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def shown(value: object) -> str:
+    """`value` for an error message: its repr, cut to 80 characters."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)[:80]

@@ -1,0 +1,340 @@
+"""Memory that other programs take: every allocation, block and phase fails once, and the video stays the same (promise 16)."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lowvram.errors import OutOfMemoryError
+from lowvram.hardware.cgroups import HostMemory
+from lowvram.memory import arena
+from lowvram.memory.out_of_memory import is_out_of_memory, short_budget
+from lowvram.models import wan
+from lowvram.pipeline import Pipeline, Video
+from lowvram.planner.fallback import RAM, VRAM, Ladder
+from lowvram.planner.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
+from lowvram.progress import Progress
+from lowvram.request import Request
+from lowvram.sampling import recovery
+from lowvram.store.reader import Store
+from lowvram.variants import T2V_A14B
+from tests.helpers.runs import digest, pipeline_of, plan_of, request_of
+from tests.helpers.staged import StagedPipeline, StagedTransport
+from tests.helpers.threads import lowvram_threads
+
+StoreOf = Callable[[str], Store]
+CHOICE = Choice(128, 1, 1, 1, True, pinned_blocks=1)
+GIB = 2**30
+
+
+def cuda_error() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 336.00 MiB. GPU 0 has a total capacity of 8.00 GiB")
+
+
+def cpu_error() -> Exception:
+    return RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+
+def python_error() -> Exception:
+    return MemoryError()
+
+
+class Memory:
+    """Stands for the allocator: counts what lives, and fails at chosen allocations. `peak_bytes`: beside the process itself."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception] = cuda_error, fail: Callable[[int], bool] = lambda n: False
+    ):
+        self.count = self.live_bytes = self.peak_bytes = 0
+        self._error, self._fail = error, fail
+        monkeypatch.setattr(arena, "new_buffer", self.new_buffer)
+
+    def new_buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        self.count += 1
+        if self._fail(self.count - 1):
+            raise self._error()
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.live_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(buffer.untyped_storage(), self._freed, nbytes)
+        return buffer
+
+    def _freed(self, nbytes: int) -> None:
+        self.live_bytes -= nbytes
+
+
+@pytest.fixture
+def pipeline(tiny_store: StoreOf) -> StagedPipeline:
+    return StagedPipeline(tiny_store("int8"))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_store: StoreOf) -> str:
+    pipeline = pipeline_of(tiny_store("int8"))
+    return digest(pipeline.generate(request(pipeline)).frames)
+
+
+@pytest.fixture(scope="module")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> StoreOf:
+    from tests.helpers.checkpoints import tiny_config
+    from tests.helpers.runs import make_store
+
+    store = make_store(tmp_path_factory.mktemp("ladder"), tiny_config(), "int8")
+    return lambda format: store
+
+
+def request(pipeline: Pipeline) -> Request:
+    return request_of(pipeline, steps=3, shift=8.0)
+
+
+def run(
+    pipeline: StagedPipeline, choice: Choice = CHOICE, listener: Callable[[Progress], None] = lambda event: None
+) -> tuple[Video, MemoryPlan]:
+    plan = plan_of(pipeline, request(pipeline), choice)
+    video = pipeline.generate(request(pipeline), plan=plan, listener=listener)
+    assert video.peak_bytes["vram"] <= plan.peak_vram_bytes
+    assert video.peak_bytes["ram"] <= plan.peak_ram_bytes
+    assert not lowvram_threads()
+    return video, plan
+
+
+def rungs(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "out of" in record.getMessage()]
+
+
+ERRORS = (cuda_error, cpu_error, python_error)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("GET was unable to find an engine to execute this computation", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_p16_what_libraries_say_when_the_device_is_full(message: str, is_memory: bool) -> None:
+    assert is_out_of_memory(RuntimeError(message)) is is_memory
+    assert not is_out_of_memory(ValueError(message)), "only errors of torch's own kind"
+    assert short_budget(RuntimeError(message)) == VRAM
+
+
+def test_p16_any_allocation_may_fail_once(
+    pipeline: StagedPipeline, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        memory = Memory(patch)
+        _, plan = run(pipeline)
+        total = memory.count
+    assert total == 2 + 2 + 2 + 2 + 1 + 1  # slots and staging of text and blocks, one cached block, the arena
+    for number in range(total):
+        caplog.clear()
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+            memory = Memory(patch, ERRORS[number % 3], lambda n, failing=number: n == failing)
+            video, _ = run(pipeline)
+        assert digest(video.frames) == expected, number
+        assert len(rungs(caplog)) == 1, number
+        assert memory.peak_bytes <= plan.peak_vram_bytes + plan.peak_ram_bytes - pipeline.host.process_bytes
+        assert memory.live_bytes == 0, "everything is handed back"
+
+
+def test_p16_any_block_of_any_step_may_fail(
+    pipeline: StagedPipeline, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Finished steps are not computed again: each failure costs the blocks of its own step at most."""
+    real = wan.WanTransformer._run_block
+    visits = 3 * 2 * 2
+    for failing in range(visits):
+        calls = 0
+
+        def run_block(self: wan.WanTransformer, *arguments: object, failing: int = failing) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == failing + 1:
+                raise cuda_error()
+            real(self, *arguments)  # type: ignore[arg-type]
+
+        caplog.clear()
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+            patch.setattr(wan.WanTransformer, "_run_block", run_block)
+            video, _ = run(pipeline)
+        assert digest(video.frames) == expected, failing
+        assert calls == visits + 1 + failing % 4
+        step = failing // 4
+        assert f"step {step + 1} of 3" in rungs(caplog)[0]
+        assert f"going on from step {step} with" in rungs(caplog)[0]
+
+
+@pytest.mark.parametrize("phase", ["_encode_prompts", "_condition", "_decode"])
+def test_p16_the_other_phases_are_tried_once_more(
+    pipeline: StagedPipeline, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, phase: str
+) -> None:
+    real, calls = getattr(Pipeline, phase), []
+
+    def failing(self: Pipeline, *arguments: object) -> object:
+        calls.append(phase)
+        if len(calls) <= times:
+            raise cuda_error()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Pipeline, phase, failing)
+    for times in (1, 9):
+        calls.clear()
+        if times == 1:
+            assert digest(run(pipeline)[0].frames) == expected
+            assert "trying it once more" in caplog.text
+            assert len(calls) == 2
+        else:
+            with pytest.raises(OutOfMemoryError, match=r"out of VRAM in the \w+ phase \(CUDA out of memory"):
+                run(pipeline)
+            assert len(calls) == (2 if phase == "_condition" else 3), "where there is a leaner way, that too"
+
+
+def test_p16_the_foot_of_the_ladder_is_a_clear_error(
+    pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def run_block(self: wan.WanTransformer, *arguments: object) -> None:
+        calls.append(1)
+        raise cuda_error()
+
+    monkeypatch.setattr(wan.WanTransformer, "_run_block", run_block)
+    with pytest.raises(OutOfMemoryError, match=r"out of VRAM in step 1 of 3 .* needs .* of VRAM; close .* --size") as failed:
+        run(pipeline, Choice(192, 2, 0, 2, True))
+    assert "\n" not in str(failed.value)
+    said = rungs(caplog)
+    assert len(calls) == len(said) + 1 == 8
+    assert "the same plan once more" in said[-1]
+    for text in ("one slot", "one guidance branch after the other", "chunks of 128 tokens instead of 192", "chunks of 64 tokens"):
+        assert sum(text in line for line in said) == 1, said
+    assert not lowvram_threads()
+
+
+def test_other_errors_are_raised_as_they_are(
+    pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def run_block(self: wan.WanTransformer, *arguments: object) -> None:
+        calls.append(1)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(wan.WanTransformer, "_run_block", run_block)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(pipeline)
+    assert len(calls) == 1
+    assert not rungs(caplog)
+
+
+class RaisingTransport(StagedTransport):
+    """A driver that says why it refuses."""
+
+    def pin(self, buffer: torch.Tensor) -> bool:
+        raise RuntimeError("CUDA error: OS call failed or operation not supported on this OS")
+
+
+@pytest.mark.parametrize(
+    ("transport", "locks"), [(StagedTransport, 0), (StagedTransport, 1), (StagedTransport, 3), (RaisingTransport, None)]
+)
+def test_p16_refused_pinning_leaves_pageable_buffers(
+    tiny_store: StoreOf, expected: str, caplog: pytest.LogCaptureFixture, transport: type[StagedTransport], locks: int | None
+) -> None:
+    """Staging is locked first; cached blocks that are not pass through it."""
+    pipeline = StagedPipeline(tiny_store("int8"), transport, locks)
+    video, _ = run(pipeline, Choice(64, 1, 0, 2, False, pinned_blocks=2))
+    assert digest(video.frames) == expected
+    assert "was refused" in caplog.text
+    assert "pageable now" in caplog.text
+    locked = locks or 0
+    assert pipeline.transport.staged_blocks == (6 if locked == 3 else 12)
+    assert (pipeline.transport.pageable_copies > 0) is (locked < 2)
+    assert not pipeline.transport.locked
+
+
+def test_p16_blocks_in_ram_are_handed_back_under_pressure(
+    pipeline: StagedPipeline, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another program fills the RAM and takes ever more of it: half of the blocks go, then all; then nobody asks any more."""
+    readings: list[int] = []
+
+    def host() -> HostMemory:
+        readings.append(2**20)
+        return HostMemory(16 * GIB, 2**20, "machine")
+
+    monkeypatch.setattr(recovery, "host_memory", host)
+    monkeypatch.setattr(recovery, "FREE_RAM_PERIOD_S", 0.0)
+    video, _ = run(pipeline, Choice(64, 1, 0, 2, False, pinned_blocks=2))
+    assert digest(video.frames) == expected
+    assert len(readings) == 2
+    first, second = (record.getMessage() for record in caplog.records if "of RAM is free" in record.getMessage())
+    assert "keeping 1 blocks in RAM instead of 2" in first
+    assert "reading every block from the disk" in second
+
+
+def test_a_run_that_steps_down_reports_each_step_once(pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    Memory(monkeypatch, cuda_error, lambda n: n == 9)
+    seen = []
+    run(pipeline, listener=lambda event: seen.append(event.done) if event.phase == "denoise" else None)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_nothing_is_allocated_between_the_first_step_and_the_last(pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, counts = Memory(monkeypatch), []
+    run(pipeline, Choice(64, 1, 0, 1, False), lambda event: counts.append(memory.count) if event.phase == "denoise" else None)
+    before, *steps = counts
+    assert len(steps) == 3
+    assert set(steps) == {before + 1 + 2 + 1 + 1}  # one slot, two staging buffers, one cached block, the arena
+
+
+def a14b(vram_gib: float, ram_gib: float, device: str = "cuda") -> tuple[MemoryPlan, Callable[[Choice], MemoryPlan]]:
+    host = Host.of(device)
+    plan = choose_plan(T2V_A14B, "int8", (1280, 720), 81, 40, host, int(vram_gib * GIB), int(ram_gib * GIB))
+    return plan, lambda choice: describe_plan(T2V_A14B, "int8", (1280, 720), 81, 40, choice, host)
+
+
+def descend(ladder: Ladder, short: str) -> list[MemoryPlan]:
+    plans = [ladder.plan]
+    while (rung := ladder.down(short)) is not None:
+        assert rung.plan is ladder.plan
+        assert rung.gives_up
+        plans.append(rung.plan)
+    return plans
+
+
+@pytest.mark.parametrize("short", [VRAM, RAM])
+@pytest.mark.parametrize("vram_gib", [6, 12, 24, 80])
+@pytest.mark.parametrize("ram_gib", [6, 16, 64])
+def test_every_rung_needs_less_and_there_are_a_handful(short: str, vram_gib: int, ram_gib: int) -> None:
+    plans = descend(Ladder(*a14b(vram_gib, ram_gib)), short)
+    label = "vram_bytes" if short == VRAM else "ram_bytes"
+    other = "ram_bytes" if short == VRAM else "vram_bytes"
+
+    def needs(plan: MemoryPlan, budget: str) -> int:
+        return next(getattr(phase, budget) for phase in plan.phases if phase.phase == "denoise")
+
+    amounts = [needs(plan, label) for plan in plans]
+    assert amounts == sorted(amounts, reverse=True)
+    assert len(set(amounts)) == len(plans) <= 7
+    assert all(needs(plan, other) <= needs(plans[0], other) for plan in plans)
+    foot = plans[-1].choice
+    if short == VRAM:
+        assert (foot.resident_blocks, foot.ring_slots, foot.joint_guidance, foot.chunk_tokens) == (0, 1, False, 64)
+    else:
+        assert (foot.host_blocks, foot.pinned_blocks) == (0, 0)
+        assert foot.chunk_tokens == plans[0].choice.chunk_tokens
+
+
+def test_on_a_cpu_either_budget_is_helped_by_both() -> None:
+    ladder = Ladder(*a14b(12, 16, "cpu"), shared=True)
+    choices = [plan.choice for plan in descend(ladder, VRAM)]
+    assert choices[1].host_blocks < choices[0].host_blocks, "RAM buffers go first: residency costs more to lose"
+    assert (choices[-1].host_blocks, choices[-1].resident_blocks, choices[-1].chunk_tokens) == (0, 0, 64)

@@ -1,0 +1,64 @@
+"""Which expert works when, what guidance does, and which blocks are visited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lowvram.request import Request
+from lowvram.sampling.denoise import block_schedule, branches_of, guided
+from lowvram.sampling.schedule import make_schedule
+from lowvram.store.reader import Store
+from tests.helpers.runs import digest, pipeline_of, request_of
+
+StoreOf = Callable[[str], Store]
+
+
+def test_the_official_defaults_visit_26_steps_of_the_high_and_14_of_the_low_expert() -> None:
+    request = Request("a circle")
+    visits = block_schedule(make_schedule("unipc", 40, 12.0), request, 40, joint=True, first_step=0)
+    assert visits[: 26 * 40] == [("high_noise", index) for _ in range(26) for index in range(40)]
+    assert visits[26 * 40 :] == [("low_noise", index) for _ in range(14) for index in range(40)]
+    apart = block_schedule(make_schedule("unipc", 40, 12.0), request, 40, joint=False, first_step=39)
+    assert apart == [("low_noise", index) for _ in range(2) for index in range(40)]
+
+
+def test_guidance_one_runs_the_positive_prompt_alone() -> None:
+    request = Request("a circle", guidance_high=1.0, guidance_low=3.0)
+    assert [branches_of(expert, request) for expert in ("high_noise", "low_noise")] == [1, 2]
+    positive, negative = torch.tensor([3.0]), torch.tensor([1.0])
+    assert guided([positive], 1.0) is positive
+    assert guided([positive, negative], 4.0).item() == 9.0
+
+
+def test_each_expert_has_its_own_guidance(tiny_store: StoreOf) -> None:
+    """Changing the guidance of one expert changes the video; of an expert that never works, nothing."""
+    pipeline = pipeline_of(tiny_store("int8"))
+    steps = {"steps": 2, "shift": 1.0}  # timesteps 999 and 499: one step for each expert
+    base = digest(pipeline.generate(request_of(pipeline, **steps)).frames)
+    for change in ({"guidance_high": 1.0}, {"guidance_low": 1.0}):
+        assert digest(pipeline.generate(request_of(pipeline, **steps, **change)).frames) != base
+    alone = {"steps": 1, "shift": 1.0}  # timestep 999 only
+    frames = [digest(pipeline.generate(request_of(pipeline, **alone, guidance_low=scale)).frames) for scale in (1.0, 7.0)]
+    assert frames[0] == frames[1]
+
+
+def test_the_prompt_steers_the_video(tiny_store: StoreOf) -> None:
+    pipeline = pipeline_of(tiny_store("int8"))
+    texts = ("a red circle", "a blue square moves left")
+    assert len({digest(pipeline.generate(request_of(pipeline, text)).frames) for text in texts}) == 2
+
+
+def test_another_negative_prompt_gives_another_video(tiny_store: StoreOf) -> None:
+    pipeline = pipeline_of(tiny_store("int8"))
+    digests = {digest(pipeline.generate(request_of(pipeline, negative_prompt=text)).frames) for text in ("blue", "red square")}
+    assert len(digests) == 2
+
+
+def test_unknown_settings_are_named(tiny_store: StoreOf) -> None:
+    from lowvram.errors import UsageError
+
+    with pytest.raises(UsageError, match="unknown setting stepz"):
+        pipeline_of(tiny_store("int8")).request("a circle", stepz=3)
