@@ -143,8 +143,8 @@ def disk_speed(store: Store) -> float:
 def outside_torch_bytes(device: torch.device) -> int:
     """What is taken of the device now and does not belong to torch's allocator; makes a context where there is none. 0 on a CPU.
 
-    `lowvram.hardware.machine.context_bytes` is asked once, before this process has a context, and leaves other programs out. Here the context
-    has grown with every kernel since, and a row must count all that the cap on torch's allocator leaves to others: before each row, anew.
+    `lowvram.hardware.machine.context_bytes` is asked once, before this process has a context, and leaves other programs out.
+    Here the context has grown with every kernel since, and a row must count all that the cap on torch's allocator leaves to others: before each row, anew.
     """
     if device.type != "cuda":
         return 0

@@ -104,7 +104,7 @@ def plans_document() -> str:
         "# What runs within which budgets",
         "",
         f"Written by `{COMMAND}` from the planner; int8, 40 steps, two guidance branches, {FRAMES} frames. Peaks are computed before a",
-        "run and kept by it. **All times are predictions** from the table of cards (`lowvram/memory/cards.py`): data sheets, and shares of",
+        "run and kept by it. **All times are predictions** from the table of cards (`lowvram/timing/cards.py`): data sheets, and shares of",
         "their peaks that the kernels' machine code predicts (`docs/benchmarks/kernels.md`). None was measured. Weights come from a disk",
         "of 3.5 GB/s where they are in neither VRAM nor RAM. `lowvram plan VARIANT --gpu CARD --size … --vram … --ram …` answers for other",
         "cards, links and disks.",

@@ -82,7 +82,7 @@ def machine_profile(
 ) -> tuple[MachineProfile, bool]:
     """(profile, whether it was measured now): the cached one, else measured and cached. The disk is that of `folder`.
 
-    disk_bytes_s: what `streaming.read_speed` measured there; None takes the table's rate, and `sources` says so. A cached profile counts
+    disk_bytes_s: what `doctor.read_speed` measured there; None takes the table's rate, and `sources` says so. A cached profile counts
     only where its disk is that of `folder` too. Raises `LowvramError` where something cannot be measured.
     """
     device = "cuda" if find_gpu()[0] is not None else "cpu"

@@ -64,7 +64,7 @@ def probe_machine(
 ) -> Machine:
     """Asks the machine; with `measure` also copies to the GPU, and has `disk_speed` read in `folder`: about a second in all.
 
-    disk_speed: bytes per second of the disk of a folder, or None where it cannot be told; `streaming.read_speed` reads as a run does.
+    disk_speed: bytes per second of the disk of a folder, or None where it cannot be told; `doctor.read_speed` reads as a run does.
     """
     memory = host_memory()
     gpu, gpu_reason = find_gpu(measure)

@@ -31,7 +31,7 @@ class MachineProfile:
 
     A rate is None where the machine cannot do it or nobody knows it. `attention_ops_s` is attention with both products in int8;
     `elementwise_bytes_s` counts what is read and what is written. `sources`: where each number comes from, by its field's name:
-    "measured" here, "table" of cards (data sheets and assumptions, `memory.cards`), "predicted" from the kernels' machine code, or "given"
+    "measured" here, "table" of cards (data sheets and assumptions, `timing.cards`), "predicted" from the kernels' machine code, or "given"
     by the user.
     """
 

@@ -1,6 +1,6 @@
 """What each phase of a run allocates beside blocks and workspace, in bytes: pure arithmetic, no torch.
 
-The formulas follow the code line by line: which tensors live at the moment of a phase's peak. tests/runtime/test_allocations.py holds them
+The formulas follow the code line by line: which tensors live at the moment of a phase's peak. tests/planner/test_allocations.py holds them
 against every allocation that a run makes.
 """
 

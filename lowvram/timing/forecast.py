@@ -28,7 +28,7 @@ def high_noise_steps(steps: int, shift: float, boundary: float) -> int:
 
 
 class Forecast:
-    """Predicts plans of one request on one machine: `forecast(plan)` is what `memory.plan.choose_plan` asks.
+    """Predicts plans of one request on one machine: `forecast(plan)` is what `planner.plan.choose_plan` asks.
 
     branches: guidance branches of the high- and the low-noise expert; None where the format's rates are unknown.
     """

@@ -83,7 +83,7 @@ def test_a_damaged_memory_is_made_anew(content: str, checked: list[list[Check]],
     assert report is not None
     assert report.checked_now
     assert json.loads((tmp_path / KEY.file_name).read_text())["checks"][0] == {
-        "op": "adaln_quantize", "label": "int8", "problem": "", "unchecked": ""
+        "op": next(iter(OPS)), "label": "int8", "problem": "", "unchecked": ""
     }  # fmt: skip
 
 

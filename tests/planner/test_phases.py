@@ -1,4 +1,4 @@
-"""The formulas of single phases at the real model's size; tests/runtime/test_allocations.py holds them against what runs allocate."""
+"""The formulas of single phases at the real model's size; tests/planner/test_allocations.py holds them against what runs allocate."""
 
 from __future__ import annotations
 

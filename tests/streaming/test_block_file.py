@@ -365,9 +365,14 @@ def test_several_threads_read_the_parts_of_one_block(blocks: tuple[BlockFile, li
     names: set[str] = set()
     together = threading.Barrier(2)
 
+    counting = threading.Lock()
+
     def meet(number: int) -> None:
-        names.add(threading.current_thread().name)
-        if len(names) <= 2:
+        name = threading.current_thread().name
+        with counting:
+            waits = name not in names and len(names) < 2
+            names.add(name)
+        if waits:
             together.wait(5)  # breaks where one thread reads one part after the other
 
     inject(monkeypatch, meet)
