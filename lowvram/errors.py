@@ -1,10 +1,14 @@
-"""One class per cause. A message says what is wrong, where, and what to do about it, in one line."""
+"""One class per cause. A message says what is wrong, where, and what to do about it, in one
+line.
+"""
 
 from __future__ import annotations
 
 
 class LowvramError(Exception):
-    """Any failure that the user can act on; the command line prints it as one line and exits with 1."""
+    """Any failure that the user can act on; the command line prints it as one line and exits with
+    1.
+    """
 
     exit_code = 1
 
@@ -24,11 +28,15 @@ class HeaderError(CheckpointError):
 
 
 class MissingTensorsError(CheckpointError):
-    """Tensors are missing, unexpected, or have the wrong shape; the message names them all at once."""
+    """Tensors are missing, unexpected, or have the wrong shape; the message names them all at
+    once.
+    """
 
 
 class UnsafeFileError(CheckpointError):
-    """Reading the file could run code or leave its folder: a pickle, an absolute or climbing shard name."""
+    """Reading the file could run code or leave its folder: a pickle, an absolute or climbing shard
+    name.
+    """
 
 
 class IntegrityError(CheckpointError):
@@ -56,7 +64,9 @@ class BudgetError(LowvramError):
 
 
 class OutOfMemoryError(LowvramError):
-    """Memory that the plan counts on is not there, because other programs have it. `budget`: VRAM or RAM."""
+    """Memory that the plan counts on is not there, because other programs have it. `budget`: VRAM
+    or RAM.
+    """
 
     def __init__(self, message: str, budget: str) -> None:
         super().__init__(message)
@@ -72,4 +82,6 @@ class NumericsError(LowvramError):
 
 
 class InternalLimitError(LowvramError):
-    """More memory was asked of the arena or the ring than the plan granted: a defect of lowvram, never of the user."""
+    """More memory was asked of the arena or the ring than the plan granted: a defect of lowvram,
+    never of the user.
+    """

@@ -54,24 +54,37 @@ class Video:
     peak_bytes: dict[str, int]
 
     def save(self, path: str | Path, *, overwrite: bool = False, scale: int = 1) -> None:
-        """H.264 in mp4, whose metadata holds the whole request. Raises `OutputError` where the file exists and `overwrite` is not set."""
+        """H.264 in mp4, whose metadata holds the whole request. Raises `OutputError` where the file
+        exists and `overwrite` is not set.
+        """
         metadata = clip_metadata(self.request, self.model)
-        write_video(Path(path), iter(self.frames), self.request.fps, metadata, overwrite=overwrite, scale=scale)
+        write_video(
+            Path(path),
+            iter(self.frames),
+            self.request.fps,
+            metadata,
+            overwrite=overwrite,
+            scale=scale,
+        )
 
 
 def draw_noise(shape: LatentShape, seed: int) -> Tensor:
-    """[C, T, h, w] float32 from the CPU's generator, so that a seed means the same on every machine."""
+    """[C, T, h, w] float32 from the CPU's generator, so that a seed means the same on every
+    machine.
+    """
     return torch.randn(shape.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def moved(expert: Expert, device: torch.device) -> Expert:
     """Copies on `device` of all that an expert keeps, one after the other.
 
-    By way of the host and an empty cache they come to lie together: made between large weights, tensors of a few megabytes would keep
-    segments of hundreds in torch's allocator.
+    By way of the host and an empty cache they come to lie together: made between large weights,
+    tensors of a few megabytes would keep segments of hundreds in torch's allocator.
     """
     time, modulation, contexts = expert.conditioning
-    copies = [tensor.to(device, copy=True) for tensor in (time, modulation, *contexts, *expert.ends)]
+    copies = [
+        tensor.to(device, copy=True) for tensor in (time, modulation, *contexts, *expert.ends)
+    ]
     ends = len(copies) - len(expert.ends)
     return Expert(Conditioning(copies[0], copies[1], tuple(copies[2:ends])), Ends(*copies[ends:]))
 
@@ -79,7 +92,8 @@ def moved(expert: Expert, device: torch.device) -> Expert:
 class Pipeline:
     """A store, a device and two budgets. `generate` runs one request under a `MemoryPlan`.
 
-    On a CPU the VRAM budget bounds the loop's workspace, which then lies in host memory beside the RAM budget.
+    On a CPU the VRAM budget bounds the loop's workspace, which then lies in host memory beside the
+    RAM budget.
     """
 
     def __init__(
@@ -92,7 +106,8 @@ class Pipeline:
         profile: MachineProfile | None = None,
         prompt_cache: PromptCache | None = None,
     ) -> None:
-        """profile: this machine's speeds, by which plans are chosen and their time predicted; None where they were not measured.
+        """profile: this machine's speeds, by which plans are chosen and their time predicted; None
+        where they were not measured.
 
         prompt_cache: where prompts' features are kept between runs; None keeps none.
         """
@@ -102,16 +117,33 @@ class Pipeline:
         self.device = device
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
         host = Host.of(device.type, process_bytes)
-        self.host = replace(host, references=host.references or refused_gpu(device) is not None or bool(distrusted()))
+        self.host = replace(
+            host,
+            references=host.references or refused_gpu(device) is not None or bool(distrusted()),
+        )
         self.model = hashlib.sha256((store.path / "lowvram.json").read_bytes()).hexdigest()
 
     def plan(self, request: Request) -> MemoryPlan:
-        """Raises `BudgetError` naming the smallest budgets that would do, `UsageError` for an impossible size."""
-        config, profile, branches = self.store.config, self.profile, [branches_of(expert, request) for expert in EXPERTS]
+        """Raises `BudgetError` naming the smallest budgets that would do, `UsageError` for an
+        impossible size.
+        """
+        config, profile, branches = (
+            self.store.config,
+            self.profile,
+            [branches_of(expert, request) for expert in EXPERTS],
+        )
         clock = None
         if profile is not None:
             steps, shift, boundary = request.steps, request.shift, request.boundary
-            clock = Forecast(config, self.store.format, profile, steps, shift, boundary, (branches[0], branches[1]))
+            clock = Forecast(
+                config,
+                self.store.format,
+                profile,
+                steps,
+                shift,
+                boundary,
+                (branches[0], branches[1]),
+            )
         return choose_plan(
             config,
             self.store.format,
@@ -127,11 +159,14 @@ class Pipeline:
         )
 
     def request(self, prompt: str, **changes: Any) -> Request:
-        """A request with this model's defaults; `changes` are fields of `Request`, or `frames` and `size`: (width, height) or "832x480".
+        """A request with this model's defaults; `changes` are fields of `Request`, or `frames` and
+        `size`: (width, height) or "832x480".
 
         Raises `UsageError` for unknown fields and impossible values.
         """
-        values = asdict(self.store.config.sampling) | {name: value for name, value in changes.items() if value is not None}
+        values = asdict(self.store.config.sampling) | {
+            name: value for name, value in changes.items() if value is not None
+        }
         if "size" in values:
             values["width"], values["height"] = clip_size(values.pop("size"))
         if "frames" in values:
@@ -140,17 +175,24 @@ class Pipeline:
             values["negative_prompt"] = DEFAULT_NEGATIVE_PROMPT
         unknown = sorted(set(values) - {field.name for field in fields(Request)})
         if unknown:
-            raise UsageError(f"unknown setting {', '.join(unknown)}: use {', '.join(field.name for field in fields(Request))}")
+            raise UsageError(
+                f"unknown setting {', '.join(unknown)}: use "
+                f"{', '.join(field.name for field in fields(Request))}"
+            )
         if not isinstance(prompt, str):
             raise UsageError(f"prompt is {shown(prompt)}: expected text")
         if not prompt.strip():
             raise UsageError("the prompt is empty: say what the video shows")
         if len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise UsageError(f"the prompt has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are read")
+            raise UsageError(
+                f"the prompt has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are read"
+            )
         return Request(prompt=prompt, **values)
 
     def __call__(self, prompt: str, **settings: Any) -> Video:
-        """`pipe(prompt="…", seed=0, size=(832, 480), frames=81)`: one video with this model's defaults."""
+        """`pipe(prompt="…", seed=0, size=(832, 480), frames=81)`: one video with this model's
+        defaults.
+        """
         return self.generate(self.request(prompt, **settings))
 
     @torch.no_grad()
@@ -164,39 +206,61 @@ class Pipeline:
         resume: bool = False,
         listener: Listener = silent,
     ) -> Video:
-        """state_file: where latents and solver are kept after each step; `resume` continues from it and ends in the same bits.
+        """state_file: where latents and solver are kept after each step; `resume` continues from it
+        and ends in the same bits.
 
-        noise: [C, T, h, w] float32 instead of the seed's. Raises `LowvramError`s only, and `KeyboardInterrupt`.
+        noise: [C, T, h, w] float32 instead of the seed's. Raises `LowvramError`s only, and
+        `KeyboardInterrupt`.
         """
         return_freed_memory()
         run = self.new_run(request, plan or self.plan(request), listener)
-        granted = max(self.vram_bytes, run.plan.peak_vram_bytes)  # a plan of the caller's own may ask for more
+        # a plan of the caller's own may ask for more
+        granted = max(self.vram_bytes, run.plan.peak_vram_bytes)
         try:
             with vram_cap(self.device, granted - self.host.context_bytes):
                 latents = self.latents(run, noise, state_file, resume)
                 frames = run.phase("decode", lambda: self._decode(run, latents))
         except UnsupportedOpError as error:
             raise UnsupportedError(str(error)) from error
-        return Video(frames, request, self.model, {"vram": run.vram.peak_bytes, "ram": run.ram.peak_bytes})
+        return Video(
+            frames, request, self.model, {"vram": run.vram.peak_bytes, "ram": run.ram.peak_bytes}
+        )
 
     def new_run(self, request: Request, plan: MemoryPlan, listener: Listener = silent) -> Run:
         return Run(self.store, self.device, self.host, request, plan, listener, self._transport)
 
-    def latents(self, run: Run, noise: Tensor | None = None, state_file: Path | None = None, resume: bool = False) -> Tensor:
-        """Text, conditioning and the denoising loop: the clean latents, [C, T, h, w] float32 on the device."""
+    def latents(
+        self,
+        run: Run,
+        noise: Tensor | None = None,
+        state_file: Path | None = None,
+        resume: bool = False,
+    ) -> Tensor:
+        """Text, conditioning and the denoising loop: the clean latents, [C, T, h, w] float32 on the
+        device.
+        """
         request, shape = run.request, run.shape
         schedule = make_schedule(request.solver, request.steps, request.shift)
-        solver, values = make_solver(request.solver, schedule), attention_values(self.store.format, self.device)
+        solver, values = (
+            make_solver(request.solver, schedule),
+            attention_values(self.store.format, self.device),
+        )
 
         def begin() -> Tensor:
-            return (draw_noise(shape, request.seed) if noise is None else noise).to(self.device, torch.float32)
+            return (draw_noise(shape, request.seed) if noise is None else noise).to(
+                self.device, torch.float32
+            )
 
         latents = run.phase("noise", begin)
         if tuple(latents.shape) != shape.shape:
-            raise UsageError(f"noise of shape {list(latents.shape)} does not fit latents of {list(shape.shape)}")
+            raise UsageError(
+                f"noise of shape {list(latents.shape)} does not fit latents of {list(shape.shape)}"
+            )
         if resume and state_file is not None:
             run.resumable = True
-            latents = run.phase("resume", partial(self._load_state, state_file, request, values, solver))
+            latents = run.phase(
+                "resume", partial(self._load_state, state_file, request, values, solver)
+            )
         if solver.index == schedule.steps:
             return latents
         features = run.phase("text", lambda: self._encode_prompts(run))
@@ -205,20 +269,30 @@ class Pipeline:
 
         def on_step(finished: int, current: Tensor) -> None:
             if state_file is not None:
-                save_state(state_file, RunState(request, self.model, values, finished, current, solver.state_dict()))
+                save_state(
+                    state_file,
+                    RunState(request, self.model, values, finished, current, solver.state_dict()),
+                )
                 run.resumable = True
             clock.report(finished)
 
         return denoise_within_budgets(run, experts, schedule, solver, latents, on_step)
 
     def prompt_tokens(self, request: Request) -> dict[str, dict[str, int]]:
-        """`tokens` of each prompt, its end included, and how many of them are `kept`: no model reads more than its `text_len`."""
+        """`tokens` of each prompt, its end included, and how many of them are `kept`: no model
+        reads more than its `text_len`.
+        """
         return prompt_tokens(self.store, request)
 
     def _load_state(self, path: Path, request: Request, values: str, solver: Solver) -> Tensor:
         """The latents of an interrupted run, on the device; `solver` goes on from its step."""
         state = load_state(path, request, self.model, values)
-        solver.load_state_dict({name: value.to(self.device) if value.ndim else value for name, value in state.solver.items()})
+        solver.load_state_dict(
+            {
+                name: value.to(self.device) if value.ndim else value
+                for name, value in state.solver.items()
+            }
+        )
         return state.latents.to(self.device)
 
     def _transport(self) -> Transport:
@@ -235,14 +309,20 @@ class Pipeline:
         for number, name in enumerate(EXPERTS):
             read = self.store.files[name].read
             branches = features[: branches_of(name, run.request)]
-            conditioning = condition(read, config, format, schedule.timesteps, branches, self.device)
+            conditioning = condition(
+                read, config, format, schedule.timesteps, branches, self.device
+            )
             experts[name] = Expert(conditioning, load_ends(read, format, self.device))
             del conditioning
             if apart:
                 experts[name] = moved(experts[name], HOST)
                 hand_back(self.device)
             clock.report(number + 1)
-        return {name: moved(expert, self.device) for name, expert in experts.items()} if apart else experts
+        return (
+            {name: moved(expert, self.device) for name, expert in experts.items()}
+            if apart
+            else experts
+        )
 
     def _decode(self, run: Run, latents: Tensor) -> Tensor:
         """[F, H, W, 3] uint8 on the host."""
@@ -269,11 +349,14 @@ def load(
     device: str = "auto",
     prompt_cache: bool = True,
 ) -> Pipeline:
-    """Opens a quantized model. vram, ram: bytes, or text like `8GiB`, or `auto` for what is free now.
+    """Opens a quantized model. vram, ram: bytes, or text like `8GiB`, or `auto` for what is free
+    now.
 
-    prompt_cache: whether prompts' features are kept in the user's cache folder, so that a repeated prompt loads no text encoder.
+    prompt_cache: whether prompts' features are kept in the user's cache folder, so that a repeated
+    prompt loads no text encoder.
 
-    Raises `CheckpointError` where MODEL is not a store, `UsageError` for a budget or device that cannot be read.
+    Raises `CheckpointError` where MODEL is not a store, `UsageError` for a budget or device that
+    cannot be read.
     """
     from lowvram.doctor.kernel_check import trust_kernels_before_a_run
     from lowvram.doctor.measure import on_disk_of, this_machine
@@ -283,7 +366,9 @@ def load(
         raise UsageError(f"model is {shown(model)}: expected the folder of a quantized model")
     path = Path(model)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist: make it with `lowvram quantize SOURCE {path}`")
+        raise CheckpointError(
+            f"{path} does not exist: make it with `lowvram quantize SOURCE {path}`"
+        )
     budgets = resolve_budgets(vram, ram, device)
     target = torch.device(budgets.device)
     if target.index is not None:
@@ -292,8 +377,17 @@ def load(
     measured = this_machine(target.type)
     profile = None if measured is None else on_disk_of(path, measured)
     cache = PromptCache() if prompt_cache else None
-    pipeline = Pipeline(open_store(path), target, budgets.vram_bytes, budgets.ram_bytes, budgets.process_bytes, profile, cache)
-    # Never below what is assumed where nothing is measured: kernels and libraries that load later add to it.
+    pipeline = Pipeline(
+        open_store(path),
+        target,
+        budgets.vram_bytes,
+        budgets.ram_bytes,
+        budgets.process_bytes,
+        profile,
+        cache,
+    )
+    # Never below what is assumed where nothing is measured: kernels and libraries that load later
+    # add to it.
     context = max(pipeline.host.context_bytes, budgets.context_bytes or 0)
     pipeline.host = replace(pipeline.host, context_bytes=context)
     return pipeline

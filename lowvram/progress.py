@@ -11,7 +11,9 @@ PHASES = ("text", "conditioning", "denoise", "decode", "write")
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` units of `phase` are over; `seconds_left` is None until one unit has been timed."""
+    """`done` of `total` units of `phase` are over; `seconds_left` is None until one unit has been
+    timed.
+    """
 
     phase: str
     done: int
@@ -28,7 +30,9 @@ def silent(event: Progress) -> None:
 
 
 class PhaseClock:
-    """Reports one phase: the time left is the mean time of the units done here, times those that remain."""
+    """Reports one phase: the time left is the mean time of the units done here, times those that
+    remain.
+    """
 
     def __init__(self, listener: Listener, phase: str, total: int, first: int = 0) -> None:
         self._listener, self._phase, self._total, self._first = listener, phase, total, first
@@ -37,5 +41,9 @@ class PhaseClock:
 
     def report(self, done: int, detail: str = "") -> None:
         finished = done - self._first
-        left = (time.monotonic() - self._began) / finished * (self._total - done) if finished > 0 else None
+        left = (
+            (time.monotonic() - self._began) / finished * (self._total - done)
+            if finished > 0
+            else None
+        )
         self._listener(Progress(self._phase, done, self._total, left, detail))

@@ -9,7 +9,8 @@ from lowvram.errors import UsageError
 from lowvram.units import shown
 from lowvram.variants import ModelConfig
 
-# The text that the official code uses where the user gives no negative prompt (Wan2.2 `shared_config.py`).
+# The text that the official code uses where the user gives no negative prompt (Wan2.2
+# `shared_config.py`).
 DEFAULT_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
@@ -21,7 +22,9 @@ MAX_STEPS = 1000  # timesteps that Wan2.2 was trained on: more steps would repea
 
 @dataclass(frozen=True)
 class Request:
-    """One video. Guidance, shift and steps are those of the official code; `guidance_high` goes with the high-noise expert."""
+    """One video. Guidance, shift and steps are those of the official code; `guidance_high` goes
+    with the high-noise expert.
+    """
 
     prompt: str
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
@@ -61,8 +64,15 @@ class Request:
 
 
 def check_clip(width: int, height: int, num_frames: int, steps: int) -> None:
-    """What a request and a plan both ask: sizes are multiples of 16, frames 4n+1, steps 1 to `MAX_STEPS`. Raises `UsageError`."""
-    for name, value in (("width", width), ("height", height), ("frames", num_frames), ("steps", steps)):
+    """What a request and a plan both ask: sizes are multiples of 16, frames 4n+1, steps 1 to
+    `MAX_STEPS`. Raises `UsageError`.
+    """
+    for name, value in (
+        ("width", width),
+        ("height", height),
+        ("frames", num_frames),
+        ("steps", steps),
+    ):
         _check_integer(name, value)
     for name, value in (("width", width), ("height", height)):
         if value <= 0 or value % 16:
@@ -74,7 +84,10 @@ def check_clip(width: int, height: int, num_frames: int, steps: int) -> None:
     if steps < 1:
         raise UsageError(f"steps {steps} is less than 1")
     if steps > MAX_STEPS:
-        raise UsageError(f"steps {steps} is more than the {MAX_STEPS} timesteps that the model knows: use {MAX_STEPS} at most")
+        raise UsageError(
+            f"steps {steps} is more than the {MAX_STEPS} timesteps that the model knows: use "
+            f"{MAX_STEPS} at most"
+        )
 
 
 def _check_integer(name: str, value: object) -> None:
@@ -83,7 +96,9 @@ def _check_integer(name: str, value: object) -> None:
 
 
 def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, float) and (not isinstance(value, int) or isinstance(value, bool) or value.bit_length() > 64):
+    if not isinstance(value, float) and (
+        not isinstance(value, int) or isinstance(value, bool) or value.bit_length() > 64
+    ):
         raise UsageError(f"{name} is {shown(value)}: expected a number")
 
 
@@ -93,12 +108,17 @@ def _check_text(name: str, value: object) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UsageError(f"{name} holds {shown(value[error.start])} at character {error.start + 1}: expected Unicode text") from error
+        raise UsageError(
+            f"{name} holds {shown(value[error.start])} at character {error.start + 1}: "
+            f"expected Unicode text"
+        ) from error
 
 
 @dataclass(frozen=True)
 class LatentShape:
-    """Latents `[channels, frames, height, width]` of one clip and the DiT's token grid over them."""
+    """Latents `[channels, frames, height, width]` of one clip and the DiT's token grid over
+    them.
+    """
 
     channels: int
     frames: int
@@ -116,7 +136,9 @@ class LatentShape:
 
 
 def latent_shape(config: ModelConfig, width: int, height: int, num_frames: int) -> LatentShape:
-    """Raises `UsageError` where the size does not divide into the VAE's cells and the DiT's patches."""
+    """Raises `UsageError` where the size does not divide into the VAE's cells and the DiT's
+    patches.
+    """
     pt, ph, pw = config.dit.patch_size
     stride = config.vae.spatial_stride
     if height % (stride * ph) or width % (stride * pw):

@@ -1,4 +1,6 @@
-"""One request under one memory plan: its ledgers, its streams, and what happens when memory is gone."""
+"""One request under one memory plan: its ledgers, its streams, and what happens when memory is
+gone.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ from lowvram.streaming.streamer import Streamer
 from lowvram.streaming.transport import Transport
 from lowvram.units import format_bytes
 
-# What a phase does with where memory is short a second time: slower, and the same bit for bit. The denoising phase has a ladder of its own;
-# a phase that stands nowhere takes the least that it can from the start.
+# What a phase does with where memory is short a second time: slower, and the same bit for bit. The
+# denoising phase has a ladder of its own; a phase that stands nowhere takes the least that it can
+# from the start.
 LEANER = {
     "text": "one block slot and one staging buffer",
     "decode": "the decoder's weights read one by one",
@@ -34,9 +37,11 @@ T = TypeVar("T")
 
 
 class Run:
-    """What every phase of a request works with. `vram` and `ram` count what is handed out and refuse more than the plan grants.
+    """What every phase of a request works with. `vram` and `ram` count what is handed out and
+    refuse more than the plan grants.
 
-    lean: the phase at work is to do with the least it can (`LEANER`); resumable: finished steps of this request are saved.
+    lean: the phase at work is to do with the least it can (`LEANER`); resumable: finished steps of
+    this request are saved.
     """
 
     def __init__(
@@ -54,29 +59,53 @@ class Run:
         self.request, self.plan, self.listener = request, plan, listener
         self._make_transport = make_transport
         self.lean = self.resumable = False
-        self.vram, self.ram = Ledger("VRAM", plan.peak_vram_bytes), Ledger("RAM", plan.peak_ram_bytes)
+        self.vram, self.ram = (
+            Ledger("VRAM", plan.peak_vram_bytes),
+            Ledger("RAM", plan.peak_ram_bytes),
+        )
         self.vram.charge("the driver's context", host.context_bytes)
         self.ram.charge("the process", host.process_bytes)
 
     @property
     def shape(self) -> LatentShape:
-        return latent_shape(self.store.config, self.request.width, self.request.height, self.request.num_frames)
+        return latent_shape(
+            self.store.config, self.request.width, self.request.height, self.request.num_frames
+        )
 
     def describe(self, choice: Choice) -> MemoryPlan:
         """The plan that `choice` makes of this request."""
         size = (self.request.width, self.request.height)
-        return describe_plan(self.store.config, self.store.format, size, self.request.num_frames, self.request.steps, choice, self.host)
+        return describe_plan(
+            self.store.config,
+            self.store.format,
+            size,
+            self.request.num_frames,
+            self.request.steps,
+            choice,
+            self.host,
+        )
 
     def go_on_with(self, plan: MemoryPlan) -> None:
         """From here on the ledgers grant what this plan does."""
         self.plan = plan
         self.vram.limit_bytes, self.ram.limit_bytes = plan.peak_vram_bytes, plan.peak_ram_bytes
 
-    def stream(self, schedule: Sequence[BlockId], buffers: Buffers) -> AbstractContextManager[Streamer]:
-        return open_stream(self.store.files, schedule, buffers, self.vram, self.ram, self.device, self._make_transport())
+    def stream(
+        self, schedule: Sequence[BlockId], buffers: Buffers
+    ) -> AbstractContextManager[Streamer]:
+        return open_stream(
+            self.store.files,
+            schedule,
+            buffers,
+            self.vram,
+            self.ram,
+            self.device,
+            self._make_transport(),
+        )
 
     def phase(self, name: str, work: Callable[[], T]) -> T:
-        """`work`; where it runs out of memory once more, with everything handed back that is not in use, and then the `LEANER` way.
+        """`work`; where it runs out of memory once more, with everything handed back that is not in
+        use, and then the `LEANER` way.
 
         Raises `OutOfMemoryError` naming the phase.
         """
@@ -91,12 +120,23 @@ class Run:
                 short, failure = error.budget, str(error)
             hand_back(self.device)
             if attempt < len(ways):
-                _log.warning("out of %s in the %s phase (%s): trying it %s; the video stays the same", short, name, failure, ways[attempt])
+                _log.warning(
+                    "out of %s in the %s phase (%s): trying it %s; the video stays the same",
+                    short,
+                    name,
+                    failure,
+                    ways[attempt],
+                )
         raise self.exhausted(name, f"the {name} phase", short, failure)
 
     def exhausted(self, phase: str, where: str, short: str, failure: str) -> OutOfMemoryError:
-        """What the phase needs by the plan that the run has come down to, and what there is to do about it. phase: its name in the plan."""
-        planned = {peak.phase: peak.vram_bytes if short == VRAM else peak.ram_bytes for peak in self.plan.phases}
+        """What the phase needs by the plan that the run has come down to, and what there is to do
+        about it. phase: its name in the plan.
+        """
+        planned = {
+            peak.phase: peak.vram_bytes if short == VRAM else peak.ram_bytes
+            for peak in self.plan.phases
+        }
         needs = f"{format_bytes(planned.get(phase, 0))} of {short}"
         if phase not in planned:
             needs = f"it needs less {short} than any phase of the plan"
@@ -107,13 +147,22 @@ class Run:
         else:
             needs = f"it needs {needs} and has nothing that it could give up"
         host = self.device.type == "cpu"
-        advice = f"close {'other programs' if short == RAM or host else 'what else uses the GPU'} and "
-        advice += "go on with --resume from the last finished step" if self.resumable else "run it again"
+        advice = (
+            f"close {'other programs' if short == RAM or host else 'what else uses the GPU'} and "
+        )
+        advice += (
+            "go on with --resume from the last finished step" if self.resumable else "run it again"
+        )
         if _follows_the_size(phase, short, host):
-            advice += f", or {'begin anew with' if self.resumable else 'pass'} a smaller --size or fewer --frames"
+            advice += (
+                f", or {'begin anew with' if self.resumable else 'pass'} a smaller --size "
+                f"or fewer --frames"
+            )
         return OutOfMemoryError(f"out of {short} in {where} ({failure}): {needs}; {advice}", short)
 
 
 def _follows_the_size(phase: str, short: str, host: bool) -> bool:
-    """Whether a smaller or shorter video lessens what the phase takes of a budget. host: both budgets are the same memory."""
+    """Whether a smaller or shorter video lessens what the phase takes of a budget. host: both
+    budgets are the same memory.
+    """
     return phase == "denoise" or (phase == "decode" and (short == RAM or host))

@@ -16,10 +16,14 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise UsageError(f"cannot read the amount of memory {text!r}: write it like 8GiB, 8GB or 8192MiB")
+        raise UsageError(
+            f"cannot read the amount of memory {text!r}: write it like 8GiB, 8GB or 8192MiB"
+        )
     amount = float(match[1]) * unit
     if amount >= 2**63:
-        raise UsageError(f"an amount of memory of {text[:80]!r} is more than any machine has: write it like 8GiB")
+        raise UsageError(
+            f"an amount of memory of {text[:80]!r} is more than any machine has: write it like 8GiB"
+        )
     return int(amount)
 
 
@@ -32,7 +36,9 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def clip_size(size: str | Sequence[int]) -> tuple[int, int]:
-    """(width, height) of `WIDTHxHEIGHT` or of a pair, whose numbers `check_clip` judges. Raises `UsageError`."""
+    """(width, height) of `WIDTHxHEIGHT` or of a pair, whose numbers `check_clip` judges. Raises
+    `UsageError`.
+    """
     if isinstance(size, str):
         return parse_size(size)
     if not isinstance(size, (tuple, list)) or len(size) != 2:

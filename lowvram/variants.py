@@ -1,4 +1,6 @@
-"""The models: architecture, defaults and what each is conditioned on. Imports neither torch nor Triton."""
+"""The models: architecture, defaults and what each is conditioned on. Imports neither torch nor
+Triton.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ COMPONENTS = (*EXPERTS, "text_encoder", "vae")
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """One expert (spec section 2). `ffn_dim` and `dim` are multiples of 256 wherever a rotated format is used."""
+    """One expert (spec section 2). `ffn_dim` and `dim` are multiples of 256 wherever a rotated
+    format is used.
+    """
 
     dim: int
     ffn_dim: int
@@ -29,7 +33,9 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise UsageError(f"dim {self.dim} does not split into {self.num_heads} heads of an even width")
+            raise UsageError(
+                f"dim {self.dim} does not split into {self.num_heads} heads of an even width"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -53,7 +59,9 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The Wan2.1 VAE (spec section 4); `latents_mean` and `latents_std` are those of the official model."""
+    """The Wan2.1 VAE (spec section 4); `latents_mean` and `latents_std` are those of the official
+    model.
+    """
 
     base_dim: int = 96
     z_dim: int = 16
@@ -100,19 +108,32 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """Inverse of `to_dict`, from parsed JSON. Raises `UsageError` on unknown or missing keys."""
+        """Inverse of `to_dict`, from parsed JSON. Raises `UsageError` on unknown or missing
+        keys.
+        """
         try:
             dit, vae = dict(data["dit"]), dict(data["vae"])
-            for owner, key in ((dit, "patch_size"), (vae, "dim_mult"), (vae, "temporal_downsample")):
+            for owner, key in (
+                (dit, "patch_size"),
+                (vae, "dim_mult"),
+                (vae, "temporal_downsample"),
+            ):
                 owner[key] = tuple(owner[key])
             text = TextEncoderConfig(**data["text_encoder"])
-            return cls(data["variant"], DiTConfig(**dit), text, VAEConfig(**vae), SamplingDefaults(**data["sampling"]))
+            return cls(
+                data["variant"],
+                DiTConfig(**dit),
+                text,
+                VAEConfig(**vae),
+                SamplingDefaults(**data["sampling"]),
+            )
         except (KeyError, TypeError) as error:
             raise UsageError(f"not a lowvram model description: {error}") from error
 
 
 T2V_A14B = ModelConfig("t2v-a14b", DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40))
-# Image to video: 16 channels of noise, 4 of mask and 16 of the image (spec sections 1 and 6.1). Planned, not yet generated.
+# Image to video: 16 channels of noise, 4 of mask and 16 of the image (spec sections 1 and 6.1).
+# Planned, not yet generated.
 I2V_A14B = ModelConfig(
     "i2v-a14b",
     DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36),

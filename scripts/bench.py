@@ -4,8 +4,8 @@
     python scripts/bench.py all --rehearse --out FOLDER        the same on a CPU at toy sizes; nothing that it writes is a result
     python scripts/bench.py kernels | block | stream           one benchmark at length; --help shows its options
 
-Needs torch, and nothing of lowvram installed: this file finds the packages beside it. `all` leaves out what needs a package that is not
-there and says so.
+Needs torch, and nothing of lowvram installed: this file finds the packages beside it. `all` leaves
+out what needs a package that is not there and says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Whether the kernels are right on this GPU: a small check of every op, then all tests, compiled by several processes at once."""
+"""Whether the kernels are right on this GPU: a small check of every op, then all tests, compiled by
+several processes at once.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,20 @@ def units(context: Context) -> Iterator[Unit]:
     """Each runs in a process of its own (`bench_all.Step.parallel`)."""
     shards = 1 if context.rehearse else workers()
     found = [Unit(f"check {op}", lambda op=op: checked(op, context)) for op in OPS]
-    found += [Unit(f"compile {name}", lambda name=name: compiled(name, context)) for name in own_calls(Shapes.of(context, warm=True))]
+    found += [
+        Unit(f"compile {name}", lambda name=name: compiled(name, context))
+        for name in own_calls(Shapes.of(context, warm=True))
+    ]
     parts = [f"{number}/{shards}" for number in range(1, shards + 1)]
-    return iter([*found, *(Unit(f"tests {part}", lambda part=part: tested(TESTS, part, context), ("pytest",)) for part in parts)])
+    return iter(
+        [
+            *found,
+            *(
+                Unit(f"tests {part}", lambda part=part: tested(TESTS, part, context), ("pytest",))
+                for part in parts
+            ),
+        ]
+    )
 
 
 def checked(op: str, context: Context) -> Iterator[Row]:
@@ -43,7 +56,9 @@ class WrongKernelError(Exception):
 
 
 def compiled(name: str, context: Context) -> Iterator[Row]:
-    """Runs the calls that the next steps measure once at a small size, so that they find them compiled."""
+    """Runs the calls that the next steps measure once at a small size, so that they find them
+    compiled.
+    """
     begin = time.perf_counter()
     own_calls(Shapes.of(context, warm=True))[name]()
     yield {"name": name, "seconds": round(time.perf_counter() - begin, 2)}
@@ -60,8 +75,14 @@ class Report:
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
         if report.outcome == "failed":
-            said = str(getattr(report.longrepr, "reprcrash", "") or report.longrepr).strip().splitlines()
-            self.failures.append(f"{report.nodeid.split('::', 1)[-1]}: {said[-1][:200] if said else 'no reason'}")
+            said = (
+                str(getattr(report.longrepr, "reprcrash", "") or report.longrepr)
+                .strip()
+                .splitlines()
+            )
+            self.failures.append(
+                f"{report.nodeid.split('::', 1)[-1]}: {said[-1][:200] if said else 'no reason'}"
+            )
 
 
 def tested(file: str, shard: str, context: Context) -> Iterator[Row]:
@@ -71,9 +92,14 @@ def tested(file: str, shard: str, context: Context) -> Iterator[Row]:
     report = Report()
     for name in ("LOWVRAM_BACKEND", "LOWVRAM_PV"):  # the tests choose for themselves
         os.environ.pop(name, None)
-    code = pytest.main(["-q", "-p", "no:cacheprovider", f"--shard={shard}", str(ROOT / file)], plugins=[report])
+    code = pytest.main(
+        ["-q", "-p", "no:cacheprovider", f"--shard={shard}", str(ROOT / file)], plugins=[report]
+    )
     yield {"name": file, **report.counts, "failures": report.failures}
     if report.failures or code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
-        raise WrongKernelError(f"{report.counts['failed']} tests failed, pytest ended with {int(code)}: {'; '.join(report.failures[:3])}")
+        raise WrongKernelError(
+            f"{report.counts['failed']} tests failed, pytest ended with {int(code)}: "
+            f"{'; '.join(report.failures[:3])}"
+        )
     if context.device == "cuda" and not report.counts["passed"]:
         raise LeftOut(f"all {report.counts['skipped']} tests were skipped")

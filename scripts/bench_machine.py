@@ -1,4 +1,6 @@
-"""What machine `bench.py all` runs on: versions, the GPU's facts, and what the vendor's libraries, the link and the disk reach here."""
+"""What machine `bench.py all` runs on: versions, the GPU's facts, and what the vendor's libraries,
+the link and the disk reach here.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,22 @@ from bench_steps import Context, LeftOut, Row, Unit, version_of
 from bench_timing import measure, peaks
 
 PACKAGES = (
-    "torch", "triton", "numpy", "pytest", "safetensors", "tokenizers", "psutil", "diffusers", "optimum-quanto", "ftfy", "av", "typer",
-    "rich", "sageattention", "comfy-kitchen",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "numpy",
+    "pytest",
+    "safetensors",
+    "tokenizers",
+    "psutil",
+    "diffusers",
+    "optimum-quanto",
+    "ftfy",
+    "av",
+    "typer",
+    "rich",
+    "sageattention",
+    "comfy-kitchen",
+)
 LINK_BYTES = 256 << 20
 
 
@@ -36,7 +51,11 @@ def facts(context: Context) -> Iterator[Row]:
         "cuda": torch.version.cuda or torch.version.hip,
         **{package: version_of(package) for package in PACKAGES},
     }
-    yield {"name": "tools", **{tool: bool(shutil.which(tool)) for tool in ("ncu", "nsys", "cc", "gcc")}, "ptxas": ptxas_version()}
+    yield {
+        "name": "tools",
+        **{tool: bool(shutil.which(tool)) for tool in ("ncu", "nsys", "cc", "gcc")},
+        "ptxas": ptxas_version(),
+    }
     if context.device == "cuda":
         free, total = torch.cuda.mem_get_info()
         properties = torch.cuda.get_device_properties(0)
@@ -52,7 +71,9 @@ def facts(context: Context) -> Iterator[Row]:
 
 
 def measured_peaks(context: Context) -> Iterator[Row]:
-    """TOPS of square products in bf16 and int8, GB/s of a copy: what rows of other steps are set against."""
+    """TOPS of square products in bf16 and int8, GB/s of a copy: what rows of other steps are set
+    against.
+    """
     found = peaks(64, 4096, "cpu", repeats=2) if context.rehearse else peaks()
     for name, rate in found.items():
         yield {"name": f"peak {name}", "rate": rate, "unit": "GB/s" if name == "copy" else "TOPS"}
@@ -62,24 +83,45 @@ def link(context: Context) -> Iterator[Row]:
     """GB/s from pinned host memory to the device, and back."""
     if context.device != "cuda":
         raise LeftOut("there is no link without a device")
-    host, device = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True), torch.empty(LINK_BYTES, dtype=torch.uint8, device="cuda")
-    for name, target, source in (("host to device", device, host), ("device to host", host, device)):
-        best = measure(lambda _, target=target, source=source: target.copy_(source, non_blocking=True), repeats=5)[0]
+    host, device = (
+        torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True),
+        torch.empty(LINK_BYTES, dtype=torch.uint8, device="cuda"),
+    )
+    for name, target, source in (
+        ("host to device", device, host),
+        ("device to host", host, device),
+    ):
+        best = measure(
+            lambda _, target=target, source=source: target.copy_(source, non_blocking=True),
+            repeats=5,
+        )[0]
         yield {"name": f"link {name}", "rate": LINK_BYTES / best / 1e6, "unit": "GB/s"}
 
 
 def peaks_of(context: Context) -> dict[str, float]:
     """What the machine step measured here; empty where it did not."""
-    return {row["name"].removeprefix("peak "): row["rate"] for row in context.rows("machine") if row.get("name", "").startswith("peak ")}
+    return {
+        row["name"].removeprefix("peak "): row["rate"]
+        for row in context.rows("machine")
+        if row.get("name", "").startswith("peak ")
+    }
 
 
 def driver() -> str:
     """The driver's version, as its own tool says it; asks and changes nothing."""
     if not shutil.which("nvidia-smi"):
         return "unknown"
-    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    command = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.max.sm,power.limit",
+        "--format=csv,noheader",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
+    return (
+        done.stdout.strip().splitlines()[0]
+        if done.returncode == 0 and done.stdout.strip()
+        else "unknown"
+    )
 
 
 def ptxas_version() -> str:
@@ -90,7 +132,9 @@ def ptxas_version() -> str:
     name = "ptxas.exe" if sys.platform == "win32" else "ptxas"
     tool = os.path.join(spec.submodule_search_locations[0], "backends", "nvidia", "bin", name)
     try:
-        said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False, timeout=20).stdout.splitlines()
+        said = subprocess.run(
+            [tool, "--version"], capture_output=True, text=True, check=False, timeout=20
+        ).stdout.splitlines()
     except OSError:
         return "not found"
     return next((line.split(",")[1].strip() for line in said if "release" in line), "unknown")

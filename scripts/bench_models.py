@@ -1,4 +1,6 @@
-"""Whole parts of a model in `bench.py all`: one block, denoising steps within budgets, and the demo from checkpoint to frames."""
+"""Whole parts of a model in `bench.py all`: one block, denoising steps within budgets, and the demo
+from checkpoint to frames.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,21 @@ MEMORY_TESTS = "tests/gpu/test_memory.py"
 
 def toy_config(layers: int = 2) -> ModelConfig:
     """What a rehearsal takes in the place of A14B."""
-    dit = replace(T2V_A14B.dit, dim=256, ffn_dim=512, num_heads=2, num_layers=layers, text_dim=256, text_len=32)
-    text = TextEncoderConfig(vocab_size=256, d_model=256, num_heads=4, head_dim=64, d_ff=256, num_layers=1)
-    return ModelConfig("t2v-custom", dit, text, VAEConfig(base_dim=8, dim_mult=(1, 2, 2, 2), num_res_blocks=1))
+    dit = replace(
+        T2V_A14B.dit,
+        dim=256,
+        ffn_dim=512,
+        num_heads=2,
+        num_layers=layers,
+        text_dim=256,
+        text_len=32,
+    )
+    text = TextEncoderConfig(
+        vocab_size=256, d_model=256, num_heads=4, head_dim=64, d_ff=256, num_layers=1
+    )
+    return ModelConfig(
+        "t2v-custom", dit, text, VAEConfig(base_dim=8, dim_mult=(1, 2, 2, 2), num_res_blocks=1)
+    )
 
 
 def block_units(context: Context) -> Iterator[Unit]:
@@ -41,15 +55,25 @@ def block_units(context: Context) -> Iterator[Unit]:
 
 
 def block(context: Context) -> Iterator[Row]:
-    """diffusers' block in bf16, then lowvram's in each format, then with each product of attention."""
+    """diffusers' block in bf16, then lowvram's in each format, then with each product of
+    attention.
+    """
     from bench_block import results
     from lowvram_kernels.tuning import INTERPRETER, architecture, pv_choices
 
     if context.rehearse:
-        found = results(toy_config(), (1, 2, 4), ("int8", "fp8"), "cpu", pv_choices(INTERPRETER)[:2])
+        found = results(
+            toy_config(), (1, 2, 4), ("int8", "fp8"), "cpu", pv_choices(INTERPRETER)[:2]
+        )
     else:
         grid = latent_shape(T2V_A14B, *SIZE, FRAMES).grid
-        found = results(T2V_A14B, grid, ("int8", "int8-plain", "fp8"), "cuda", pv_choices(architecture(torch.device("cuda"))))
+        found = results(
+            T2V_A14B,
+            grid,
+            ("int8", "int8-plain", "fp8"),
+            "cuda",
+            pv_choices(architecture(torch.device("cuda"))),
+        )
     for row in found:
         yield without_machine(row)
         context.require_time()
@@ -57,15 +81,25 @@ def block(context: Context) -> Iterator[Row]:
 
 def without_machine(row: Any) -> Row:
     """A row of another benchmark as a dictionary, less what all rows of this one carry."""
-    return {key: value for key, value in asdict(row).items() if key not in ("gpu", "torch", "commit")}
+    return {
+        key: value for key, value in asdict(row).items() if key not in ("gpu", "torch", "commit")
+    }
 
 
 def stream_units(context: Context) -> Iterator[Unit]:
-    """lowvram within three pairs of budgets, then what people use today, then the tests of memory."""
+    """lowvram within three pairs of budgets, then what people use today, then the tests of
+    memory.
+    """
     yield Unit("lowvram", lambda: streamed(context))
     for name in ("bf16 resident", "bf16 group offloading", "optimum-quanto"):
-        yield Unit(f"diffusers {name}", lambda name=name: beside(name, context), ("diffusers", "optimum"))
-    yield Unit("tests of memory", lambda: memory_tests(context), ("pytest", "av", "ftfy", "tokenizers", "diffusers", "optimum"))
+        yield Unit(
+            f"diffusers {name}", lambda name=name: beside(name, context), ("diffusers", "optimum")
+        )
+    yield Unit(
+        "tests of memory",
+        lambda: memory_tests(context),
+        ("pytest", "av", "ftfy", "tokenizers", "diffusers", "optimum"),
+    )
 
 
 def stream_case(context: Context) -> tuple[ModelConfig, Any]:
@@ -78,7 +112,9 @@ def stream_case(context: Context) -> tuple[ModelConfig, Any]:
 
 
 def streamed(context: Context) -> Iterator[Row]:
-    """A row per pair of budgets: everything resident, `SMALL_VRAM` with much RAM, and with as little RAM as a plan takes, from disk."""
+    """A row per pair of budgets: everything resident, `SMALL_VRAM` with much RAM, and with as
+    little RAM as a plan takes, from disk.
+    """
     from bench_stream import disk_speed, free_bytes, lowvram_rows
     from random_store import write_random_store
     from stream_rows import problems
@@ -113,7 +149,9 @@ class BudgetBrokenError(Exception):
 
 
 def smallest(store: Store, case: Any, device: torch.device, which: str, other: int) -> int:
-    """The smallest budget of VRAM or RAM, in bytes, that a plan takes beside the other one. Raises `LeftOut` where none does."""
+    """The smallest budget of VRAM or RAM, in bytes, that a plan takes beside the other one. Raises
+    `LeftOut` where none does.
+    """
     import psutil
     from bench_stream import BenchPipeline, request_of, taken_bytes
 
@@ -133,10 +171,13 @@ def smallest(store: Store, case: Any, device: torch.device, which: str, other: i
             return False
         return True
 
-    found = next((amount for amount in range(begin + step, begin + 400 * step, step) if fits(amount)), None)
+    found = next(
+        (amount for amount in range(begin + step, begin + 400 * step, step) if fits(amount)), None
+    )
     if found is None:
         raise LeftOut(f"no plan within any budget of {which.upper()}")
-    return found + (GB // 4 if which == "ram" else 0)  # the process grows between one row and the next
+    # the process grows between one row and the next
+    return found + (GB // 4 if which == "ram" else 0)
 
 
 def beside(name: str, context: Context) -> Iterator[Row]:
@@ -185,7 +226,9 @@ def demo(context: Context) -> Iterator[Row]:
 
 
 def demo_choices(layers: int) -> dict[str, Choice]:
-    """Decoding takes more than denoising of so small a model: a budget alone would leave everything resident, so plans are chosen here."""
+    """Decoding takes more than denoising of so small a model: a budget alone would leave everything
+    resident, so plans are chosen here.
+    """
     return {
         "resident": Choice(64, 0, layers, 0, True),
         "two slots, from RAM": Choice(64, 2, 0, layers, False),
@@ -200,7 +243,9 @@ def demo_clip(pipeline: Pipeline, choice: Choice, settings: dict[str, Any]) -> t
 
     request, store = pipeline.request(PROMPT, **settings), pipeline.store
     size = (request.width, request.height)
-    plan = describe_plan(store.config, store.format, size, request.num_frames, request.steps, choice, pipeline.host)
+    plan = describe_plan(
+        store.config, store.format, size, request.num_frames, request.steps, choice, pipeline.host
+    )
     pipeline.vram_bytes = plan.peak_vram_bytes
     begin = time.perf_counter()
     video = pipeline.generate(request, plan=plan)

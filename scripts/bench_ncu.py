@@ -1,4 +1,6 @@
-"""Nsight Compute on the two slowest kernels that `bench.py all` has measured: what limits them, as the hardware counts it."""
+"""Nsight Compute on the two slowest kernels that `bench.py all` has measured: what limits them, as
+the hardware counts it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from bench_steps import Context, LeftOut, Row, Unit
 
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "Occupancy", "LaunchStats")
 SECTIONS += ("MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis")
-KERNELS = {"attention": "attention_kernel", "linear": "linear_kernel", "ffn.0, GELU": "linear_kernel"}
+KERNELS = {
+    "attention": "attention_kernel",
+    "linear": "linear_kernel",
+    "ffn.0, GELU": "linear_kernel",
+}
 LAUNCHES = 3  # of which the last is profiled: the first compiles
 
 
@@ -24,7 +30,9 @@ def units(context: Context) -> Iterator[Unit]:
     if not slowest:
         yield Unit("no kernel", no_rows)
     for row in slowest:
-        yield Unit(f"{row['op']} {row['shape']}, {row['provider']}", partial(profiled, row, context))
+        yield Unit(
+            f"{row['op']} {row['shape']}, {row['provider']}", partial(profiled, row, context)
+        )
 
 
 def no_rows() -> Iterator[Row]:
@@ -33,49 +41,94 @@ def no_rows() -> Iterator[Row]:
 
 
 def slowest_of(rows: list[Record]) -> list[Record]:
-    """The slowest attention and the slowest linear in the default format: the two that a block waits for."""
+    """The slowest attention and the slowest linear in the default format: the two that a block
+    waits for.
+    """
     found = []
     for op in ("attention", "linear"):
-        ours = [row for row in rows if row["op"].startswith(op) and row["provider"] in ("lowvram int8", "lowvram int8, PV int8")]
+        ours = [
+            row
+            for row in rows
+            if row["op"].startswith(op)
+            and row["provider"] in ("lowvram int8", "lowvram int8, PV int8")
+        ]
         found += sorted(ours, key=lambda row: -row["median_ms"])[:1]
     return found
 
 
 def profiled(row: Record, context: Context) -> Iterator[Row]:
     """A row with every metric of the chosen sections."""
-    command = [*context.command, "--seconds", f"{context.left_s:.1f}", "--launch", f"{row['op']} {row['shape']}, {row['provider']}"]
+    command = [
+        *context.command,
+        "--seconds",
+        f"{context.left_s:.1f}",
+        "--launch",
+        f"{row['op']} {row['shape']}, {row['provider']}",
+    ]
     if context.rehearse:
         run(command, context)  # what would be profiled
     if not shutil.which("ncu"):
         raise LeftOut("ncu is not installed")
     kernel = next(name for start, name in KERNELS.items() if row["op"].startswith(start))
-    tool = ["ncu", "--csv", "--page", "details", "--print-units", "base", "--target-processes", "all", "--kernel-name", f"regex:{kernel}"]
+    tool = [
+        "ncu",
+        "--csv",
+        "--page",
+        "details",
+        "--print-units",
+        "base",
+        "--target-processes",
+        "all",
+        "--kernel-name",
+        f"regex:{kernel}",
+    ]
     tool += ["--launch-skip", str(LAUNCHES - 1), "--launch-count", "1"]
     for section in SECTIONS:
         tool += ["--section", section]
     metrics = metrics_of(run([*tool, *command], context))
     if not metrics:
         raise LeftOut("ncu printed no metric")
-    yield {"op": row["op"], "shape": row["shape"], "provider": row["provider"], "median_ms": row["median_ms"], "metrics": metrics}
+    yield {
+        "op": row["op"],
+        "shape": row["shape"],
+        "provider": row["provider"],
+        "median_ms": row["median_ms"],
+        "metrics": metrics,
+    }
 
 
 def run(command: list[str], context: Context) -> str:
-    """What it prints. Raises `LeftOut` where ncu may not read the counters, `RuntimeError` where anything else fails."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=max(1.0, context.left_s))
+    """What it prints. Raises `LeftOut` where ncu may not read the counters, `RuntimeError` where
+    anything else fails.
+    """
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=max(1.0, context.left_s),
+    )
     said = (done.stdout + done.stderr).strip().splitlines()
     refused = next((line for line in said if "ERR_NVGPUCTRPERM" in line), "")
     if refused:
         raise LeftOut(refused.strip("= "))
     if done.returncode:
-        raise RuntimeError(f"{command[0]} ended with {done.returncode}: {said[-1] if said else 'no word'}")
+        raise RuntimeError(
+            f"{command[0]} ended with {done.returncode}: {said[-1] if said else 'no word'}"
+        )
     return done.stdout
 
 
 def metrics_of(text: str) -> dict[str, str]:
-    """Metric -> value with its unit, out of ncu's CSV, which follows lines of its own and of the program."""
+    """Metric -> value with its unit, out of ncu's CSV, which follows lines of its own and of the
+    program.
+    """
     lines = [line for line in text.splitlines() if line.startswith('"')]
     return {
-        row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in csv.DictReader(lines) if row.get("Metric Name")
+        row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip()
+        for row in csv.DictReader(lines)
+        if row.get("Metric Name")
     }
 
 

@@ -1,10 +1,11 @@
-"""Measures the quantizer on one expert of the real A14B shapes: peak memory, seconds, and what copying the same bytes takes.
+"""Measures the quantizer on one expert of the real A14B shapes: peak memory, seconds, and what
+copying the same bytes takes.
 
     python scripts/bench_quantize.py --work build/bench            # 57 GB of fp32 in sparse shards, 15 GB written
     python scripts/bench_quantize.py --work build/bench --blocks 2
 
-The source has the official layout and is sparse: reading it costs no disk, so the times show the quantizer, not the disk.
-Prints JSON and removes what it wrote.
+The source has the official layout and is sparse: reading it costs no disk, so the times show the
+quantizer, not the disk. Prints JSON and removes what it wrote.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ def write_sparse_source(path: Path, config: ModelConfig, shards: int) -> None:
         _write_sparse_shards(folder, dit_shapes(config.dit), shards)
         data = {key: value for key, value in asdict(config.dit).items() if key != "patch_size"}
         (folder / "config.json").write_text(json.dumps({"model_type": "t2v"} | data))
-    write_sparse_file(path / "models_t5_umt5-xxl-enc-bf16.safetensors", text_encoder_shapes(config.text_encoder), "BF16")
+    write_sparse_file(
+        path / "models_t5_umt5-xxl-enc-bf16.safetensors",
+        text_encoder_shapes(config.text_encoder),
+        "BF16",
+    )
     write_sparse_file(path / "Wan2.1_VAE.safetensors", vae_shapes(config.vae), "F32")
     tokenizer = path / "google" / "umt5-xxl" / "tokenizer.json"
     tokenizer.parent.mkdir(parents=True)
@@ -78,21 +83,33 @@ def limited(blocks: int) -> ModelConfig:
     if blocks == T2V_A14B.dit.num_layers:
         return T2V_A14B
     text = replace(T2V_A14B.text_encoder, vocab_size=256, num_layers=1)
-    return replace(T2V_A14B, variant="t2v-custom", dit=replace(T2V_A14B.dit, num_layers=blocks), text_encoder=text)
+    return replace(
+        T2V_A14B,
+        variant="t2v-custom",
+        dit=replace(T2V_A14B.dit, num_layers=blocks),
+        text_encoder=text,
+    )
 
 
 def measure(source: Source, work: Path, format: str, threads: int | None) -> dict[str, float]:
-    """Seconds to search one expert for NaN and to quantize it into `work`; peak memory of the process so far."""
+    """Seconds to search one expert for NaN and to quantize it into `work`; peak memory of the
+    process so far.
+    """
     layouts = {"high_noise": component_layout("high_noise", source.config, format)}
     recipe = Recipe(format)
     build = Build(source, recipe, layouts, run_identity(recipe, source), work / STAGING_NAME)
     one = replace(source, components={"high_noise": source.components["high_noise"]})
     build.staging.mkdir(parents=True)
-    with RowEngine(threads) as engine, RunState(build.staging / "run.jsonl", build.identity) as state:
+    with (
+        RowEngine(threads) as engine,
+        RunState(build.staging / "run.jsonl", build.identity) as state,
+    ):
         start_s = time.monotonic()
         check_finite(one, engine)
         scan_s = time.monotonic() - start_s
-        build.component("high_noise", engine, state, Meter(QUANTIZE, layouts["high_noise"].total_bytes, None))
+        build.component(
+            "high_noise", engine, state, Meter(QUANTIZE, layouts["high_noise"].total_bytes, None)
+        )
         quantize_s = time.monotonic() - start_s - scan_s
     source_bytes = sum(info.nbytes for info in source.components["high_noise"].tensors.values())
     return {
@@ -103,7 +120,9 @@ def measure(source: Source, work: Path, format: str, threads: int | None) -> dic
         "quantize_s": quantize_s,
         "source_gb_per_s": source_bytes / 1e9 / (scan_s + quantize_s),
         "peak_rss_gb": (peak_rss_bytes() or 0) / 1e9,  # 0: the system does not say
-        "largest_tensor_gb": 4 * max(math.prod(shape) for shape in dit_shapes(source.config.dit).values()) / 1e9,
+        "largest_tensor_gb": 4
+        * max(math.prod(shape) for shape in dit_shapes(source.config.dit).values())
+        / 1e9,
     }
 
 
@@ -126,13 +145,20 @@ def copy_times(sources: Sequence[Path], stored: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="a folder to make; it is removed at the end")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="a folder to make; it is removed at the end"
+    )
     parser.add_argument("--blocks", type=int, default=T2V_A14B.dit.num_layers)
     parser.add_argument("--format", default="int8")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
-    source, result = arguments.work / "source", {"format": arguments.format, "blocks": arguments.blocks}
+    source, result = (
+        arguments.work / "source",
+        {"format": arguments.format, "blocks": arguments.blocks},
+    )
     arguments.work.mkdir(parents=True)
     try:
         write_sparse_source(source, limited(arguments.blocks), shards=6)
@@ -140,8 +166,20 @@ def main() -> None:
             result |= measure(opened, arguments.work, arguments.format, arguments.threads)
         shards = sorted((source / "high_noise_model").glob("*.safetensors"))
         result |= copy_times(shards, arguments.work / STAGING_NAME / "high_noise.safetensors")
-        result |= {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-        print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}, indent=1))
+        result |= {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        }
+        print(
+            json.dumps(
+                {
+                    key: round(value, 3) if isinstance(value, float) else value
+                    for key, value in result.items()
+                },
+                indent=1,
+            )
+        )
     finally:
         shutil.rmtree(arguments.work)
 

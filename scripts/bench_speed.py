@@ -1,4 +1,6 @@
-"""The speed of single kernels in `bench.py all`: beside their peers at 480p, at other sizes, and with the few other tiles worth a try."""
+"""The speed of single kernels in `bench.py all`: beside their peers at 480p, at other sizes, and
+with the few other tiles worth a try.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +10,33 @@ from functools import partial
 
 import torch
 import tune
-from bench_kernels import HEADS, LINEARS, TEXT_TOKENS, Bench, attention_bench, gelu_bench, linear_bench, row_benches, row_of
+from bench_kernels import (
+    HEADS,
+    LINEARS,
+    TEXT_TOKENS,
+    Bench,
+    attention_bench,
+    gelu_bench,
+    linear_bench,
+    row_benches,
+    row_of,
+)
 from bench_machine import peaks_of
 from bench_results import problem_of
 from bench_steps import Context, LeftOut, Row, Unit, missing_packages
 from lowvram_kernels.tuning import INTERPRETER, architecture
 
 TOKENS_480P, TOKENS_720P, TOKENS_CHUNK = 32760, 75600, 8192
-PEERS = ("sageattention", "comfy_kitchen")  # are measured where they are installed, and named where they are not
+# are measured where they are installed, and named where they are not
+PEERS = ("sageattention", "comfy_kitchen")
 WARM_TOKENS = 72  # like 32,760 divisible by 8 and not by 16: Triton compiles the same variants
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is measured: A14B's, or toys in a rehearsal. device: cuda or cpu; linears: (N, K) by name."""
+    """What is measured: A14B's, or toys in a rehearsal. device: cuda or cpu; linears: (N, K) by
+    name.
+    """
 
     device: str
     tokens: int
@@ -35,7 +50,8 @@ class Shapes:
     @classmethod
     def of(cls, context: Context, tokens: int = TOKENS_480P, warm: bool = False) -> Shapes:
         if context.rehearse:
-            toys = dict.fromkeys(LINEARS, (64, 256)) | {"ffn.0": (256, 256)}  # whose outputs are rotated
+            # whose outputs are rotated
+            toys = dict.fromkeys(LINEARS, (64, 256)) | {"ffn.0": (256, 256)}
             return cls("cpu", 70, toys, 1, 256, 512, 4, 2)
         tokens = WARM_TOKENS if warm else tokens
         return cls("cuda", tokens, LINEARS, HEADS, 5120, 13824, tokens, 20)
@@ -47,7 +63,10 @@ class Shapes:
         return attention_bench(self.tokens, min(self.tokens, TEXT_TOKENS), self.heads, self.device)
 
     def products(self) -> list[Bench]:
-        found = [linear_bench(name, self.tokens, n, k, self.device) for name, (n, k) in self.linears.items()]
+        found = [
+            linear_bench(name, self.tokens, n, k, self.device)
+            for name, (n, k) in self.linears.items()
+        ]
         return [*found, gelu_bench(self.row_tokens, *self.linears["ffn.0"], self.device)]
 
     def rows(self) -> list[Bench]:
@@ -86,13 +105,18 @@ def more_units(context: Context) -> Iterator[Unit]:
     for tokens in (TOKENS_720P, TOKENS_CHUNK):
         shapes = Shapes.of(context, tokens)
         for bench in ([shapes.attention()] if tokens == TOKENS_720P else []) + shapes.products():
-            yield from units_of(bench, shapes, context, "" if not context.rehearse else f" for {tokens}")
+            yield from units_of(
+                bench, shapes, context, "" if not context.rehearse else f" for {tokens}"
+            )
 
 
 def units_of(bench: Bench, shapes: Shapes, context: Context, suffix: str = "") -> Iterator[Unit]:
     """A unit per provider, lowvram's first."""
     for name in sorted(bench.providers, key=lambda name: not name.startswith("lowvram")):
-        yield Unit(f"{bench.op} {bench.shape}{suffix}, {name}", partial(measured, bench, name, shapes, context))
+        yield Unit(
+            f"{bench.op} {bench.shape}{suffix}, {name}",
+            partial(measured, bench, name, shapes, context),
+        )
 
 
 def measured(bench: Bench, name: str, shapes: Shapes, context: Context) -> Iterator[Row]:
@@ -101,7 +125,8 @@ def measured(bench: Bench, name: str, shapes: Shapes, context: Context) -> Itera
     except Exception as error:
         if name.startswith("lowvram"):
             raise
-        raise LeftOut(problem_of(error)) from error  # a peer that does not run here is no failure of ours
+        # a peer that does not run here is no failure of ours
+        raise LeftOut(problem_of(error)) from error
     yield {key: value for key, value in row.items() if key not in context.facts}
 
 
@@ -118,13 +143,21 @@ def searched(name: str, kind: str, candidates: tune.Candidates, shapes: Shapes) 
     if name == "attention":
         task = tune.attention_task(shapes.tokens, shapes.heads, kind, shapes.device)
     else:
-        task = tune.linear_task(name, shapes.tokens, *shapes.linears[name], torch.int8, shapes.device)
+        task = tune.linear_task(
+            name, shapes.tokens, *shapes.linears[name], torch.int8, shapes.device
+        )
     present: float | None = None
     measured = False
     for _, median, tile in tune.tried(task, candidates, shapes.device, min(shapes.repeats, 10)):
         measured, present = True, median if tile == candidates[0] else present
         gain = None if present is None else present / median - 1
-        yield {"name": task.name, "tile": list(tile), "median_ms": median, "present": tile == candidates[0], "gain": gain}
+        yield {
+            "name": task.name,
+            "tile": list(tile),
+            "median_ms": median,
+            "present": tile == candidates[0],
+            "gain": gain,
+        }
     if not measured:
         raise NoTileError(f"no tile of {task.name} runs and agrees with the present one")
 

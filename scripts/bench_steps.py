@@ -1,4 +1,5 @@
-"""One step of `bench.py all`, in a process of its own: its units one after the other, each noted as it begins and ends.
+"""One step of `bench.py all`, in a process of its own: its units one after the other, each noted as
+it begins and ends.
 
 python scripts/bench.py step NAME --out FOLDER --seconds 60     what `all` starts; `--units` runs only some, `--list` shows them
 """
@@ -35,7 +36,9 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a step that succeeds or fails by itself. run: yields rows as they are measured; needs: packages beside the step's."""
+    """A piece of a step that succeeds or fails by itself. run: yields rows as they are measured;
+    needs: packages beside the step's.
+    """
 
     name: str
     run: Callable[[], Iterable[Row]]
@@ -44,7 +47,9 @@ class Unit:
 
 @dataclass
 class Context:
-    """What a step's units are made for. identity: the machine, the versions and the code, which rows must share to be comparable."""
+    """What a step's units are made for. identity: the machine, the versions and the code, which
+    rows must share to be comparable.
+    """
 
     results: Results
     folder: Path
@@ -98,7 +103,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench.py step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("step", choices=list(UNITS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -107,7 +116,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--earlier", type=Path, action="append", default=[])
     parser.add_argument("--units", nargs="+", help="only these")
-    parser.add_argument("--launch", metavar="NAME", help="run one call of the speed step a few times, for a profiler")
+    parser.add_argument(
+        "--launch",
+        metavar="NAME",
+        help="run one call of the speed step a few times, for a profiler",
+    )
     parser.add_argument("--list", action="store_true", help="print the units' names and end")
     parser.add_argument("--rehearse", action="store_true")
     return parser.parse_args(arguments)
@@ -129,9 +142,15 @@ def run(options: argparse.Namespace) -> int:
 
     facts = identity_facts(options.commit, options.rehearse)
     context = Context(
-        Results(options.out, options.call, options.earlier), options.out, options.work, deadline, options.rehearse,
-        " | ".join(str(facts[name]) for name in ("gpu", "torch", "triton", "source")), facts, again(options),
-    )  # fmt: skip
+        Results(options.out, options.call, options.earlier),
+        options.out,
+        options.work,
+        deadline,
+        options.rehearse,
+        " | ".join(str(facts[name]) for name in ("gpu", "torch", "triton", "source")),
+        facts,
+        again(options),
+    )
     module, function = UNITS[step.name].split(":")
     with torch.no_grad():
         if options.launch:
@@ -151,7 +170,15 @@ def has_device() -> bool:
 
 def again(options: argparse.Namespace) -> list[str]:
     """The command of this process, to which `--seconds` and `--units` are added."""
-    command = [sys.executable, "-u", str(Path(__file__).with_name("bench.py")), "step", options.step, "--out", str(options.out)]
+    command = [
+        sys.executable,
+        "-u",
+        str(Path(__file__).with_name("bench.py")),
+        "step",
+        options.step,
+        "--out",
+        str(options.out),
+    ]
     command += ["--work", str(options.work), "--call", options.call, "--commit", options.commit]
     command += [f"--earlier={path}" for path in options.earlier]
     return command + (["--rehearse"] if options.rehearse else [])
@@ -167,7 +194,13 @@ def identity_facts(commit: str, rehearse: bool) -> Row:
     import torch
 
     name = f"rehearsal on {platform.machine()}" if rehearse else torch.cuda.get_device_name()
-    return {"gpu": name, "torch": torch.__version__, "triton": version_of("triton"), "commit": commit, "source": source_digest()}
+    return {
+        "gpu": name,
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "commit": commit,
+        "source": source_digest(),
+    }
 
 
 def version_of(package: str) -> str:
@@ -177,13 +210,19 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def run_units(step: Step, units: Sequence[Unit], context: Context, only: Sequence[str] | None = None) -> int:
-    """Runs units until the time is over. Says at the end what failed, what was left out and what no time was left for."""
+def run_units(
+    step: Step, units: Sequence[Unit], context: Context, only: Sequence[str] | None = None
+) -> int:
+    """Runs units until the time is over. Says at the end what failed, what was left out and what no
+    time was left for.
+    """
     wanted = [unit for unit in units if unit.name in (only or (unit.name,))]
     done = context.results.done(step.name, context.identity)
     for name in [unit.name for unit in wanted if unit.name in done]:
         print(f"{name}: measured before", flush=True)
-    waiting = [unit for unit in wanted if unit.name not in {*done, *context.results.failed(step.name)}]
+    waiting = [
+        unit for unit in wanted if unit.name not in {*done, *context.results.failed(step.name)}
+    ]
     if step.parallel and not only:
         lost = in_processes(step.name, [unit.name for unit in waiting], context)
     else:
@@ -200,16 +239,25 @@ def in_turn(step: str, units: Sequence[Unit], context: Context) -> bool:
 
 
 def in_processes(step: str, names: Sequence[str], context: Context) -> bool:
-    """Runs units in processes of their own, `workers()` at once, and stops them when the time is over. No device is lost by that."""
+    """Runs units in processes of their own, `workers()` at once, and stops them when the time is
+    over. No device is lost by that.
+    """
     waiting, running = list(names), dict[str, subprocess.Popen[bytes]]()
     while running or (waiting and context.left_s > 0):
         while waiting and len(running) < workers() and context.left_s > 0:
             name = waiting.pop(0)
-            running[name] = subprocess.Popen([*context.command, "--seconds", f"{context.left_s:.1f}", "--units", name])
+            running[name] = subprocess.Popen(
+                [*context.command, "--seconds", f"{context.left_s:.1f}", "--units", name]
+            )
         for name in [name for name, process in running.items() if process.poll() is not None]:
             code = running.pop(name).returncode
-            if context.results.state(step, name) in ("begun", ""):  # it died in the unit, or before it
-                reason = f"its process ended with {code}" if code >= 0 else f"its process was killed (signal {-code})"
+            # it died in the unit, or before it
+            if context.results.state(step, name) in ("begun", ""):
+                reason = (
+                    f"its process ended with {code}"
+                    if code >= 0
+                    else f"its process was killed (signal {-code})"
+                )
                 end(step, name, context, "failed", reason)
         if context.left_s <= 0:
             for name, process in running.items():
@@ -223,9 +271,19 @@ def in_processes(step: str, names: Sequence[str], context: Context) -> bool:
 
 def summed_up(step: str, names: Sequence[str], context: Context, lost: bool) -> int:
     """The exit code; its reason is the last line that is printed."""
-    ended = {name: found for name in names if (found := context.results.ended(step, name, context.identity))}
-    failed = [f"{name}: {found['reason']}" for name, found in ended.items() if found["status"] == "failed"]
-    left_out = [f"{name}: {found['reason']}" for name, found in ended.items() if found["status"] == "left out"]
+    ended = {
+        name: found
+        for name in names
+        if (found := context.results.ended(step, name, context.identity))
+    }
+    failed = [
+        f"{name}: {found['reason']}" for name, found in ended.items() if found["status"] == "failed"
+    ]
+    left_out = [
+        f"{name}: {found['reason']}"
+        for name, found in ended.items()
+        if found["status"] == "left out"
+    ]
     rest = [name for name in names if name not in ended or ended[name]["status"] == "out of time"]
     parts = [f"{len(failed)} of {len(names)} failed: {in_short(failed)}"] if failed else []
     parts += [f"no time for {in_short(rest)}"] if rest and not lost else []
@@ -233,7 +291,15 @@ def summed_up(step: str, names: Sequence[str], context: Context, lost: bool) -> 
     print(" | ".join(parts) or WHOLE, flush=True)
     if lost:
         return DEVICE_LOST
-    return FAILED if failed else OUT_OF_TIME if rest else LEFT_OUT if len(left_out) == len(names) else 0
+    return (
+        FAILED
+        if failed
+        else OUT_OF_TIME
+        if rest
+        else LEFT_OUT
+        if len(left_out) == len(names)
+        else 0
+    )
 
 
 def in_short(texts: Sequence[str], most: int = 3) -> str:
@@ -243,7 +309,9 @@ def in_short(texts: Sequence[str], most: int = 3) -> str:
 
 
 def run_unit(step: str, unit: Unit, context: Context) -> bool:
-    """Runs a unit, whose rows and end are then on the disk. Whether its process must end: the device is lost."""
+    """Runs a unit, whose rows and end are then on the disk. Whether its process must end: the
+    device is lost.
+    """
     record = {"step": step, "unit": unit.name, "identity": context.identity}
     begin = time.monotonic()
     context.results.append({**record, "event": "begin"})
@@ -272,13 +340,24 @@ def run_unit(step: str, unit: Unit, context: Context) -> bool:
     return lost
 
 
-def end(step: str, name: str, context: Context, status: str, reason: str, seconds: float = 0.0) -> None:
-    record = {"step": step, "unit": name, "identity": context.identity, "event": "end", "status": status, "reason": reason}
+def end(
+    step: str, name: str, context: Context, status: str, reason: str, seconds: float = 0.0
+) -> None:
+    record = {
+        "step": step,
+        "unit": name,
+        "identity": context.identity,
+        "event": "end",
+        "status": status,
+        "reason": reason,
+    }
     context.results.append({**record, "seconds": round(seconds, 2)})
 
 
 def device_is_lost(device: str) -> bool:
-    """After some faults a CUDA context refuses everything, which would read as a failure of every later unit."""
+    """After some faults a CUDA context refuses everything, which would read as a failure of every
+    later unit.
+    """
     if device != "cuda":
         return False
     import torch
@@ -306,7 +385,11 @@ def release(device: str) -> None:
 
 def shown(row: Row) -> str:
     """A row on one line of the terminal."""
-    values = [(key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in row.items() if value not in ("", None)]
+    values = [
+        (key, f"{value:.4g}" if isinstance(value, float) else value)
+        for key, value in row.items()
+        if value not in ("", None)
+    ]
     return ", ".join(f"{key} {value}" for key, value in values)
 
 

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
-# About a millisecond of waiting on the GPU, in which the host queues what is measured: else small calls would show the host's speed.
+# About a millisecond of waiting on the GPU, in which the host queues what is measured: else small
+# calls would show the host's speed.
 HEAD_START_CYCLES = 2_000_000
 
 
 @dataclass(frozen=True)
 class Row:
-    """One provider at one shape. `rate`: TOPS, or GB/s for element-wise ops; `share`: of the peak measured in the same run."""
+    """One provider at one shape. `rate`: TOPS, or GB/s for element-wise ops; `share`: of the peak
+    measured in the same run.
+    """
 
     op: str
     shape: str
@@ -46,12 +49,19 @@ def require_cuda(command: str) -> bool:
     """Whether there is a CUDA device; says in one line what to do where there is none."""
     if torch.cuda.is_available():
         return True
-    print(f"{command}: no CUDA device here, nothing was measured; run `python scripts/{command}` on a machine with one")
+    print(
+        f"{command}: no CUDA device here, nothing was measured; run `python "
+        f"scripts/{command}` on a machine with one"
+    )
     return False
 
 
-def measure(run: Callable[[int], object], repeats: int = 20, device: str = "cuda") -> tuple[float, float, float]:
-    """(20th percentile, median, 80th percentile) of ms per call; `run(i)` takes the i-th set of inputs, so that none stays in a cache."""
+def measure(
+    run: Callable[[int], object], repeats: int = 20, device: str = "cuda"
+) -> tuple[float, float, float]:
+    """(20th percentile, median, 80th percentile) of ms per call; `run(i)` takes the i-th set of
+    inputs, so that none stays in a cache.
+    """
     for index in range(WARM_UP):
         run(index)
     times = []
@@ -72,16 +82,26 @@ def measure(run: Callable[[int], object], repeats: int = 20, device: str = "cuda
     return times[int(0.2 * (repeats - 1))], times[repeats // 2], times[int(0.8 * (repeats - 1))]
 
 
-def peaks(size: int = 8192, copied_bytes: int = 2**30, device: str = "cuda", repeats: int = 20) -> dict[str, float]:
-    """The best that the vendor's libraries reach here: TOPS of square products in bf16 and int8, GB/s of a copy (read + write)."""
+def peaks(
+    size: int = 8192, copied_bytes: int = 2**30, device: str = "cuda", repeats: int = 20
+) -> dict[str, float]:
+    """The best that the vendor's libraries reach here: TOPS of square products in bf16 and int8,
+    GB/s of a copy (read + write).
+    """
     operations = 2.0 * size**3
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     rates = {"bf16": operations / measure(lambda _: a @ b, repeats, device)[0] / 1e9}
-    a8, b8 = (torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2))
-    rates["int8"] = operations / measure(lambda _: torch._int_mm(a8, b8.t()), repeats, device)[0] / 1e9
+    a8, b8 = (
+        torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2)
+    )
+    rates["int8"] = (
+        operations / measure(lambda _: torch._int_mm(a8, b8.t()), repeats, device)[0] / 1e9
+    )
     source = torch.randint(0, 255, (copied_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    rates["copy"] = 2 * source.numel() / measure(lambda _: target.copy_(source), repeats, device)[0] / 1e6
+    rates["copy"] = (
+        2 * source.numel() / measure(lambda _: target.copy_(source), repeats, device)[0] / 1e6
+    )
     return rates
 
 
@@ -89,7 +109,9 @@ def machine() -> tuple[str, str, str]:
     """(GPU, torch, commit); the commit is "unknown" without git or outside a repository."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     try:
-        result = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        result = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
         commit = result.stdout.strip()
     except OSError:
         commit = ""
@@ -102,7 +124,9 @@ def reason(error: BaseException) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[DataclassInstance]) -> None:
-    """One line per row, all of one dataclass, whose fields are the columns. What `path` held before stays until all of it is written."""
+    """One line per row, all of one dataclass, whose fields are the columns. What `path` held before
+    stays until all of it is written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
@@ -114,9 +138,17 @@ def write_csv(path: Path, rows: Sequence[DataclassInstance]) -> None:
 
 def rate_bars(rows: Sequence[Row]) -> list[Bar]:
     """Bars of the rate, grouped by op and shape, each of its unit's largest."""
-    largest = {unit: max(row.rate for row in rows if row.unit == unit) for unit in {row.unit for row in rows}}
+    largest = {
+        unit: max(row.rate for row in rows if row.unit == unit)
+        for unit in {row.unit for row in rows}
+    }
     return [
-        Bar(f"{row.op} {row.shape}", row.provider, row.rate / largest[row.unit], f"{row.rate:.0f} {row.unit}, {row.median_ms:.2f} ms")
+        Bar(
+            f"{row.op} {row.shape}",
+            row.provider,
+            row.rate / largest[row.unit],
+            f"{row.rate:.0f} {row.unit}, {row.median_ms:.2f} ms",
+        )
         for row in rows
     ]
 
@@ -125,5 +157,8 @@ def table(rows: Sequence[Row]) -> str:
     lines = ["| op | shape | provider | ms | rate | share of peak |", "|---|---|---|--:|--:|--:|"]
     for row in rows:
         share = f"{row.share:.0%}" if row.share else "-"
-        lines.append(f"| {row.op} | {row.shape} | {row.provider} | {row.median_ms:.3f} | {row.rate:.0f} {row.unit} | {share} |")
+        lines.append(
+            f"| {row.op} | {row.shape} | {row.provider} | {row.median_ms:.3f} | "
+            f"{row.rate:.0f} {row.unit} | {share} |"
+        )
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""Makes `.venv` in the root of the repository, with lowvram and its tools in it, and runs one command there.
+"""Makes `.venv` in the root of the repository, with lowvram and its tools in it, and runs one
+command there.
 
     python scripts/bootstrap.py setup                 only make it, or bring it up to date
     python scripts/bootstrap.py demo [ARGS]           python -m lowvram demo ARGS
@@ -7,8 +8,8 @@
     python scripts/bootstrap.py --torch-index URL …   also look there for torch: PyTorch's CPU index saves some GB where there is no GPU,
                                                       its CUDA index is needed on Windows
 
-Needs Python 3.10 or later and nothing else. What is installed is remembered by a hash of pyproject.toml and constraints.txt, so that a
-second call starts at once.
+Needs Python 3.10 or later and nothing else. What is installed is remembered by a hash of
+pyproject.toml and constraints.txt, so that a second call starts at once.
 """
 
 from __future__ import annotations
@@ -40,8 +41,21 @@ COMMANDS = {
     "lint": ["-m", "ruff", "check", "."],
     "format": ["-m", "ruff", "format", "--check", "."],
     "type": ["-m", "mypy"],
-    "contracts": ["-c", "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"],
-    "test": ["-m", "pytest", "-q", "--durations=15", "-n", str(processors()), "--dist", "worksteal"],
+    "contracts": [
+        "-c",
+        "import sys; from importlinter.cli import lint_imports_command; "
+        "sys.exit(lint_imports_command())",
+    ],
+    "test": [
+        "-m",
+        "pytest",
+        "-q",
+        "--durations=15",
+        "-n",
+        str(processors()),
+        "--dist",
+        "worksteal",
+    ],
 }
 
 
@@ -65,9 +79,16 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="bootstrap.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+        prog="bootstrap.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
     )
-    parser.add_argument("--torch-index", metavar="URL", help="a further package index, for a build of torch that is not the usual one")
+    parser.add_argument(
+        "--torch-index",
+        metavar="URL",
+        help="a further package index, for a build of torch that is not the usual one",
+    )
     parser.add_argument("command", choices=list(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed on to the command")
     return parser.parse_args(arguments)
@@ -76,7 +97,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def check_python(version: tuple[int, ...]) -> None:
     if version < MIN_PYTHON:
         found, needed = (".".join(map(str, numbers)) for numbers in (version, MIN_PYTHON))
-        raise BootstrapError(f"this is Python {found}, lowvram needs {needed} or later: install one and call this script with it")
+        raise BootstrapError(
+            f"this is Python {found}, lowvram needs {needed} or later: install one and call "
+            f"this script with it"
+        )
 
 
 def make_environment(torch_index: str | None, venv: Path = VENV) -> Path:
@@ -84,7 +108,9 @@ def make_environment(torch_index: str | None, venv: Path = VENV) -> Path:
     python, stamp, wanted = python_of(venv), venv / STAMP, fingerprint()
     if not works(python):
         create(venv)
-    elif stamp.is_file() and up_to_date(stamp.read_text(encoding="utf-8").split(), wanted, torch_index):
+    elif stamp.is_file() and up_to_date(
+        stamp.read_text(encoding="utf-8").split(), wanted, torch_index
+    ):
         return python
     stamp.unlink(missing_ok=True)
     install(python, torch_index)
@@ -112,7 +138,9 @@ def fingerprint() -> str:
 def works(python: Path) -> bool:
     """A half-made environment has no python, one that does not start, or no pip."""
     try:
-        done = subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True, check=False)
+        done = subprocess.run(
+            [str(python), "-m", "pip", "--version"], capture_output=True, check=False
+        )
     except OSError:
         return False
     return done.returncode == 0
@@ -121,7 +149,10 @@ def works(python: Path) -> bool:
 def create(venv: Path) -> None:
     say(f"making {venv}")
     if run([sys.executable, "-m", "venv", "--clear", str(venv)]):
-        raise BootstrapError("cannot make the environment: on Debian and Ubuntu install python3-venv, elsewhere Python with venv and pip")
+        raise BootstrapError(
+            "cannot make the environment: on Debian and Ubuntu install python3-venv, "
+            "elsewhere Python with venv and pip"
+        )
 
 
 def install(python: Path, torch_index: str | None) -> None:
@@ -133,15 +164,23 @@ def install(python: Path, torch_index: str | None) -> None:
     if torch_index is not None:
         command += ["--extra-index-url", torch_index, "--upgrade", "torch"]
     if run(command):
-        raise BootstrapError("pip failed, see above: check the network and the disk, then call this script again")
+        raise BootstrapError(
+            "pip failed, see above: check the network and the disk, then call this script again"
+        )
 
 
 def advise_on_torch(system: str, has_gpu: bool) -> None:
     """PyPI has torch with CUDA for Linux and without for Windows."""
     if system == "linux" and not has_gpu:
-        say("no NVIDIA GPU seen: --torch-index with PyTorch's CPU index (pytorch.org, Get started) would save some GB")
+        say(
+            "no NVIDIA GPU seen: --torch-index with PyTorch's CPU index (pytorch.org, Get "
+            "started) would save some GB"
+        )
     if system == "win32" and has_gpu:
-        say("for the NVIDIA GPU, call this again with --torch-index and PyTorch's CUDA index (pytorch.org, Get started)")
+        say(
+            "for the NVIDIA GPU, call this again with --torch-index and PyTorch's CUDA index "
+            "(pytorch.org, Get started)"
+        )
 
 
 def run(command: list[str]) -> int:

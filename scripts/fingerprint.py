@@ -1,4 +1,5 @@
-"""Hashes of what lowvram makes of the demo model: run on two commits, equal files mean that no byte of a store, a frame or a plan changed.
+"""Hashes of what lowvram makes of the demo model: run on two commits, equal files mean that no byte
+of a store, a frame or a plan changed.
 
     python scripts/fingerprint.py before.json --source /path/to/lowvram/demo/model
 
@@ -39,12 +40,23 @@ NOT_COMPARED = ("lowvram_version", "sha256")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="the JSON file to write")
-    parser.add_argument("--source", type=Path, default=Path(lowvram.__file__).parent / "demo" / "model", help="the checkpoint")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        default=Path(lowvram.__file__).parent / "demo" / "model",
+        help="the checkpoint",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = {"stores": stores(options.source, Path(folder)), "frames": frames(Path(folder)), "plans": plans()}
+        found = {
+            "stores": stores(options.source, Path(folder)),
+            "frames": frames(Path(folder)),
+            "plans": plans(),
+        }
     options.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -54,9 +66,15 @@ def stores(source: Path, folder: Path) -> dict[str, dict[str, Any]]:
     for format in FORMATS:
         model = folder / format
         lowvram.quantize(source, model, format)
-        found[format] = {path.name: sha256(path.read_bytes()) for path in sorted(model.glob("*")) if path.suffix != ".json"}
+        found[format] = {
+            path.name: sha256(path.read_bytes())
+            for path in sorted(model.glob("*"))
+            if path.suffix != ".json"
+        }
         manifest = json.loads((model / "lowvram.json").read_text(encoding="utf-8"))
-        found[format]["lowvram.json"] = {name: value for name, value in manifest.items() if name not in NOT_COMPARED}
+        found[format]["lowvram.json"] = {
+            name: value for name, value in manifest.items() if name not in NOT_COMPARED
+        }
     return found
 
 
@@ -64,20 +82,28 @@ def frames(folder: Path) -> dict[str, str]:
     """Prompt -> sha256 of the frames."""
     found = {}
     for format, prompt, seed in PROMPTS:
-        pipeline = lowvram.load(folder / format, vram="1GiB", ram="4GiB", device="cpu", prompt_cache=False)
+        pipeline = lowvram.load(
+            folder / format, vram="1GiB", ram="4GiB", device="cpu", prompt_cache=False
+        )
         with pipeline.store:
-            found[f"{format}, {prompt}"] = sha256(pipeline(prompt, seed=seed).frames.numpy().tobytes())
+            found[f"{format}, {prompt}"] = sha256(
+                pipeline(prompt, seed=seed).frames.numpy().tobytes()
+            )
     return found
 
 
 def plans() -> dict[str, Any]:
     """40 requests -> the plan as JSON, or why there is none."""
     found: dict[str, Any] = {}
-    for variant, (size, count), machine in itertools.product(("t2v-a14b", "i2v-a14b"), SIZES, MACHINES):
+    for variant, (size, count), machine in itertools.product(
+        ("t2v-a14b", "i2v-a14b"), SIZES, MACHINES
+    ):
         format = "fp8" if count == 33 else "int8"
         key = f"{variant} {format} {size} {count} {machine}"
         try:
-            found[key] = lowvram.plan(variant, size=size, frames=count, format=format, **machine).to_dict()
+            found[key] = lowvram.plan(
+                variant, size=size, frames=count, format=format, **machine
+            ).to_dict()
         except Exception as error:  # refusals are compared too
             found[key] = f"{type(error).__name__}: {error}"
     return found

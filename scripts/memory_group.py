@@ -1,4 +1,6 @@
-"""A Linux control group that holds a command and all it maps, file pages included, to a number of bytes (cgroup v1 and v2; needs root)."""
+"""A Linux control group that holds a command and all it maps, file pages included, to a number of
+bytes (cgroup v1 and v2; needs root).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class NoGroupError(Exception):
 
 @dataclass(frozen=True)
 class MemoryGroup:
-    """A group of its own; the kernel kills what runs in it where it cannot stay within `limit_bytes`."""
+    """A group of its own; the kernel kills what runs in it where it cannot stay within
+    `limit_bytes`.
+    """
 
     folder: Path
     limit_bytes: int
@@ -28,7 +32,9 @@ class MemoryGroup:
     def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
         """`subprocess.run` as text, inside the group from the first instruction on."""
         entrance = self.folder / "cgroup.procs"
-        return subprocess.run(command, text=True, preexec_fn=lambda: _write(entrance, os.getpid()), **options)
+        return subprocess.run(
+            command, text=True, preexec_fn=lambda: _write(entrance, os.getpid()), **options
+        )
 
     @contextmanager
     def holding(self, pid: int) -> Iterator[None]:
@@ -75,7 +81,9 @@ def _new_folder() -> tuple[Path, dict[str, int | None]]:
     )
     for parent, limits in candidates:
         controllers = parent / "cgroup.subtree_control"
-        usable = (parent / "memory.limit_in_bytes").exists() or (controllers.exists() and "memory" in controllers.read_text().split())
+        usable = (parent / "memory.limit_in_bytes").exists() or (
+            controllers.exists() and "memory" in controllers.read_text().split()
+        )
         if not usable:
             continue
         for number in count():
@@ -94,7 +102,9 @@ def _group_of(pid: int, mount: Path) -> Path:
     """The folder of the group that a process is in, in the hierarchy mounted at `mount`."""
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if ("memory" in controllers.split(",")) == (mount.name == "memory") and (controllers == "" or mount.name == "memory"):
+        if ("memory" in controllers.split(",")) == (mount.name == "memory") and (
+            controllers == "" or mount.name == "memory"
+        ):
             return mount / path.strip("/")
     return mount
 

@@ -1,4 +1,6 @@
-"""Writes docs/plans.md and docs/streaming.md, all of it predicted: what runs within which budgets, and where streaming is hidden."""
+"""Writes docs/plans.md and docs/streaming.md, all of it predicted: what runs within which budgets,
+and where streaming is hidden.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,15 @@ VRAM_GB, RAM_GB = (24, 16, 12, 8, 6), (64, 32, 16, 8)
 CARDS = ("RTX 3060 12GB", "RTX 4090")
 DIT, BLOCKS = T2V_A14B.dit, T2V_A14B.dit.num_layers
 INT8_BYTES = 351_272_960  # of a block's matrices, as docs/facts/kernels.md section 5 counts them
-HIDDEN = 0.02  # a step that takes at most this much longer than with resident blocks: promise 2 of the design
+# a step that takes at most this much longer than with resident blocks: promise 2 of the design
+HIDDEN = 0.02
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """One row of the table of docs/facts/kernels.md section 5: rates in TOPS, and its own thresholds over PCIe 3, 4 and 5."""
+    """One row of the table of docs/facts/kernels.md section 5: rates in TOPS, and its own
+    thresholds over PCIe 3, 4 and 5.
+    """
 
     name: str
     gemm: float
@@ -39,7 +44,8 @@ class Assumed:
     facts: tuple[int | None, ...]
 
 
-# The facts name no rates for the 5090's realistic row; 550 beside its published attention of 479 gives all three of its thresholds.
+# The facts name no rates for the 5090's realistic row; 550 beside its published attention of 479
+# gives all three of its thresholds.
 SECTION_5 = (
     Assumed("4090 limit, all 8-bit", 660, 660, (19_424, 11_217, 6_373)),
     Assumed("4090 realistic (400 / 322)", 400, 322, (12_712, 7_198, 4_015)),
@@ -52,14 +58,22 @@ SECTION_5 = (
     Assumed("H200 realistic (1200 / 880)", 1200, 880, (26_344, 16_099, None)),
 )
 GENERATIONS = (3, 4, 5)
-CLIPS = (("640x384 x 33", 8_640), ("832x480 x 33", 14_040), ("832x480 x 49", 20_280), ("832x480 x 81", 32_760), ("1280x720 x 81", 75_600))
+CLIPS = (
+    ("640x384 x 33", 8_640),
+    ("832x480 x 33", 14_040),
+    ("832x480 x 49", 20_280),
+    ("832x480 x 81", 32_760),
+    ("1280x720 x 81", 75_600),
+)
 STREAMED_CARDS = ("RTX 3060 12GB", "RTX 3090", "RTX 4060 8GB", "RTX 4090", "RTX 5090", "H200")
 
 
 # docs/plans.md
 
 
-def plan_of(config: ModelConfig, card: Card, size: tuple[int, int], vram_gb: int, ram_gb: int) -> MemoryPlan | BudgetError:
+def plan_of(
+    config: ModelConfig, card: Card, size: tuple[int, int], vram_gb: int, ram_gb: int
+) -> MemoryPlan | BudgetError:
     """The plan that `lowvram plan` makes for a card under two budgets, or why there is none."""
     sampling, ram_bytes = config.sampling, ram_gb * 10**9
     profile = card.profile(ram_bytes)
@@ -82,9 +96,14 @@ def plan_of(config: ModelConfig, card: Card, size: tuple[int, int], vram_gb: int
 
 
 def plan_row(config: ModelConfig, size: tuple[int, int], vram_gb: int, ram_gb: int) -> str:
-    """One line: peaks and where the blocks lie, of the plan for the first card that has the VRAM, and the times of all that have it."""
+    """One line: peaks and where the blocks lie, of the plan for the first card that has the VRAM,
+    and the times of all that have it.
+    """
     cards = [find_card(name) for name in CARDS]
-    plans = [plan_of(config, card, size, vram_gb, ram_gb) if card.vram_bytes >= vram_gb * 10**9 else None for card in cards]
+    plans = [
+        plan_of(config, card, size, vram_gb, ram_gb) if card.vram_bytes >= vram_gb * 10**9 else None
+        for card in cards
+    ]
     first = next(plan for plan in plans if plan is not None)
     cells = [f"{vram_gb} GB", f"{ram_gb} GB"]
     if isinstance(first, BudgetError):
@@ -92,10 +111,17 @@ def plan_row(config: ModelConfig, size: tuple[int, int], vram_gb: int, ram_gb: i
     choice = first.choice
     from_disk = first.num_blocks - choice.resident_blocks - choice.host_blocks
     cells += [format_bytes(first.peak_vram_bytes), format_bytes(first.peak_ram_bytes)]
-    cells += [f"{choice.resident_blocks} / {choice.host_blocks} ({choice.pinned_blocks}) / {from_disk}", f"{choice.chunk_tokens}"]
+    cells += [
+        f"{choice.resident_blocks} / {choice.host_blocks} ({choice.pinned_blocks}) / {from_disk}",
+        f"{choice.chunk_tokens}",
+    ]
     for plan in plans:
         prediction = plan.prediction if isinstance(plan, MemoryPlan) else None
-        cells += [f"{prediction.step_s:.1f} s", duration(prediction.video_s)] if prediction else ["-", "-"]
+        cells += (
+            [f"{prediction.step_s:.1f} s", duration(prediction.video_s)]
+            if prediction
+            else ["-", "-"]
+        )
     return _line(cells)
 
 
@@ -103,22 +129,36 @@ def plans_document() -> str:
     lines = [
         "# What runs within which budgets",
         "",
-        f"Written by `{COMMAND}` from the planner; int8, 40 steps, two guidance branches, {FRAMES} frames. Peaks are computed before a",
-        "run and kept by it. **All times are predictions** from the table of cards (`lowvram/timing/cards.py`): data sheets, and shares of",
-        "their peaks that the kernels' machine code predicts (`docs/benchmarks/kernels.md`). None was measured. Weights come from a disk",
-        "of 3.5 GB/s where they are in neither VRAM nor RAM. `lowvram plan VARIANT --gpu CARD --size … --vram … --ram …` answers for other",
+        f"Written by `{COMMAND}` from the planner; int8, 40 steps, two guidance branches, "
+        f"{FRAMES} frames. Peaks are computed before a",
+        "run and kept by it. **All times are predictions** from the table of cards "
+        "(`lowvram/timing/cards.py`): data sheets, and shares of",
+        "their peaks that the kernels' machine code predicts "
+        "(`docs/benchmarks/kernels.md`). None was measured. Weights come from a disk",
+        "of 3.5 GB/s where they are in neither VRAM nor RAM. `lowvram plan VARIANT --gpu "
+        "CARD --size … --vram … --ram …` answers for other",
         "cards, links and disks.",
         "",
-        "Blocks: of one expert's 40, how many stay in VRAM / in RAM (of these page-locked: at most half of the budget) / come from disk",
-        f"at every visit. Peaks, blocks and chunk (tokens) are those of the plan for the first of {' and '.join(CARDS)} that has",
-        "the VRAM; `-`: the card has less. The video's time is that of all phases, the writing of the file left out. Image to video can",
-        "be planned but not run yet, and the encoding of the image is not counted, neither its time nor its memory.",
+        "Blocks: of one expert's 40, how many stay in VRAM / in RAM (of these "
+        "page-locked: at most half of the budget) / come from disk",
+        f"at every visit. Peaks, blocks and chunk (tokens) are those of the plan for the "
+        f"first of {' and '.join(CARDS)} that has",
+        "the VRAM; `-`: the card has less. The video's time is that of all phases, the "
+        "writing of the file left out. Image to video can",
+        "be planned but not run yet, and the encoding of the image is not counted, "
+        "neither its time nor its memory.",
     ]
     head = ["VRAM", "RAM", "peak VRAM", "peak RAM", "blocks", "chunk"]
     head += [f"{name}: {what}, predicted" for name in CARDS for what in ("a step", "a video")]
     for config in (T2V_A14B, I2V_A14B):
         for size in SIZES:
-            lines += ["", f"## {config.variant}, {size[0]}x{size[1]} x {FRAMES}", "", _line(head), _rule(len(head))]
+            lines += [
+                "",
+                f"## {config.variant}, {size[0]}x{size[1]} x {FRAMES}",
+                "",
+                _line(head),
+                _rule(len(head)),
+            ]
             lines += [plan_row(config, size, vram, ram) for vram in VRAM_GB for ram in RAM_GB]
     return "\n".join(lines) + "\n"
 
@@ -126,11 +166,15 @@ def plans_document() -> str:
 # docs/streaming.md
 
 
-def steady_overhead(compute_s: float, block_bytes: float, speeds: Speeds, choice: Choice, rounds: int = 2) -> float:
+def steady_overhead(
+    compute_s: float, block_bytes: float, speeds: Speeds, choice: Choice, rounds: int = 2
+) -> float:
     """How much longer the third of three steps takes than computing alone, as a share."""
     length = rounds * BLOCKS
     schedule = [("high_noise", index) for _ in range(3 * rounds) for index in range(BLOCKS)]
-    timeline = simulate_choice(schedule, choice, int(block_bytes), compute_s, speeds, 2, [length] * 3)
+    timeline = simulate_choice(
+        schedule, choice, int(block_bytes), compute_s, speeds, 2, [length] * 3
+    )
     third = timeline.visits[-1].compute_end_s - timeline.visits[-1 - length].compute_end_s
     return third / (length * compute_s) - 1
 
@@ -148,15 +192,23 @@ def first_hidden(hidden_at: Callable[[int], bool], low: int = 64, high: int = 20
 
 
 def bare_seconds(row: Assumed, tokens: int) -> float:
-    """A block's linears and attention at fixed rates, as kernels.md section 5 counts them: no element-wise work."""
+    """A block's linears and attention at fixed rates, as kernels.md section 5 counts them: no
+    element-wise work.
+    """
     attention = attention_ops(DIT, tokens, tokens) + attention_ops(DIT, tokens, DIT.text_len)
     return ((linear_ops(DIT, tokens) + text_ops(DIT)) / row.gemm + attention / row.attention) / 1e12
 
 
 def threshold(row: Assumed, generation: int) -> int:
-    """Tokens from which the simulated streamer hides copies out of page-locked RAM to a thousandth."""
+    """Tokens from which the simulated streamer hides copies out of page-locked RAM to a
+    thousandth.
+    """
     speeds = Speeds(1e15, 1e15, LANE_BYTES_S[generation] * 16)
-    return first_hidden(lambda tokens: steady_overhead(bare_seconds(row, tokens), INT8_BYTES, speeds, IN_RAM) <= 1e-3)
+    return first_hidden(
+        lambda tokens: (
+            steady_overhead(bare_seconds(row, tokens), INT8_BYTES, speeds, IN_RAM) <= 1e-3
+        )
+    )
 
 
 def closed_form(row: Assumed, generation: int) -> int:
@@ -170,7 +222,9 @@ def travel_seconds(generation: int) -> float:
 
 
 def more_of_the_facts() -> tuple[float, float]:
-    """By which share the thresholds of the facts lie above the closed form: the least and the most of all."""
+    """By which share the thresholds of the facts lie above the closed form: the least and the most
+    of all.
+    """
     shares = [
         facts / closed_form(row, generation) - 1
         for row in SECTION_5
@@ -184,8 +238,12 @@ def card_seconds(card: Card, tokens: int) -> float:
     return block_seconds(DIT, "int8", tokens, 8192, card.profile()) or 0.0
 
 
-def card_overhead(card: Card, tokens: int, link_bytes_s: float, disk_bytes_s: float | None, joint: bool) -> float:
-    """The overhead of streaming every block out of page-locked RAM, or off a disk, through two slots."""
+def card_overhead(
+    card: Card, tokens: int, link_bytes_s: float, disk_bytes_s: float | None, joint: bool
+) -> float:
+    """The overhead of streaming every block out of page-locked RAM, or off a disk, through two
+    slots.
+    """
     speeds = Speeds(disk_bytes_s or 1e15, 10e9, link_bytes_s)
     choice = ON_DISK if disk_bytes_s else IN_RAM
     seconds = card_seconds(card, tokens) * (2 if joint else 1)
@@ -195,7 +253,11 @@ def card_overhead(card: Card, tokens: int, link_bytes_s: float, disk_bytes_s: fl
 def threshold_row(row: Assumed) -> str:
     cells = [row.name]
     for generation, facts in zip(GENERATIONS, row.facts, strict=True):
-        cells += [f"{facts:,}" if facts else "-", f"{closed_form(row, generation):,}", f"{threshold(row, generation):,}"]
+        cells += [
+            f"{facts:,}" if facts else "-",
+            f"{closed_form(row, generation):,}",
+            f"{threshold(row, generation):,}",
+        ]
     return _line(cells)
 
 
@@ -204,7 +266,9 @@ def hidden_row(name: str) -> str:
     cells = [name, f"PCIe {card.pcie_generation}.0 x{card.pcie_lanes}"]
     for disk in (None, 7e9, 3.5e9):
         for joint in (False, True):
-            cells.append(f"{first_hidden(lambda n, d=disk, j=joint: card_overhead(card, n, card.link_bytes_s, d, j) <= HIDDEN):,}")
+            cells.append(
+                f"{first_hidden(lambda n, d=disk, j=joint: card_overhead(card, n, card.link_bytes_s, d, j) <= HIDDEN):,}"
+            )
     return _line(cells)
 
 
@@ -218,8 +282,15 @@ def overhead_rows(name: str) -> list[str]:
     )
     rows = []
     for way, link, disk in ways:
-        overheads = [min(card_overhead(card, tokens, link, disk, joint) for joint in (False, True)) for _, tokens in CLIPS]
-        rows.append(_line([name, way, *("hidden" if share <= 5e-4 else f"{share:.1%}" for share in overheads)]))
+        overheads = [
+            min(card_overhead(card, tokens, link, disk, joint) for joint in (False, True))
+            for _, tokens in CLIPS
+        ]
+        rows.append(
+            _line(
+                [name, way, *("hidden" if share <= 5e-4 else f"{share:.1%}" for share in overheads)]
+            )
+        )
     return rows
 
 
@@ -231,15 +302,21 @@ def streaming_document() -> str:
     lines = [
         "# Where streaming is hidden",
         "",
-        f"Written by `{COMMAND}` from the model of time (`lowvram/streaming/simulate.py`), which the tests hold against the real",
-        "streamer's own threads on a simulated clock, event by event. **Every number here is a prediction**; none was measured on a GPU.",
+        f"Written by `{COMMAND}` from the model of time "
+        f"(`lowvram/streaming/simulate.py`), which the tests hold against the real",
+        "streamer's own threads on a simulated clock, event by event. **Every number "
+        "here is a prediction**; none was measured on a GPU.",
         "",
         "## Against the closed form",
         "",
-        "Tokens from which streaming int8 blocks out of page-locked RAM costs nothing. Facts: the table of `docs/facts/kernels.md` section",
-        "5. Closed form: a block computes longer than it travels, linears and both attentions counted; the facts leave cross-attention and",
-        f"the text's keys and values out, hence their {least:.1%} to {most:.1%} more tokens. Simulated: the streamer with two slots and no",
-        "resident block takes at most 0.1 % longer for a step; it agrees with the closed form, so two slots suffice where every block",
+        "Tokens from which streaming int8 blocks out of page-locked RAM costs nothing. "
+        "Facts: the table of `docs/facts/kernels.md` section",
+        "5. Closed form: a block computes longer than it travels, linears and both "
+        "attentions counted; the facts leave cross-attention and",
+        f"the text's keys and values out, hence their {least:.1%} to {most:.1%} more "
+        f"tokens. Simulated: the streamer with two slots and no",
+        "resident block takes at most 0.1 % longer for a step; it agrees with the closed "
+        "form, so two slots suffice where every block",
         "travels alike.",
         "",
         _line(head),
@@ -248,24 +325,32 @@ def streaming_document() -> str:
         "",
         "## With everything counted",
         "",
-        f"Tokens from which a step takes at most {HIDDEN:.0%} longer than with resident blocks, on the rates of the table of cards",
-        "(predictions), element-wise work and launches counted; no resident block, two slots. `joint`: both guidance branches share a",
-        "visit of a block. Numbers step by 128: what a tile of queries computes beyond the last token counts too.",
+        f"Tokens from which a step takes at most {HIDDEN:.0%} longer than with resident "
+        f"blocks, on the rates of the table of cards",
+        "(predictions), element-wise work and launches counted; no resident block, two "
+        "slots. `joint`: both guidance branches share a",
+        "visit of a block. Numbers step by 128: what a tile of queries computes beyond "
+        "the last token counts too.",
         "",
-        _line(["card", "link", "RAM", "RAM, joint", "disk 7 GB/s", "joint", "disk 3.5 GB/s", "joint"]),
+        _line(
+            ["card", "link", "RAM", "RAM, joint", "disk 7 GB/s", "joint", "disk 3.5 GB/s", "joint"]
+        ),
         _rule(8),
         *(hidden_row(name) for name in STREAMED_CARDS),
         "",
         "## What it costs where it is not hidden",
         "",
-        "How much longer a step takes than with resident blocks when **no** block is resident, with separate or joint visits, whichever is",
-        "faster. Residents, which the planner takes first wherever VRAM is left, shrink every one of these.",
+        "How much longer a step takes than with resident blocks when **no** block is "
+        "resident, with separate or joint visits, whichever is",
+        "faster. Residents, which the planner takes first wherever VRAM is left, shrink "
+        "every one of these.",
         "",
         _line(["card", "weights come from", *(name for name, _ in CLIPS)]),
         _rule(2 + len(CLIPS)),
         *(row for name in STREAMED_CARDS for row in overhead_rows(name)),
         "",
-        '`lowvram plan VARIANT --gpu CARD --link "PCIe 3.0 x8" --disk 3.5GB` answers for one machine, with what its budgets make resident.',
+        '`lowvram plan VARIANT --gpu CARD --link "PCIe 3.0 x8" --disk 3.5GB` answers for '
+        "one machine, with what its budgets make resident.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -280,7 +365,11 @@ def _rule(columns: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a document is not what this would write")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit with 1 where a document is not what this would write",
+    )
     check = parser.parse_args(arguments).check
     stale = False
     for name, document in (("plans.md", plans_document()), ("streaming.md", streaming_document())):

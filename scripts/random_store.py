@@ -1,5 +1,5 @@
-"""A store of random weights in A14B's shapes, written by the project's own writer: one block's random codes, shifted by another amount in
-every block.
+"""A store of random weights in A14B's shapes, written by the project's own writer: one block's
+random codes, shifted by another amount in every block.
 """
 
 from __future__ import annotations
@@ -28,11 +28,18 @@ def bench_config(layers: int) -> ModelConfig:
     """Experts of A14B's shapes; the parts that no step uses are as small as their code allows."""
     text = replace(T2V_A14B.text_encoder, vocab_size=256, num_layers=1, d_ff=256)
     vae = VAEConfig(base_dim=8, num_res_blocks=1)
-    return replace(T2V_A14B, variant="t2v-custom", dit=replace(T2V_A14B.dit, num_layers=layers), text_encoder=text, vae=vae)
+    return replace(
+        T2V_A14B,
+        variant="t2v-custom",
+        dit=replace(T2V_A14B.dit, num_layers=layers),
+        text_encoder=text,
+        vae=vae,
+    )
 
 
 def write_random_store(path: Path, config: ModelConfig, tokenizer: bytes = b"{}") -> Store:
-    """A store whose weights have the variance of a trained model's, so that latents stay finite. Raises `DiskFullError`.
+    """A store whose weights have the variance of a trained model's, so that latents stay finite.
+    Raises `DiskFullError`.
 
     tokenizer: the file's bytes; what the default says cannot read a prompt.
     """
@@ -44,19 +51,31 @@ def write_random_store(path: Path, config: ModelConfig, tokenizer: bytes = b"{}"
     generator = torch.Generator().manual_seed(0)
     files = {}
     for component, layout in layouts.items():
-        with StoreWriter(path / component_file(component), layout.tensors, layout.metadata(), {}, resume=False) as writer:
+        with StoreWriter(
+            path / component_file(component), layout.tensors, layout.metadata(), {}, resume=False
+        ) as writer:
             for number, tensor in enumerate(layout.tensors):
                 if tensor.role == "weight":
                     widths[tensor.name] = tensor.shape[1]
                 kind = re.sub(r"^blocks\.\d+\.", "", tensor.name), tensor.dtype, tensor.shape
                 if kind not in base:
-                    base[kind] = _random(tensor, layout.format, widths.get(tensor.source, 1), generator)
+                    base[kind] = _random(
+                        tensor, layout.format, widths.get(tensor.source, 1), generator
+                    )
                 codes = base[kind]
-                writer.write(codes.flatten().roll(number).view(codes.shape) if tensor.role == "weight" else codes)
-            files[component] = ComponentManifest(component_file(component), writer.header_sha256, writer.finish())
+                writer.write(
+                    codes.flatten().roll(number).view(codes.shape)
+                    if tensor.role == "weight"
+                    else codes
+                )
+            files[component] = ComponentManifest(
+                component_file(component), writer.header_sha256, writer.finish()
+            )
     (path / TOKENIZER_NAME).write_bytes(tokenizer)
     digest = hashlib.sha256(tokenizer).hexdigest()
-    Manifest(config, FORMAT, {"format": FORMAT}, {"layout": "random"}, files, digest, "0").write(path)
+    Manifest(config, FORMAT, {"format": FORMAT}, {"layout": "random"}, files, digest, "0").write(
+        path
+    )
     remove_leftovers(path)
     return open_store(path)
 

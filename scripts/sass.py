@@ -1,16 +1,22 @@
-"""Counts the hot loop of a kernel's machine code: which pipe of an SM takes how many cycles for one trip, and what bound follows.
+"""Counts the hot loop of a kernel's machine code: which pipe of an SM takes how many cycles for one
+trip, and what bound follows.
 
-The model. One scheduler of an SM, of four, issues one warp instruction a cycle; a pipe takes some cycles for each, by its lanes. The tensor
-cores take the loop's multiplications over the data sheet's rate. Two bounds on the share of the tensor cores' peak:
+The model. One scheduler of an SM, of four, issues one warp instruction a cycle; a pipe takes some
+cycles for each, by its lanes. The tensor cores take the loop's multiplications over the data
+sheet's rate. Two bounds on the share of the tensor cores' peak:
 
 - ideal: tensor time / the longest pipe, as if everything overlapped;
-- serial: tensor time / (tensor time + the longest other pipe), as if a scheduler's warps never overlapped a product and what lies between.
+- serial: tensor time / (tensor time + the longest other pipe), as if a
+  scheduler's warps never overlapped a product and what lies between.
 
-Published speeds of SageAttention 1 and of flash attention in Triton lie at 0.73 to 1.23 of `serial` (`static_bound.py --calibrate`). Not
-modelled: latencies, DRAM, clocks under load, tails of waves, what bulk copies (UTMALDG) write to shared memory.
+Published speeds of SageAttention 1 and of flash attention in Triton lie at 0.73 to 1.23 of `serial`
+(`static_bound.py --calibrate`). Not
+modelled: latencies, DRAM, clocks under load, tails of waves, what bulk copies (UTMALDG) write to
+shared memory.
 
-Sources: NVIDIA's data sheets and tuning guides (SMs, clocks, dense rates, shared memory); lanes per pipe from forums.developer.nvidia.com,
-topic 302018, and from published microbenchmarks (FFMA 4, ALU 2, MUFU 0.5 warp instructions per SM and cycle; 128 bytes of shared memory).
+Sources: NVIDIA's data sheets and tuning guides (SMs, clocks, dense rates, shared memory); lanes per
+pipe from forums.developer.nvidia.com, topic 302018, and from published microbenchmarks (FFMA 4, ALU
+2, MUFU 0.5 warp instructions per SM and cycle; 128 bytes of shared memory).
 """
 
 from __future__ import annotations
@@ -22,9 +28,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Card:
-    """A card of an architecture. int8 … fp8_half: multiplications per cycle and SM (data sheet's dense rate / 2 / SMs / boost clock).
+    """A card of an architecture. int8 … fp8_half: multiplications per cycle and SM (data sheet's
+    dense rate / 2 / SMs / boost clock).
 
-    half: fp16 or bf16 into fp32; half_half: fp16 into fp16. fma: a scheduler's cycles for FFMA, FADD or FMUL.
+    half: fp16 or bf16 into fp32; half_half: fp16 into fp16. fma: a scheduler's cycles for FFMA,
+    FADD or FMUL.
     """
 
     name: str
@@ -53,7 +61,8 @@ CARDS = {
 }
 ARCHES = tuple(CARDS)
 PIPES = ("tensor", "issue", "fma", "alu", "xu", "lsu")
-# Cycles of one scheduler per warp instruction: 16 lanes for the ALU and the heavy half of FMA, 4 for MUFU and conversions.
+# Cycles of one scheduler per warp instruction: 16 lanes for the ALU and the heavy half of FMA, 4
+# for MUFU and conversions.
 ALU, HEAVY, XU = 2.0, 2.0, 8.0
 LSU_BYTES = 128  # of shared memory per cycle and SM; a shuffle moves as much
 
@@ -62,15 +71,23 @@ _GROUPS = {
     "fma2": "FFMA2 FADD2 FMUL2 HFMA2 HADD2 HMUL2",
     "heavy": "IMAD IDP UIMAD",
     "xu": "MUFU I2F F2I F2F POPC FLO BREV I2I FRND",
-    "alu": "IADD3 IADD LOP3 LOP PRMT SHF SHL SHR FMNMX FMNMX3 SEL FSEL ISETP FSETP I2FP F2FP F2IP LEA MOV VIADD IABS SGXT PLOP3 VIMNMX"
+    "alu": "IADD3 IADD LOP3 LOP PRMT SHF SHL SHR FMNMX FMNMX3 SEL FSEL ISETP FSETP I2FP "
+    "F2FP F2IP LEA MOV VIADD IABS SGXT PLOP3 VIMNMX"
     " VIMNMX3 IMNMX VIADDMNMX ISCADD BMSK CS2R FCHK FSWZADD HMNMX2 VABSDIFF P2R R2P HSETP2 VHMNMX",
     "lsu": "LDSM LDS STS STSM LDGSTS SHFL LDG STG ATOM RED LDL STL LD ST LDTM STTM",
     "mma": "HMMA IMMA QMMA HGMMA IGMMA QGMMA",
-    "control": "BRA NOP BAR DEPBAR LDGDEPBAR WARPSYNC BSSY BSYNC BREAK EXIT S2R S2UR LDC LDCU R2UR VOTE SYNCS FENCE MEMBAR ERRBAR CCTL"
+    "control": "BRA NOP BAR DEPBAR LDGDEPBAR WARPSYNC BSSY BSYNC BREAK EXIT S2R S2UR LDC LDCU "
+    "R2UR VOTE SYNCS FENCE MEMBAR ERRBAR CCTL"
     " WARPGROUP ARRIVES ELECT NANOSLEEP YIELD CALL RET BMOV JMP",
 }
 _GROUP = {opcode: group for group, text in _GROUPS.items() for opcode in text.split()}
-_MMA_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "16832": (16, 8, 32), "16864": (16, 8, 64), "8816": (8, 8, 16)}
+_MMA_SHAPES = {
+    "16816": (16, 8, 16),
+    "1688": (16, 8, 8),
+    "16832": (16, 8, 32),
+    "16864": (16, 8, 64),
+    "8816": (8, 8, 16),
+}
 
 
 class UnknownInstructionError(Exception):
@@ -78,15 +95,21 @@ class UnknownInstructionError(Exception):
 
 
 def group_of(opcode: str) -> str:
-    """The pipe of an instruction: a key of `_GROUPS`; `control` for what only takes an issue slot; "" where nobody has classified it."""
+    """The pipe of an instruction: a key of `_GROUPS`; `control` for what only takes an issue slot;
+    "" where nobody has classified it.
+    """
     base = opcode.split(".")[0]
     if base.endswith("MMA") and _GROUP.get(base) != "mma":
-        raise UnknownInstructionError(f"{opcode} is a matrix instruction that sass.py does not know: add its shape and rate")
+        raise UnknownInstructionError(
+            f"{opcode} is a matrix instruction that sass.py does not know: add its shape and rate"
+        )
     return _GROUP.get(base) or ("control" if base.startswith("U") else "")
 
 
 def multiplications(opcode: str) -> tuple[str, float]:
-    """(field of `Card`, multiplications that one warp's share of a matrix instruction does). Raises `UnknownInstructionError`."""
+    """(field of `Card`, multiplications that one warp's share of a matrix instruction does). Raises
+    `UnknownInstructionError`.
+    """
     parts = opcode.split(".")
     base = parts[0]
     kinds = {"H": "half", "I": "int8", "Q": "fp8"}
@@ -117,7 +140,9 @@ def shared_bytes(opcode: str) -> float:
 
 
 def wgmma_bytes(opcode: str, operands: str) -> float:
-    """Bytes that one warp's share of a wgmma reads from shared memory: a quarter of B, and of A where it lies there."""
+    """Bytes that one warp's share of a wgmma reads from shared memory: a quarter of B, and of A
+    where it lies there.
+    """
     tile = re.search(r"(\d+)x(\d+)x(\d+)", opcode)
     if tile is None:
         raise UnknownInstructionError(f"{opcode}: a wgmma without a shape")
@@ -129,7 +154,9 @@ def wgmma_bytes(opcode: str, operands: str) -> float:
 
 @dataclass
 class Loop:
-    """The hot loop of a kernel. opcodes: full opcode -> times, per warp; work: field of `Card` -> multiplications per warp and trip."""
+    """The hot loop of a kernel. opcodes: full opcode -> times, per warp; work: field of `Card` ->
+    multiplications per warp and trip.
+    """
 
     opcodes: Counter[str] = field(default_factory=Counter)
     work: dict[str, float] = field(default_factory=dict)
@@ -137,7 +164,9 @@ class Loop:
 
     @property
     def unclassified(self) -> list[str]:
-        """Opcodes that count as an issue slot and nothing else because nobody has said which pipe runs them."""
+        """Opcodes that count as an issue slot and nothing else because nobody has said which pipe
+        runs them.
+        """
         return sorted({opcode.split(".")[0] for opcode in self.opcodes if not group_of(opcode)})
 
     def cycles(self, card: Card, warps: int) -> dict[str, float]:
@@ -194,12 +223,22 @@ def loops(lines: list[Instruction]) -> list[tuple[int, int]]:
 
 
 def hot_loop(sass: str) -> Loop | None:
-    """The innermost loop with the most matrix multiplications; None where a kernel has none. Raises `UnknownInstructionError`."""
+    """The innermost loop with the most matrix multiplications; None where a kernel has none. Raises
+    `UnknownInstructionError`.
+    """
     lines = parse(sass)
     bodies = [
-        (first, last) for first, last in loops(lines) if any(opcode and group_of(opcode) == "mma" for _, opcode, _ in lines[first:last])
+        (first, last)
+        for first, last in loops(lines)
+        if any(opcode and group_of(opcode) == "mma" for _, opcode, _ in lines[first:last])
     ]
-    inner = [body for body in bodies if not any(other != body and body[0] <= other[0] and other[1] <= body[1] for other in bodies)]
+    inner = [
+        body
+        for body in bodies
+        if not any(
+            other != body and body[0] <= other[0] and other[1] <= body[1] for other in bodies
+        )
+    ]
     found = [_loop(lines[first : last + 1]) for first, last in inner]
     return max(found, key=lambda loop: sum(loop.work.values()), default=None)
 

@@ -1,4 +1,6 @@
-"""The rows of the streaming benchmark: how they are kept beside an earlier call's, drawn, and complained about."""
+"""The rows of the streaming benchmark: how they are kept beside an earlier call's, drawn, and
+complained about.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,15 @@ SAME_PLAN = f"{NOT_MEASURED}same plan as "  # and the budgets of the row that wa
 
 @dataclass(frozen=True)
 class StreamRow:
-    """One provider under one pair of budgets at one size. Empty: not measured, or of no meaning there; `note` says why.
+    """One provider under one pair of budgets at one size. Empty: not measured, or of no meaning
+    there; `note` says why.
 
-    overhead: of the median step against lowvram with everything resident; switch_s: the first step of the second expert;
-    block_s: the median of computing one block; stall_s: how long computing waited for blocks after the first step; switch_stall_s: the
-    part of it in the second expert's first step;
-    predicted_s: the plan's prediction of a step, from `rates` "measured" here or of a "table"; predicted_switch_stall_s: what the
-    switch is predicted to add.
+    overhead: of the median step against lowvram with everything resident; switch_s: the first step
+    of the second expert;
+    block_s: the median of computing one block; stall_s: how long computing waited for blocks after
+    the first step; switch_stall_s: the part of it in the second expert's first step;
+    predicted_s: the plan's prediction of a step, from `rates` "measured" here or of a "table";
+    predicted_switch_stall_s: what the switch is predicted to add.
     """
 
     provider: str
@@ -93,11 +97,15 @@ def processor() -> str:
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(filter(None, names), "") or platform.processor() or platform.machine() or "unknown CPU"
+    return (
+        next(filter(None, names), "") or platform.processor() or platform.machine() or "unknown CPU"
+    )
 
 
 def read_rows(path: Path, here: tuple[str, str, str]) -> list[StreamRow]:
-    """An earlier call's rows, where they are of `here` (GPU, torch, commit); a file of others is renamed after its commit and kept."""
+    """An earlier call's rows, where they are of `here` (GPU, torch, commit); a file of others is
+    renamed after its commit and kept.
+    """
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -105,12 +113,26 @@ def read_rows(path: Path, here: tuple[str, str, str]) -> list[StreamRow]:
         found, columns = list(reader), reader.fieldnames
     ours = all((row.get("gpu"), row.get("torch"), row.get("commit")) == here for row in found)
     if ours and columns == [column.name for column in fields(StreamRow)]:
-        return [StreamRow(**{column.name: _value(str(column.type), row[column.name]) for column in fields(StreamRow)}) for row in found]
+        return [
+            StreamRow(
+                **{
+                    column.name: _value(str(column.type), row[column.name])
+                    for column in fields(StreamRow)
+                }
+            )
+            for row in found
+        ]
     commit = (found[0].get("commit") if found else None) or "unknown"
-    names = (path.with_name(f"{path.stem}-{commit}{suffix}{path.suffix}") for suffix in ("", *(f"-{number}" for number in range(2, 10**4))))
+    names = (
+        path.with_name(f"{path.stem}-{commit}{suffix}{path.suffix}")
+        for suffix in ("", *(f"-{number}" for number in range(2, 10**4)))
+    )
     kept = next(name for name in names if not name.exists())
     path.rename(kept)
-    print(f"{path} is of another GPU, torch or commit, or has other columns: kept as {kept.name}", flush=True)
+    print(
+        f"{path} is of another GPU, torch or commit, or has other columns: kept as {kept.name}",
+        flush=True,
+    )
     return []
 
 
@@ -123,11 +145,15 @@ def _value(kind: str, text: str) -> object:
 
 
 def merged(earlier: Sequence[StreamRow], rows: Sequence[StreamRow]) -> list[StreamRow]:
-    """Both, a later row in the place of the earlier one with its key; clip by clip, lowvram's rows first."""
+    """Both, a later row in the place of the earlier one with its key; clip by clip, lowvram's rows
+    first.
+    """
     by_key = {row.key: row for row in (*earlier, *rows)}
     number = count()
     clips = {clip: next(number) for clip in dict.fromkeys(row.clip for row in by_key.values())}
-    return sorted(by_key.values(), key=lambda row: (clips[row.clip], not row.provider.startswith("lowvram")))
+    return sorted(
+        by_key.values(), key=lambda row: (clips[row.clip], not row.provider.startswith("lowvram"))
+    )
 
 
 def row_bars(rows: Sequence[StreamRow]) -> list[Bar]:
@@ -144,9 +170,19 @@ def row_bars(rows: Sequence[StreamRow]) -> list[Bar]:
 
 
 def problems(rows: Sequence[StreamRow]) -> list[str]:
-    """What makes the benchmark fail: rows of lowvram that failed or left their plan, other latents, peaks above the plan's."""
-    broken = [row for row in rows if row.provider.startswith("lowvram") and row.note.startswith((FAILED, GAVE_UP))]
-    return [f"{row.size} within {row.budgets}: {row.note}" for row in broken] + disagreements(rows) + exceeded(rows)
+    """What makes the benchmark fail: rows of lowvram that failed or left their plan, other latents,
+    peaks above the plan's.
+    """
+    broken = [
+        row
+        for row in rows
+        if row.provider.startswith("lowvram") and row.note.startswith((FAILED, GAVE_UP))
+    ]
+    return (
+        [f"{row.size} within {row.budgets}: {row.note}" for row in broken]
+        + disagreements(rows)
+        + exceeded(rows)
+    )
 
 
 def disagreements(rows: Sequence[StreamRow]) -> list[str]:
@@ -155,7 +191,11 @@ def disagreements(rows: Sequence[StreamRow]) -> list[str]:
     for row in rows:
         if row.latents_sha256:
             digests.setdefault(row.clip, set()).add(row.latents_sha256)
-    return [f"{clip[0]}: the budgets changed the latents: {', '.join(sorted(found))}" for clip, found in digests.items() if len(found) > 1]
+    return [
+        f"{clip[0]}: the budgets changed the latents: {', '.join(sorted(found))}"
+        for clip, found in digests.items()
+        if len(found) > 1
+    ]
 
 
 def exceeded(rows: Sequence[StreamRow]) -> list[str]:
@@ -165,6 +205,14 @@ def exceeded(rows: Sequence[StreamRow]) -> list[str]:
     for row in rows:
         for label, peak, planned in pairs:
             measured, allowed = getattr(row, peak), getattr(row, planned)
-            if measured is not None and allowed is not None and measured > allowed and not row.note.startswith(GAVE_UP):
-                found.append(f"{row.size} within {row.budgets}: {label} {measured:.3f} GB of {allowed:.3f} planned")
+            if (
+                measured is not None
+                and allowed is not None
+                and measured > allowed
+                and not row.note.startswith(GAVE_UP)
+            ):
+                found.append(
+                    f"{row.size} within {row.budgets}: {label} {measured:.3f} GB of "
+                    f"{allowed:.3f} planned"
+                )
     return found

@@ -1,4 +1,6 @@
-"""Transports, and a streamer over them, that note when every copy and every block's computation began and ended."""
+"""Transports, and a streamer over them, that note when every copy and every block's computation
+began and ended.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from lowvram.streaming.transport import CudaTransport, HostTransport
 
 
 class TimedVisit(NamedTuple):
-    """One use of a block, in seconds: all work before it was over at `asked_s`, its bytes had come at `start_s`, it was done at `end_s`."""
+    """One use of a block, in seconds: all work before it was over at `asked_s`, its bytes had come
+    at `start_s`, it was done at `end_s`.
+    """
 
     component: str
     index: int
@@ -33,7 +37,9 @@ class TimedVisit(NamedTuple):
 
 @dataclass
 class Timeline:
-    """When copies and visits of one stream began and ended, in seconds from its first event. Between visits there is other work."""
+    """When copies and visits of one stream began and ended, in seconds from its first event.
+    Between visits there is other work.
+    """
 
     copies: list[tuple[float, float]] = field(default_factory=list)
     visits: list[TimedVisit] = field(default_factory=list)
@@ -45,7 +51,9 @@ def stall_seconds(visits: Sequence[TimedVisit]) -> float:
 
 
 class Marks(ABC):
-    """The moments that a timed transport and a timed streamer note: events of a device, or seconds of the host's clock."""
+    """The moments that a timed transport and a timed streamer note: events of a device, or seconds
+    of the host's clock.
+    """
 
     def __init__(self) -> None:
         self.copied: list[tuple[Any, Any]] = []
@@ -68,20 +76,30 @@ class Marks(ABC):
         if not self.visited:
             return Timeline()
         origin = self.visited[0][2]
-        copies = [(self.seconds(origin, start), self.seconds(origin, end)) for start, end in self.copied]
-        visits = [(name, index, *(self.seconds(origin, moment) for moment in moments)) for name, index, *moments in self.visited]
+        copies = [
+            (self.seconds(origin, start), self.seconds(origin, end)) for start, end in self.copied
+        ]
+        visits = [
+            (name, index, *(self.seconds(origin, moment) for moment in moments))
+            for name, index, *moments in self.visited
+        ]
         first = min([0.0, *(start for start, _ in copies)])
         return Timeline(
             [(start - first, end - first) for start, end in copies],
-            [TimedVisit(name, index, asked - first, start - first, end - first) for name, index, asked, start, end in visits],
+            [
+                TimedVisit(name, index, asked - first, start - first, end - first)
+                for name, index, asked, start, end in visits
+            ],
         )
 
 
 class TimedStreamer:
-    """A streamer whose visits are noted in `marks`: when a block was asked for, when it was there, and when it was computed.
+    """A streamer whose visits are noted in `marks`: when a block was asked for, when it was there,
+    and when it was computed.
 
-    The moment of asking is marked before the streamer is entered: it may hold the host back until a copy can be issued, and on a GPU
-    that has run dry a mark behind that would come after the stall. Blocks that are on the device already are noted like all others.
+    The moment of asking is marked before the streamer is entered: it may hold the host back until a
+    copy can be issued, and on a GPU that has run dry a mark behind that would come after the stall.
+    Blocks that are on the device already are noted like all others.
     """
 
     def __init__(self, streamer: Streamer, marks: Marks) -> None:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny matrices are slower on several threads than on one, and much slower beside other work."""
+    """Tiny matrices are slower on several threads than on one, and much slower beside other
+    work.
+    """
     torch.set_num_threads(1)
 
 
@@ -46,7 +48,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_store(model_folder: Path) -> Callable[[str], Store]:
     """One tiny model, quantized once per session and format."""
-    from tests.helpers.checkpoints import tiny_config  # kernels are tested where these libraries are missing
+    # kernels are tested where these libraries are missing
+    from tests.helpers.checkpoints import tiny_config
     from tests.helpers.runs import make_store
 
     return cache(lambda format: make_store(model_folder, tiny_config(), format))
@@ -54,7 +57,9 @@ def tiny_store(model_folder: Path) -> Callable[[str], Store]:
 
 @pytest.fixture
 def hears_ctrl_c() -> Iterator[None]:
-    """SIGINT interrupts this process, also where it was started as a shell's background job, which ignores it."""
+    """SIGINT interrupts this process, also where it was started as a shell's background job, which
+    ignores it.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

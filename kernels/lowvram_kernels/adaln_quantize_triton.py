@@ -17,7 +17,9 @@ def adaln_kernel(
     x_ptr, scale_ptr, shift_ptr, out_ptr, out_scale_ptr, K, stride_x, stride_out, eps,
     GROUPS: tl.constexpr, ROTATED: tl.constexpr, E4M3: tl.constexpr,
 ):  # fmt: skip
-    """One row; the variance is the mean of squared differences from the mean, both over values in registers."""
+    """One row; the variance is the mean of squared differences from the mean, both over values in
+    registers.
+    """
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = channels < K
@@ -31,10 +33,31 @@ def adaln_kernel(
     store_row(y, out_ptr, out_scale_ptr, row, stride_out, K, GROUPS, ROTATED, E4M3)
 
 
-def adaln_quantize(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, out_scale: Tensor, *, eps: float, rotated: bool) -> None:
+def adaln_quantize(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    out_scale: Tensor,
+    *,
+    eps: float,
+    rotated: bool,
+) -> None:
     """out, out_scale = quantize(LN(x) * scale + shift): the contract of the torch reference."""
     codes, groups = code_view(out, rotated), groups_of(x.shape[1])
     adaln_kernel[(x.shape[0],)](
-        x, scale, shift, codes, out_scale, x.shape[1], x.stride(0), codes.stride(0), eps, GROUPS=groups, ROTATED=rotated,
-        E4M3=out.dtype == torch.float8_e4m3fn, num_warps=row_warps(groups * 256), enable_fp_fusion=False,
-    )  # fmt: skip
+        x,
+        scale,
+        shift,
+        codes,
+        out_scale,
+        x.shape[1],
+        x.stride(0),
+        codes.stride(0),
+        eps,
+        GROUPS=groups,
+        ROTATED=rotated,
+        E4M3=out.dtype == torch.float8_e4m3fn,
+        num_warps=row_warps(groups * 256),
+        enable_fp_fusion=False,
+    )

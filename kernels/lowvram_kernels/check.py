@@ -1,7 +1,8 @@
-"""The check of every kernel against its reference on the device at hand: small calls of all that a model launches, seconds in all.
+"""The check of every kernel against its reference on the device at hand: small calls of all that a
+model launches, seconds in all.
 
-`python -m lowvram_kernels.check cuda:0 [OP ...]` prints JSON lines, `begin` of each op and the result of each call: a
-kernel that breaks the device breaks that process alone.
+`python -m lowvram_kernels.check cuda:0 [OP ...]` prints JSON lines, `begin` of each op and the
+result of each call: a kernel that breaks the device breaks that process alone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ ROWS = {"int8, rotated": (INT8, True), "int8": (INT8, False), "fp8": (cases.E4M3
 class Check:
     """One call that was compared. op: a key of `ops.OPS`; label: its dtypes and options.
 
-    problem: empty where the kernel agrees with its reference, else what differs, or why it does not run, in one line;
+    problem: empty where the kernel agrees with its reference, else what differs, or why it does not
+    run, in one line;
     unchecked: why it could not be compared, which says nothing about the kernel.
     """
 
@@ -42,7 +44,9 @@ class Check:
 
 
 def checks(device: torch.device, ops: Iterable[str] = tuple(OPS)) -> Iterator[Check]:
-    """Runs the calls of each op. A call that fails, however it does, ends no other; once the device is lost the rest is unchecked."""
+    """Runs the calls of each op. A call that fails, however it does, ends no other; once the device
+    is lost the rest is unchecked.
+    """
     lost = ""
     for op in ops:
         for label, make in calls(op, device).items():
@@ -83,7 +87,9 @@ def triton_version() -> str:
 
 
 def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
-    """By label: the widths of A14B, ragged numbers of tokens, several programs in each direction, every dtype and epilogue in use."""
+    """By label: the widths of A14B, ragged numbers of tokens, several programs in each direction,
+    every dtype and epilogue in use.
+    """
     where = str(device)
     if op == "quantized_linear":
         return {
@@ -93,10 +99,15 @@ def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
             "int8, += gate * y": partial(cases.linear_add, 150, 328, 256, device=where),
             "int8, += y": partial(cases.linear_add, 33, 72, 256, gated=False, device=where),
             "fp8": partial(cases.linear, 150, 328, 256, code=cases.E4M3, out=BF16, device=where),
-            "fp8, += gate * y": partial(cases.linear_add, 33, 72, 256, code=cases.E4M3, device=where),
+            "fp8, += gate * y": partial(
+                cases.linear_add, 33, 72, 256, code=cases.E4M3, device=where
+            ),
         }
     if op in ("adaln_quantize", "quantize_rows", "gelu_quantize"):
-        x, width = torch.float32 if op == "adaln_quantize" else BF16, FFN if op == "gelu_quantize" else DIM
+        x, width = (
+            torch.float32 if op == "adaln_quantize" else BF16,
+            FFN if op == "gelu_quantize" else DIM,
+        )
         return {
             label: partial(cases.rows, op, 3, width, code=code, rotated=rotated, x=x, device=where)
             for label, (code, rotated) in ROWS.items()
@@ -105,19 +116,25 @@ def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
         return {
             "rope, smoothing": partial(cases.rms_rope, 3, HEADS, device=where),
             "smoothing": partial(cases.rms_rope, 3, HEADS, rope=False, device=where),
-            "rope, heads of 64": partial(cases.rms_rope, 9, 4, smoothing=False, head_dim=64, device=where),
+            "rope, heads of 64": partial(
+                cases.rms_rope, 9, 4, smoothing=False, head_dim=64, device=where
+            ),
         }
     pvs = pv_choices(architecture(device))
     if op == "quantize_values":
         sizes = {"": (70, 2, 128), ", heads of 64": (130, 3, 64)}
         return {
-            f"{pv}{label}": partial(cases.values, n, heads, head_dim=width, code=PV_DTYPES[pv], device=where)
+            f"{pv}{label}": partial(
+                cases.values, n, heads, head_dim=width, code=PV_DTYPES[pv], device=where
+            )
             for pv in pvs
             for label, (n, heads, width) in sizes.items()
         }
     shapes = {"": (150, 130, 2, 128, torch.float32), ", heads of 64": (33, 64, 2, 64, BF16)}
     return {
-        f"{pv}{label}": partial(cases.attention, m, n, heads, head_dim=width, pv=pv, out=out, device=where)
+        f"{pv}{label}": partial(
+            cases.attention, m, n, heads, head_dim=width, pv=pv, out=out, device=where
+        )
         for pv in pvs
         for label, (m, n, heads, width, out) in shapes.items()
     }
@@ -126,10 +143,16 @@ def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
 def _checked(op: str, label: str, make: Callable[[], cases.Case]) -> Check:
     try:
         return Check(op, label, make().mismatch())
-    except Exception as error:  # compilers, drivers and kernels fail with errors of many kinds; each is the answer
+    except (
+        Exception
+    ) as error:  # compilers, drivers and kernels fail with errors of many kinds; each is the answer
         lines = str(error).strip().splitlines()
         said = lines[0][:200] if lines else type(error).__name__
-        return Check(op, label, unchecked=said) if is_occupied(str(error)) else Check(op, label, f"does not run: {said}")
+        return (
+            Check(op, label, unchecked=said)
+            if is_occupied(str(error))
+            else Check(op, label, f"does not run: {said}")
+        )
 
 
 def is_occupied(text: str) -> bool:

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 
 class UnsupportedOpError(Exception):
-    """No backend can run the call, or its arguments break the op's contract; the message says why."""
+    """No backend can run the call, or its arguments break the op's contract; the message says
+    why.
+    """

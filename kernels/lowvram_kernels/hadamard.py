@@ -1,4 +1,6 @@
-"""The regular Hadamard rotation of 256 channels, as a butterfly of additions (ConvRot; formats 1c, kernels 1.3)."""
+"""The regular Hadamard rotation of 256 channels, as a butterfly of additions (ConvRot; formats 1c,
+kernels 1.3).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,13 @@ GROUP = 256
 
 
 def rotate(x: Tensor) -> Tensor:
-    """y = x R on each 256 neighbouring channels, R = H4 (x) H4 (x) H4 (x) H4, H4 = ones/2 - flipped identity.
+    """y = x R on each 256 neighbouring channels, R = H4 (x) H4 (x) H4 (x) H4, H4 = ones/2 - flipped
+    identity.
 
-    x: [..., K] float32, K a multiple of 256. Returns a new [..., K] float32. R is symmetric and its own inverse.
-    Additions alone, in a fixed order: a row's result depends on no other row and on no thread count.
-    Raises `UnsupportedOpError` where K is not a multiple of 256.
+    x: [..., K] float32, K a multiple of 256. Returns a new [..., K] float32. R is symmetric and its
+    own inverse.
+    Additions alone, in a fixed order: a row's result depends on no other row and on no thread
+    count. Raises `UnsupportedOpError` where K is not a multiple of 256.
     """
     channels = x.shape[-1]
     if channels % GROUP:

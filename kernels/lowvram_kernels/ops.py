@@ -1,4 +1,6 @@
-"""All ops: ordinary functions, each defined with its contract and torch reference in the module of its name."""
+"""All ops: ordinary functions, each defined with its contract and torch reference in the module of
+its name.
+"""
 
 from __future__ import annotations
 

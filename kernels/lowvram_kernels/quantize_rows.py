@@ -16,14 +16,23 @@ E4M3_MAX = 448.0
 # A row of zeros gets this absmax, so that its scale is finite and its codes are zero.
 SMALLEST_ABSMAX = 1e-12
 # 2^r on [-1/2, 1/2], r^0 first; relative error 7.5e-8.
-EXP2 = (1.0000001192092896, 0.6931469440460205, 0.24022120237350464, 0.05550713092088699, 0.009675540961325169, 0.001327647129073739)
+EXP2 = (
+    1.0000001192092896,
+    0.6931469440460205,
+    0.24022120237350464,
+    0.05550713092088699,
+    0.009675540961325169,
+    0.001327647129073739,
+)
 GELU_EXPONENT = -2.302208198144325  # -2 log2(e) sqrt(2 / pi)
 
 
 def store_quantized(rows: Tensor, out: Tensor, out_scale: Tensor, rotated: bool) -> None:
-    """out = round(rows / s), out_scale = s = absmax(row) / 127 (int8) or / 448 (e4m3), after the rotation where asked.
+    """out = round(rows / s), out_scale = s = absmax(row) / 127 (int8) or / 448 (e4m3), after the
+    rotation where asked.
 
-    rows: [M, K] float32; out: [M, K] int8 or float8_e4m3fn; out_scale: [M, 1] float32. Rounds half to even.
+    rows: [M, K] float32; out: [M, K] int8 or float8_e4m3fn; out_scale: [M, 1] float32. Rounds half
+    to even.
     """
     if rotated:
         rows = rotate(rows)
@@ -35,24 +44,29 @@ def store_quantized(rows: Tensor, out: Tensor, out_scale: Tensor, rotated: bool)
         out_scale.copy_(absmax / E4M3_MAX)
         out.copy_((rows / out_scale).clamp_(-E4M3_MAX, E4M3_MAX))
     else:
-        raise UnsupportedOpError(f"activations are quantized to int8 or float8_e4m3fn, not {out.dtype}")
+        raise UnsupportedOpError(
+            f"activations are quantized to int8 or float8_e4m3fn, not {out.dtype}"
+        )
 
 
 @op(constraints.quantize_rows)
 def quantize_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
     """out, out_scale = quantize(x): one symmetric scale per row.
 
-    x: [M, K] float; out: [M, K] int8 or float8_e4m3fn; out_scale: [M, 1] float32. Arithmetic in fp32.
+    x: [M, K] float; out: [M, K] int8 or float8_e4m3fn; out_scale: [M, 1] float32. Arithmetic in
+    fp32.
     """
     for rows in row_slices(*x.shape):
         store_quantized(x[rows].float(), out[rows], out_scale[rows], rotated)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """0.5 x (1 + tanh(u)) = x / (1 + 2^t), t = -2 log2(e) u, u = sqrt(2/pi) (x + 0.044715 x^3); x: float32, |x| < 1e30.
+    """0.5 x (1 + tanh(u)) = x / (1 + 2^t), t = -2 log2(e) u, u = sqrt(2/pi) (x + 0.044715 x^3); x:
+    float32, |x| < 1e30.
 
-    Multiplications, additions and one division, each rounded once: a kernel in the same order gives the same bits, which no library's
-    `exp` or `tanh` promises. 2^t is a power of two, put into the exponent, times a polynomial of what is left.
+    Multiplications, additions and one division, each rounded once: a kernel in the same order gives
+    the same bits, which no library's `exp` or `tanh` promises. 2^t is a power of two, put into the
+    exponent, times a polynomial of what is left.
     """
     t = ((x + 0.044715 * (x * x * x)) * GELU_EXPONENT).clamp_(-126.0, 126.0)
     whole = t.round()
@@ -67,6 +81,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 @op(constraints.quantize_rows)
 def gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
-    """out, out_scale = quantize(GELU_tanh(x)): the input of ffn.2. Shapes and rounding as `quantize_rows`."""
+    """out, out_scale = quantize(GELU_tanh(x)): the input of ffn.2. Shapes and rounding as
+    `quantize_rows`.
+    """
     for rows in row_slices(*x.shape):
         store_quantized(gelu_tanh(x[rows].float()), out[rows], out_scale[rows], rotated)

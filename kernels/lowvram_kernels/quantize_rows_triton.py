@@ -47,9 +47,19 @@ def code_view(out: Tensor, rotated: bool) -> Tensor:
 def _run(x: Tensor, out: Tensor, out_scale: Tensor, rotated: bool, gelu: bool) -> None:
     codes, groups = code_view(out, rotated), groups_of(x.shape[1])
     rows_kernel[(x.shape[0],)](
-        x, codes, out_scale, x.shape[1], x.stride(0), codes.stride(0), GROUPS=groups, ROTATED=rotated,
-        E4M3=out.dtype == torch.float8_e4m3fn, GELU=gelu, num_warps=row_warps(groups * 256), enable_fp_fusion=False,
-    )  # fmt: skip
+        x,
+        codes,
+        out_scale,
+        x.shape[1],
+        x.stride(0),
+        codes.stride(0),
+        GROUPS=groups,
+        ROTATED=rotated,
+        E4M3=out.dtype == torch.float8_e4m3fn,
+        GELU=gelu,
+        num_warps=row_warps(groups * 256),
+        enable_fp_fusion=False,
+    )
 
 
 def quantize_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:

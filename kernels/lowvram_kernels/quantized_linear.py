@@ -14,13 +14,17 @@ from lowvram_kernels.slices import output_slices, row_slices
 
 
 def product(a: Tensor, weight: Tensor) -> Tensor:
-    """a @ weight^T exactly: int32 for int8; for e4m3 the sum in fp64, where no addition rounds (K < 2^21), then fp32.
+    """a @ weight^T exactly: int32 for int8; for e4m3 the sum in fp64, where no addition rounds (K <
+    2^21), then fp32.
 
     a: [M, K], weight: [N, K], both int8 or both float8_e4m3fn. Returns [M, N] int32 or float32.
-    Because nothing rounds before the end, no order of additions and no number of rows changes a bit.
+    Because nothing rounds before the end, no order of additions and no number of rows changes a
+    bit.
     """
     if a.dtype != weight.dtype:
-        raise UnsupportedOpError(f"quantized_linear multiplies equal dtypes, got {a.dtype} and {weight.dtype}")
+        raise UnsupportedOpError(
+            f"quantized_linear multiplies equal dtypes, got {a.dtype} and {weight.dtype}"
+        )
     if a.dtype == torch.int8:
         return int8_product(a, weight)
     if a.dtype == torch.float8_e4m3fn:
@@ -29,7 +33,9 @@ def product(a: Tensor, weight: Tensor) -> Tensor:
 
 
 def int8_product(a: Tensor, weight: Tensor) -> Tensor:
-    """[M, K] x [N, K] int8 -> [M, N] int32. CUDA's library call wants more than 16 rows, so short inputs are padded."""
+    """[M, K] x [N, K] int8 -> [M, N] int32. CUDA's library call wants more than 16 rows, so short
+    inputs are padded.
+    """
     rows = a.shape[0]
     if a.is_cuda and rows <= 16:
         a = torch.cat((a, a.new_zeros(17 - rows, a.shape[1])))
@@ -49,17 +55,25 @@ def quantized_linear(
     accumulate: bool = False,
     gelu: bool = False,
 ) -> None:
-    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; then out = y, GELU_tanh(y) where `gelu`, or out += gate * y where `accumulate`.
+    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; then out = y, GELU_tanh(y) where
+    `gelu`, or out += gate * y where `accumulate`.
 
-    a: [M, K] and weight: [N, K], both int8 or both float8_e4m3fn; a_scale: [M, 1], weight_scale: [N, 1], bias: [N], gate: [N], float32;
+    a: [M, K] and weight: [N, K], both int8 or both float8_e4m3fn; a_scale: [M, 1], weight_scale:
+    [N, 1], bias: [N], gate: [N], float32;
     out: [M, N] float32 or bfloat16; with `accumulate` the fp32 residual stream, updated in place.
-    The epilogue is fp32; only the store to `out` rounds. Raises `UnsupportedOpError` where `gelu` meets `gate` or `accumulate`.
+    The epilogue is fp32; only the store to `out` rounds. Raises `UnsupportedOpError` where `gelu`
+    meets `gate` or `accumulate`.
     """
     if gelu and (gate is not None or accumulate):
         raise UnsupportedOpError(GELU_ALONE)
     for rows in row_slices(a.shape[0]):
         for outputs in output_slices(weight.shape[0]):
-            y = product(a[rows], weight[outputs]).float().mul_(a_scale[rows]).mul_(weight_scale[outputs].view(1, -1))
+            y = (
+                product(a[rows], weight[outputs])
+                .float()
+                .mul_(a_scale[rows])
+                .mul_(weight_scale[outputs].view(1, -1))
+            )
             if bias is not None:
                 y += bias[outputs]
             if gelu:

@@ -1,4 +1,6 @@
-"""`quantized_linear` on tensor cores: int8 into int32 over all of K, or e4m3 into fp32, and the epilogue in registers."""
+"""`quantized_linear` on tensor cores: int8 into int32 over all of K, or e4m3 into fp32, and the
+epilogue in registers.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lowvram_kernels import quantize_rows
-from lowvram_kernels.common_triton import ROUND, e4m3_as_float16, rounded_product, scalar_products, stored
+from lowvram_kernels.common_triton import (
+    ROUND,
+    e4m3_as_float16,
+    rounded_product,
+    scalar_products,
+    stored,
+)
 from lowvram_kernels.tuning import architecture, linear_kind, linear_tile
 
 C0, C1, C2, C3, C4, C5 = (tl.constexpr(value) for value in quantize_rows.EXP2)
@@ -22,13 +30,17 @@ def gelu_tanh(x):
     shifted = t + ROUND  # its low bits are the integer nearest to t
     r = t - (shifted - ROUND)
     power = ((((r * C5 + C4) * r + C3) * r + C2) * r + C1) * r + C0
-    power = (power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+    power = (power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(
+        tl.float32, bitcast=True
+    )
     return tl.div_rn(x, power + 1.0)
 
 
 @triton.jit
 def grouped_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile coordinates in an order that walks GROUP_M rows of tiles together, so that their weights stay in L2."""
+    """Tile coordinates in an order that walks GROUP_M rows of tiles together, so that their weights
+    stay in L2.
+    """
     program = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = program // (GROUP_M * tiles_n)
@@ -40,18 +52,43 @@ def grouped_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 
 @triton.jit
 def row_pointers(base, rows, stride):
-    """base + rows * stride in 64 bits: a video's activations pass 2^31 elements. rows: int32 or int64."""
+    """base + rows * stride in 64 bits: a video's activations pass 2^31 elements. rows: int32 or
+    int64.
+    """
     return base + rows.to(tl.int64) * stride
 
 
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
-    a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, gate_ptr, out_ptr, M, N, K, stride_a, stride_w, stride_out,
-    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, HAS_GATE: tl.constexpr, ACCUMULATE: tl.constexpr, INT8: tl.constexpr, DECODE: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    a_ptr,
+    a_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    gate_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_a,
+    stride_w,
+    stride_out,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    INT8: tl.constexpr,
+    DECODE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
     SCALAR: tl.constexpr,
-):  # fmt: skip
-    """One [BLOCK_M, BLOCK_N] tile of out; DECODE: operands are bytes of e4m3, multiplied as fp16; SCALAR: as `rounded_product`."""
+):
+    """One [BLOCK_M, BLOCK_N] tile of out; DECODE: operands are bytes of e4m3, multiplied as fp16;
+    SCALAR: as `rounded_product`.
+    """
     tile_m, tile_n = grouped_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -71,7 +108,8 @@ def linear_kernel(
         elif DECODE:
             accumulator = tl.dot(e4m3_as_float16(a), e4m3_as_float16(w), accumulator)
         else:
-            # sm_90 keeps about 14 bits inside the tensor core: its sums move to fp32 registers after each tile of K.
+            # sm_90 keeps about 14 bits inside the tensor core: its sums move to fp32 registers
+            # after each tile of K.
             accumulator = tl.dot(a, w, accumulator, max_num_imprecise_acc=BLOCK_K)
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
@@ -106,10 +144,12 @@ def quantized_linear(
     accumulate: bool = False,
     gelu: bool = False,
 ) -> None:
-    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; out = y, GELU_tanh(y), or out + gate * y: the contract of the torch reference.
+    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; out = y, GELU_tanh(y), or out + gate *
+    y: the contract of the torch reference.
 
-    int8 gives the reference's bits: the integers are exact, and the epilogue multiplies and adds in its order without fusing
-    (`enable_fp_fusion=False`). e4m3 sums in fp32 in the order of K, whatever the rows: one tile shape serves every M.
+    int8 gives the reference's bits: the integers are exact, and the epilogue multiplies and adds in
+    its order without fusing (`enable_fp_fusion=False`). e4m3 sums in fp32 in the order of K,
+    whatever the rows: one tile shape serves every M.
     """
     m, k = a.shape
     n = weight.shape[0]
@@ -121,10 +161,32 @@ def quantized_linear(
     tile = linear_tile(arch, kind, plain=not accumulate and not gelu)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     linear_kernel[grid](
-        a, a_scale, weight, weight_scale, out if bias is None else bias, out if gate is None else gate, out,
-        m, n, k, a.stride(0), weight.stride(0), out.stride(0),
-        HAS_BIAS=bias is not None, GELU=gelu, HAS_GATE=gate is not None, ACCUMULATE=accumulate, INT8=int8, DECODE=kind == "decode",
-        EVEN_K=k % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=8,
+        a,
+        a_scale,
+        weight,
+        weight_scale,
+        out if bias is None else bias,
+        out if gate is None else gate,
+        out,
+        m,
+        n,
+        k,
+        a.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        HAS_BIAS=bias is not None,
+        GELU=gelu,
+        HAS_GATE=gate is not None,
+        ACCUMULATE=accumulate,
+        INT8=int8,
+        DECODE=kind == "decode",
+        EVEN_K=k % tile.block_k == 0,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=8,
         SCALAR=scalar_products(arch),
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
-    )  # fmt: skip
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=False,
+    )

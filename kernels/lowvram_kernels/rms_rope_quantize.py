@@ -1,4 +1,6 @@
-"""RMSNorm over all channels, 3-D rotary embedding, smoothing and per-token quantization of q and k."""
+"""RMSNorm over all channels, 3-D rotary embedding, smoothing and per-token quantization of q and
+k.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,14 @@ from lowvram_kernels.quantize_rows import INT8_MAX, SMALLEST_ABSMAX
 from lowvram_kernels.slices import row_slices
 
 
-def rms_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, eps: float) -> Tensor:
+def rms_rope(
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, eps: float
+) -> Tensor:
     """RoPE(x / sqrt(mean(x^2) + eps) * weight), split into heads.
 
-    x: [M, D] float; weight: [D] float32; cos, sin: [M, D / num_heads / 2] float32 or None for no rotation.
-    Returns [num_heads, M, D / num_heads] float32. RMSNorm is over all D channels before the split (spec 2.1);
-    a rotated pair is the adjacent channels (2j, 2j+1) of a head (spec 2.2).
+    x: [M, D] float; weight: [D] float32; cos, sin: [M, D / num_heads / 2] float32 or None for no
+    rotation. Returns [num_heads, M, D / num_heads] float32. RMSNorm is over all D channels before
+    the split (spec 2.1); a rotated pair is the adjacent channels (2j, 2j+1) of a head (spec 2.2).
     """
     x = x.float()
     normed = x * ((x * x).mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
@@ -45,8 +49,9 @@ def rms_rope_quantize(
 ) -> None:
     """out, out_scale = quantize(rms_rope(x) - smoothing), one scale per token and head.
 
-    x, weight, cos, sin: as `rms_rope`; smoothing: [H, head_dim] float32 or None (any constant vector taken from every key
-    leaves the softmax unchanged); out: [H, M, head_dim] int8; out_scale: [H, M] float32, may be views with strides.
+    x, weight, cos, sin: as `rms_rope`; smoothing: [H, head_dim] float32 or None (any constant
+    vector taken from every key leaves the softmax unchanged); out: [H, M, head_dim] int8;
+    out_scale: [H, M] float32, may be views with strides.
     """
     for rows in row_slices(*x.shape):
         angles = (None, None) if cos is None or sin is None else (cos[rows], sin[rows])

@@ -1,4 +1,6 @@
-"""`rms_rope_quantize`: RMSNorm over all channels, rotary embedding, smoothing and one scale per token and head, one row per program."""
+"""`rms_rope_quantize`: RMSNorm over all channels, rotary embedding, smoothing and one scale per
+token and head, one row per program.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,29 @@ from lowvram_kernels.common_triton import INT8_MAX, absmax_of_bits, quantized_co
 from lowvram_kernels.tuning import row_warps
 
 
-@triton.jit(do_not_specialize=["stride_scale_h"])  # it follows the number of tokens: one variant for all
+# it follows the number of tokens: one variant for all
+@triton.jit(do_not_specialize=["stride_scale_h"])
 def rms_rope_kernel(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, smoothing_ptr, out_ptr, out_scale_ptr,
-    H, stride_x, stride_cos, stride_out_h, stride_out_m, stride_scale_h, stride_scale_m, eps,
-    HAS_ROPE: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    smoothing_ptr,
+    out_ptr,
+    out_scale_ptr,
+    H,
+    stride_x,
+    stride_cos,
+    stride_out_h,
+    stride_out_m,
+    stride_scale_h,
+    stride_scale_m,
+    eps,
+    HAS_ROPE: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     """One token, all heads: [HEADS, HEAD_DIM], HEADS the power of two that holds H."""
     row = tl.program_id(0).to(tl.int64)
     heads = tl.arange(0, HEADS)
@@ -37,7 +56,11 @@ def rms_rope_kernel(
     scale = tl.div_rn(absmax, tl.full((HEADS,), INT8_MAX, tl.float32))
     codes = quantized_codes(y, scale[:, None], False)
     first = heads.to(tl.int64)
-    tl.store(out_ptr + (first * stride_out_h + row * stride_out_m)[:, None] + channel[None, :], codes, mask=inside)
+    tl.store(
+        out_ptr + (first * stride_out_h + row * stride_out_m)[:, None] + channel[None, :],
+        codes,
+        mask=inside,
+    )
     tl.store(out_scale_ptr + first * stride_scale_h + row * stride_scale_m, scale, mask=heads < H)
 
 
@@ -57,8 +80,25 @@ def rms_rope_quantize(
     padded = triton.next_power_of_2(num_heads)
     rope = cos is not None and sin is not None
     rms_rope_kernel[(rows,)](
-        x, weight, cos if rope else weight, sin if rope else weight, weight if smoothing is None else smoothing, out, out_scale,
-        num_heads, x.stride(0), head_dim // 2, out.stride(0), out.stride(1), out_scale.stride(0), out_scale.stride(1), eps,
-        HAS_ROPE=rope, HAS_SMOOTHING=smoothing is not None, HEADS=padded, HEAD_DIM=head_dim,
-        num_warps=row_warps(padded * head_dim), enable_fp_fusion=False,
-    )  # fmt: skip
+        x,
+        weight,
+        cos if rope else weight,
+        sin if rope else weight,
+        weight if smoothing is None else smoothing,
+        out,
+        out_scale,
+        num_heads,
+        x.stride(0),
+        head_dim // 2,
+        out.stride(0),
+        out.stride(1),
+        out_scale.stride(0),
+        out_scale.stride(1),
+        eps,
+        HAS_ROPE=rope,
+        HAS_SMOOTHING=smoothing is not None,
+        HEADS=padded,
+        HEAD_DIM=head_dim,
+        num_warps=row_warps(padded * head_dim),
+        enable_fp_fusion=False,
+    )

@@ -1,4 +1,6 @@
-"""Names and shapes of every tensor of Wan2.2, and the maps between the official names and those of diffusers and transformers."""
+"""Names and shapes of every tensor of Wan2.2, and the maps between the official names and those of
+diffusers and transformers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from lowvram.variants import DiTConfig, TextEncoderConfig, VAEConfig
 Shape = tuple[int, ...]
 _INDEX = r"(0|[1-9][0-9]{0,5})"
 
-# Official module -> diffusers module. The norms are renumbered: official norm3 is the second that runs (spec section 2.3).
+# Official module -> diffusers module. The norms are renumbered: official norm3 is the second that
+# runs (spec section 2.3).
 _DIT_MODULES = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -21,7 +24,12 @@ _DIT_MODULES = {
     "head.modulation": "scale_shift_table",
     "head.head": "proj_out",
 }
-_DIT_BLOCK_MODULES = {"modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+_DIT_BLOCK_MODULES = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
 for _ours, _theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
     _DIT_BLOCK_MODULES |= {f"{_ours}.{letter}": f"{_theirs}.to_{letter}" for letter in "qkv"}
     _DIT_BLOCK_MODULES |= {f"{_ours}.o": f"{_theirs}.to_out.0"}
@@ -42,7 +50,11 @@ _TEXT_BLOCK_MODULES |= {f"attn.{letter}": f"layer.0.SelfAttention.{letter}" for 
 # Official module -> diffusers module (spec section 4.3).
 _VAE_MODULES = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
 for _part in ("encoder", "decoder"):
-    _VAE_MODULES |= {f"{_part}.conv1": f"{_part}.conv_in", f"{_part}.head.0": f"{_part}.norm_out", f"{_part}.head.2": f"{_part}.conv_out"}
+    _VAE_MODULES |= {
+        f"{_part}.conv1": f"{_part}.conv_in",
+        f"{_part}.head.0": f"{_part}.norm_out",
+        f"{_part}.head.2": f"{_part}.conv_out",
+    }
 _VAE_LAYER_MODULES = {
     "residual.0": "norm1",
     "residual.2": "conv1",
@@ -71,7 +83,9 @@ def _rename(name: str, table: dict[str, str]) -> str | None:
     return None if found is None else found + dot + leaf
 
 
-def _rename_numbered(name: str, prefix: str, new_prefix: str, blocks: dict[str, str], rest: dict[str, str]) -> str | None:
+def _rename_numbered(
+    name: str, prefix: str, new_prefix: str, blocks: dict[str, str], rest: dict[str, str]
+) -> str | None:
     match = re.fullmatch(rf"{re.escape(prefix)}\.{_INDEX}\.(.+)", name)
     if match is None:
         return _rename(name, rest)
@@ -80,8 +94,12 @@ def _rename_numbered(name: str, prefix: str, new_prefix: str, blocks: dict[str, 
 
 
 def official_from_diffusers_dit(name: str) -> str | None:
-    """`blocks.0.attn1.to_q.weight` -> `blocks.0.self_attn.q.weight`; None where diffusers has no such tensor."""
-    return _rename_numbered(name, "blocks", "blocks", _inverse(_DIT_BLOCK_MODULES), _inverse(_DIT_MODULES))
+    """`blocks.0.attn1.to_q.weight` -> `blocks.0.self_attn.q.weight`; None where diffusers has no
+    such tensor.
+    """
+    return _rename_numbered(
+        name, "blocks", "blocks", _inverse(_DIT_BLOCK_MODULES), _inverse(_DIT_MODULES)
+    )
 
 
 def diffusers_dit_from_official(name: str) -> str | None:
@@ -90,10 +108,14 @@ def diffusers_dit_from_official(name: str) -> str | None:
 
 
 def official_from_transformers_text(name: str) -> str | None:
-    """`encoder.block.0.layer.0.SelfAttention.q.weight` -> `blocks.0.attn.q.weight`; the tied `encoder.embed_tokens` is `shared`."""
+    """`encoder.block.0.layer.0.SelfAttention.q.weight` -> `blocks.0.attn.q.weight`; the tied
+    `encoder.embed_tokens` is `shared`.
+    """
     if name == "encoder.embed_tokens.weight":
         return "token_embedding.weight"
-    return _rename_numbered(name, "encoder.block", "blocks", _inverse(_TEXT_BLOCK_MODULES), _inverse(_TEXT_MODULES))
+    return _rename_numbered(
+        name, "encoder.block", "blocks", _inverse(_TEXT_BLOCK_MODULES), _inverse(_TEXT_MODULES)
+    )
 
 
 def transformers_text_from_official(name: str) -> str | None:
@@ -102,8 +124,13 @@ def transformers_text_from_official(name: str) -> str | None:
 
 
 def diffusers_vae_from_official(name: str, config: VAEConfig) -> str | None:
-    """`decoder.upsamples.3.time_conv.bias` -> `decoder.up_blocks.0.upsamplers.0.time_conv.bias`, for the config's blocks per level."""
-    match = re.fullmatch(rf"(encoder\.downsamples|decoder\.upsamples|encoder\.middle|decoder\.middle)\.{_INDEX}\.(.+)", name)
+    """`decoder.upsamples.3.time_conv.bias` -> `decoder.up_blocks.0.upsamplers.0.time_conv.bias`,
+    for the config's blocks per level.
+    """
+    match = re.fullmatch(
+        rf"(encoder\.downsamples|decoder\.upsamples|encoder\.middle|decoder\.middle)\.{_INDEX}\.(.+)",
+        name,
+    )
     if match is None:
         return _rename(name, _VAE_MODULES)
     inner = _rename(match[3], _VAE_LAYER_MODULES)
@@ -126,7 +153,9 @@ def _diffusers_vae_layer(group: str, index: int, config: VAEConfig) -> str | Non
 def official_from_diffusers_vae(name: str, config: VAEConfig) -> str | None:
     """Inverse of `diffusers_vae_from_official`."""
     up = rf"up_blocks\.{_INDEX}\.(resnets|upsamplers)\.{_INDEX}"
-    match = re.fullmatch(rf"(encoder|decoder)\.(?:(down_blocks)\.{_INDEX}|{up}|mid_block\.(\w+\.\d))\.(.+)", name)
+    match = re.fullmatch(
+        rf"(encoder|decoder)\.(?:(down_blocks)\.{_INDEX}|{up}|mid_block\.(\w+\.\d))\.(.+)", name
+    )
     if match is None:
         return _rename(name, _inverse(_VAE_MODULES))
     part, down, down_index, level, kind, layer, middle, inner_name = match.groups()
@@ -140,7 +169,11 @@ def official_from_diffusers_vae(name: str, config: VAEConfig) -> str | None:
         return None if index is None else f"{part}.middle.{index}.{inner}"
     inside = int(layer) if kind == "resnets" else int(layer) + config.num_res_blocks + 1
     known = int(layer) <= config.num_res_blocks if kind == "resnets" else int(layer) == 0
-    return f"decoder.upsamples.{int(level) * (config.num_res_blocks + 2) + inside}.{inner}" if known else None
+    return (
+        f"decoder.upsamples.{int(level) * (config.num_res_blocks + 2) + inside}.{inner}"
+        if known
+        else None
+    )
 
 
 def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
@@ -148,14 +181,25 @@ def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
 
 
 def dit_shapes(config: DiTConfig) -> dict[str, Shape]:
-    """Every tensor of one expert, in the official module order: 15 + 27 per block (1095 for A14B)."""
+    """Every tensor of one expert, in the official module order: 15 + 27 per block (1095 for
+    A14B).
+    """
     dim, patch = config.dim, config.patch_size
-    shapes: dict[str, Shape] = {"patch_embedding.weight": (dim, config.in_dim, *patch), "patch_embedding.bias": (dim,)}
-    shapes |= _linear("text_embedding.0", dim, config.text_dim) | _linear("text_embedding.2", dim, dim)
-    shapes |= _linear("time_embedding.0", dim, config.freq_dim) | _linear("time_embedding.2", dim, dim)
+    shapes: dict[str, Shape] = {
+        "patch_embedding.weight": (dim, config.in_dim, *patch),
+        "patch_embedding.bias": (dim,),
+    }
+    shapes |= _linear("text_embedding.0", dim, config.text_dim) | _linear(
+        "text_embedding.2", dim, dim
+    )
+    shapes |= _linear("time_embedding.0", dim, config.freq_dim) | _linear(
+        "time_embedding.2", dim, dim
+    )
     shapes |= _linear("time_projection.1", 6 * dim, dim)
     for index in range(config.num_layers):
-        shapes |= {f"blocks.{index}.{name}": shape for name, shape in _dit_block_shapes(config).items()}
+        shapes |= {
+            f"blocks.{index}.{name}": shape for name, shape in _dit_block_shapes(config).items()
+        }
     outputs = config.out_dim * patch[0] * patch[1] * patch[2]
     return shapes | {"head.modulation": (1, 2, dim)} | _linear("head.head", outputs, dim)
 
@@ -178,10 +222,17 @@ def text_encoder_shapes(config: TextEncoderConfig) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {"token_embedding.weight": (config.vocab_size, dim)}
     for index in range(config.num_layers):
         block = {
-            "norm1.weight": (dim,), "attn.q.weight": (inner, dim), "attn.k.weight": (inner, dim), "attn.v.weight": (inner, dim),
-            "attn.o.weight": (dim, inner), "norm2.weight": (dim,), "ffn.gate.0.weight": (hidden, dim), "ffn.fc1.weight": (hidden, dim),
-            "ffn.fc2.weight": (dim, hidden), "pos_embedding.embedding.weight": (config.num_buckets, config.num_heads),
-        }  # fmt: skip
+            "norm1.weight": (dim,),
+            "attn.q.weight": (inner, dim),
+            "attn.k.weight": (inner, dim),
+            "attn.v.weight": (inner, dim),
+            "attn.o.weight": (dim, inner),
+            "norm2.weight": (dim,),
+            "ffn.gate.0.weight": (hidden, dim),
+            "ffn.fc1.weight": (hidden, dim),
+            "ffn.fc2.weight": (dim, hidden),
+            "pos_embedding.embedding.weight": (config.num_buckets, config.num_heads),
+        }
         shapes |= {f"blocks.{index}.{name}": shape for name, shape in block.items()}
     return shapes | {"norm.weight": (dim,)}
 
@@ -191,14 +242,25 @@ def _conv(name: str, outputs: int, inputs: int, *kernel: int) -> dict[str, Shape
 
 
 def _residual(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
-    shapes: dict[str, Shape] = {f"{name}.residual.0.gamma": (inputs, 1, 1, 1), f"{name}.residual.3.gamma": (outputs, 1, 1, 1)}
-    shapes |= _conv(f"{name}.residual.2", outputs, inputs, 3, 3, 3) | _conv(f"{name}.residual.6", outputs, outputs, 3, 3, 3)
-    return shapes if inputs == outputs else shapes | _conv(f"{name}.shortcut", outputs, inputs, 1, 1, 1)
+    shapes: dict[str, Shape] = {
+        f"{name}.residual.0.gamma": (inputs, 1, 1, 1),
+        f"{name}.residual.3.gamma": (outputs, 1, 1, 1),
+    }
+    shapes |= _conv(f"{name}.residual.2", outputs, inputs, 3, 3, 3) | _conv(
+        f"{name}.residual.6", outputs, outputs, 3, 3, 3
+    )
+    return (
+        shapes
+        if inputs == outputs
+        else shapes | _conv(f"{name}.shortcut", outputs, inputs, 1, 1, 1)
+    )
 
 
 def _middle(name: str, dim: int) -> dict[str, Shape]:
     attention: dict[str, Shape] = {f"{name}.1.norm.gamma": (dim, 1, 1)}
-    attention |= _conv(f"{name}.1.to_qkv", 3 * dim, dim, 1, 1) | _conv(f"{name}.1.proj", dim, dim, 1, 1)
+    attention |= _conv(f"{name}.1.to_qkv", 3 * dim, dim, 1, 1) | _conv(
+        f"{name}.1.proj", dim, dim, 1, 1
+    )
     return _residual(f"{name}.0", dim, dim) | attention | _residual(f"{name}.2", dim, dim)
 
 
@@ -211,13 +273,19 @@ def _encoder_layers(config: VAEConfig) -> Iterator[dict[str, Shape]]:
             dim, index = config.base_dim * factor, index + 1
         if level + 1 < len(config.dim_mult):
             name = f"encoder.downsamples.{index}"
-            temporal = _conv(f"{name}.time_conv", dim, dim, 3, 1, 1) if config.temporal_downsample[level] else {}
+            temporal = (
+                _conv(f"{name}.time_conv", dim, dim, 3, 1, 1)
+                if config.temporal_downsample[level]
+                else {}
+            )
             yield _conv(f"{name}.resample.1", dim, dim, 3, 3) | temporal
             index += 1
 
 
 def _decoder_layers(config: VAEConfig) -> Iterator[dict[str, Shape]]:
-    """`decoder.upsamples` in order: one residual block more per level, and an upsampling that halves the channels."""
+    """`decoder.upsamples` in order: one residual block more per level, and an upsampling that
+    halves the channels.
+    """
     dim, index = config.base_dim * config.dim_mult[-1], 0
     for level, factor in enumerate(reversed(config.dim_mult)):
         for _ in range(config.num_res_blocks + 1):
@@ -225,7 +293,11 @@ def _decoder_layers(config: VAEConfig) -> Iterator[dict[str, Shape]]:
             dim, index = config.base_dim * factor, index + 1
         if level + 1 < len(config.dim_mult):
             name = f"decoder.upsamples.{index}"
-            temporal = _conv(f"{name}.time_conv", 2 * dim, dim, 3, 1, 1) if config.temporal_downsample[-1 - level] else {}
+            temporal = (
+                _conv(f"{name}.time_conv", 2 * dim, dim, 3, 1, 1)
+                if config.temporal_downsample[-1 - level]
+                else {}
+            )
             yield _conv(f"{name}.resample.1", dim // 2, dim, 3, 3) | temporal
             dim, index = dim // 2, index + 1
 
@@ -236,10 +308,18 @@ def vae_shapes(config: VAEConfig) -> dict[str, Shape]:
     shapes = _conv("encoder.conv1", first, 3, 3, 3, 3)
     for layer in _encoder_layers(config):
         shapes |= layer
-    shapes |= _middle("encoder.middle", last) | {"encoder.head.0.gamma": (last, 1, 1, 1)} | _conv("encoder.head.2", 2 * z, last, 3, 3, 3)
+    shapes |= (
+        _middle("encoder.middle", last)
+        | {"encoder.head.0.gamma": (last, 1, 1, 1)}
+        | _conv("encoder.head.2", 2 * z, last, 3, 3, 3)
+    )
     shapes |= _conv("conv1", 2 * z, 2 * z, 1, 1, 1) | _conv("conv2", z, z, 1, 1, 1)
     shapes |= _conv("decoder.conv1", last, z, 3, 3, 3) | _middle("decoder.middle", last)
     for layer in _decoder_layers(config):
         shapes |= layer
     final = config.base_dim * config.dim_mult[0]
-    return shapes | {"decoder.head.0.gamma": (final, 1, 1, 1)} | _conv("decoder.head.2", 3, final, 3, 3, 3)
+    return (
+        shapes
+        | {"decoder.head.0.gamma": (final, 1, 1, 1)}
+        | _conv("decoder.head.2", 3, final, 3, 3, 3)
+    )

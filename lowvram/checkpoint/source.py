@@ -1,4 +1,6 @@
-"""Opens an unquantized model in any layout that is read, under official names, and refuses what does not fit together."""
+"""Opens an unquantized model in any layout that is read, under official names, and refuses what
+does not fit together.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,19 @@ from lowvram.checkpoint.layouts.official import looks_official, read_official
 from lowvram.checkpoint.layouts.parts import Parts, Rename
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.checkpoint.readers.shards import RawTensors, fingerprint_texts, named
-from lowvram.checkpoint.validate import check_config, check_experts, check_not_quantized, expected_shapes, problems, raise_problems
+from lowvram.checkpoint.validate import (
+    check_config,
+    check_experts,
+    check_not_quantized,
+    expected_shapes,
+    problems,
+    raise_problems,
+)
 from lowvram.errors import CheckpointError
 from lowvram.variants import COMPONENTS, ModelConfig
 
-TIED = "encoder.embed_tokens.weight"  # transformers may store the embedding a second time under this name
+# transformers may store the embedding a second time under this name
+TIED = "encoder.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -32,14 +42,18 @@ class ComponentSource:
     raw: RawTensors
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in the dtype of its file, mapped and not yet loaded. Raises `CheckpointError`."""
+        """The tensor in the dtype of its file, mapped and not yet loaded. Raises
+        `CheckpointError`.
+        """
         if name not in self.stored:
             raise CheckpointError(f"{self.raw.where} holds no tensor {name[:120]!r}")
         stored = self.stored[name]
         return self.raw.readers[stored].read(stored)
 
     def fingerprint(self) -> str:
-        """A hash that changes when a file of the component does: names, dtypes, shapes, file sizes and times, not the data."""
+        """A hash that changes when a file of the component does: names, dtypes, shapes, file sizes
+        and times, not the data.
+        """
         texts = fingerprint_texts(dict(self.tensors), self.raw.files)
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
@@ -57,7 +71,12 @@ class Source:
     def __enter__(self) -> Source:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -70,8 +89,9 @@ class Source:
 def open_source(path: Path, allow_pickle: bool = False) -> Source:
     """The model in the folder `path`. Reads headers and settings, no weights.
 
-    Raises `CheckpointError`: `MissingTensorsError` names all that is missing, unexpected or of wrong shape in every component,
-    `UnsafeFileError` a pickle without `allow_pickle` or a name that leaves the folder.
+    Raises `CheckpointError`: `MissingTensorsError` names all that is missing, unexpected or of
+    wrong shape in every component, `UnsafeFileError` a pickle without `allow_pickle` or a name that
+    leaves the folder.
     """
     parts = _read_parts(path, allow_pickle)
     check_config(path, parts.config)
@@ -80,7 +100,11 @@ def open_source(path: Path, allow_pickle: bool = False) -> Source:
     for component in COMPONENTS:
         source, unknown = _rename(component, parts.raw[component], parts.renames[component])
         expected = expected_shapes(parts.config, component)
-        check_not_quantized(component, source.raw, unknown + [name for name in source.tensors if name not in expected])
+        check_not_quantized(
+            component,
+            source.raw,
+            unknown + [name for name in source.tensors if name not in expected],
+        )
         texts += problems(component, source.raw.where, source.tensors, expected, unknown)
         components[component] = source
     raise_problems(texts)
@@ -91,15 +115,22 @@ def _read_parts(path: Path, allow_pickle: bool) -> Parts:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give the folder that holds the whole model")
     if (path / "lowvram.json").exists():
-        raise CheckpointError(f"{path} is a store that lowvram wrote: give the unquantized model it was made of")
+        raise CheckpointError(
+            f"{path} is a store that lowvram wrote: give the unquantized model it was made of"
+        )
     official, diffusers = looks_official(path), looks_diffusers(path)
     if official and diffusers:
-        raise CheckpointError(f"{path} mixes the official layout and that of diffusers: keep one of them")
+        raise CheckpointError(
+            f"{path} mixes the official layout and that of diffusers: keep one of them"
+        )
     if official:
         return read_official(path, allow_pickle)
     if diffusers:
         return read_diffusers(path)
-    both = "neither high_noise_model/ and low_noise_model/ (official) nor transformer/ and transformer_2/ (diffusers)"
+    both = (
+        "neither high_noise_model/ and low_noise_model/ (official) nor transformer/ and "
+        "transformer_2/ (diffusers)"
+    )
     raise CheckpointError(f"{path} holds {both}: give the folder that holds the whole model")
 
 
@@ -115,8 +146,13 @@ def _rename(component: str, raw: RawTensors, rename: Rename) -> tuple[ComponentS
         elif name != TIED or raw.infos[name].shape != raw.infos[stored[official]].shape:
             twice.append(name)
     if twice:
-        raise CheckpointError(f"{raw.where}: {len(twice)} tensors of {component} occur under two names: {named(twice)}; download it again")
-    tensors = {official: _renamed_info(raw.infos[name], official) for official, name in stored.items()}
+        raise CheckpointError(
+            f"{raw.where}: {len(twice)} tensors of {component} occur under two names: "
+            f"{named(twice)}; download it again"
+        )
+    tensors = {
+        official: _renamed_info(raw.infos[name], official) for official, name in stored.items()
+    }
     return ComponentSource(component, tensors, stored, raw), unknown
 
 

@@ -1,4 +1,6 @@
-"""Compares what a source holds with what the model needs, and names everything that differs at once."""
+"""Compares what a source holds with what the model needs, and names everything that differs at
+once.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,16 @@ from lowvram.variants import EXPERTS, ModelConfig
 
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 SCALE_NAME = re.compile(r"scale|comfy_quant|\._data$|\.qweight$|\.qzeros$|absmax", re.IGNORECASE)
-_OTHER = {"high_noise": re.compile(r"low[\W_]?noise", re.IGNORECASE), "low_noise": re.compile(r"high[\W_]?noise", re.IGNORECASE)}
+_OTHER = {
+    "high_noise": re.compile(r"low[\W_]?noise", re.IGNORECASE),
+    "low_noise": re.compile(r"high[\W_]?noise", re.IGNORECASE),
+}
 
 
 class QuantizedSourceError(CheckpointError):
-    """The source is quantized in a dialect that is not read: ignoring its scales would turn the weights into noise."""
+    """The source is quantized in a dialect that is not read: ignoring its scales would turn the
+    weights into noise.
+    """
 
 
 class WrongExpertError(CheckpointError):
@@ -33,65 +40,100 @@ def expected_shapes(config: ModelConfig, component: str) -> dict[str, Shape]:
 
 
 def check_not_quantized(component: str, raw: RawTensors, unknown: list[str]) -> None:
-    """Raises `QuantizedSourceError` for a scale that nothing would consume, or for weights in an integer or 8-bit type."""
+    """Raises `QuantizedSourceError` for a scale that nothing would consume, or for weights in an
+    integer or 8-bit type.
+    """
     scales = [name for name in unknown if SCALE_NAME.search(name)]
     if scales:
         raise QuantizedSourceError(
-            f"{raw.where}: {component} is quantized in a dialect that is not read yet: {len(scales)} scale tensors would stay unused: "
+            f"{raw.where}: {component} is quantized in a dialect that is not read yet: "
+            f"{len(scales)} scale tensors would stay unused: "
             f"{named(scales)}; use the unquantized model"
         )
-    odd = [name for name, info in raw.infos.items() if info.dtype not in WEIGHT_DTYPES and name not in unknown]
+    odd = [
+        name
+        for name, info in raw.infos.items()
+        if info.dtype not in WEIGHT_DTYPES and name not in unknown
+    ]
     if odd:
         dtypes = ", ".join(sorted({raw.infos[name].dtype for name in odd}))
         raise QuantizedSourceError(
-            f"{raw.where}: {len(odd)} tensors of {component} are stored as {dtypes}: {named(odd)}; use the unquantized model "
+            f"{raw.where}: {len(odd)} tensors of {component} are stored as {dtypes}: "
+            f"{named(odd)}; use the unquantized model "
             f"({', '.join(WEIGHT_DTYPES)})"
         )
 
 
-def problems(component: str, where: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, Shape], unknown: list[str]) -> list[str]:
+def problems(
+    component: str,
+    where: Path,
+    found: Mapping[str, TensorInfo],
+    expected: Mapping[str, Shape],
+    unknown: list[str],
+) -> list[str]:
     """One text per kind of difference: missing, unexpected, wrong shape."""
     missing = [name for name in expected if name not in found]
     extra = unknown + [name for name in found if name not in expected]
-    wrong = [name for name, shape in expected.items() if name in found and found[name].shape != shape]
+    wrong = [
+        name for name, shape in expected.items() if name in found and found[name].shape != shape
+    ]
     texts = []
     if missing:
         texts.append(f"{len(missing)} of {len(expected)} tensors are missing: {named(missing)}")
     if extra:
         texts.append(f"{len(extra)} tensors are unexpected: {named(extra)}")
     if wrong:
-        shown = [f"{name} is {list(found[name].shape)}, expected {list(expected[name])}" for name in wrong]
+        shown = [
+            f"{name} is {list(found[name].shape)}, expected {list(expected[name])}"
+            for name in wrong
+        ]
         texts.append(f"{len(wrong)} tensors have the wrong shape: {named(shown)}")
     return [f"{component} ({where}): {text}" for text in texts]
 
 
 def raise_problems(texts: list[str]) -> None:
     if texts:
-        raise MissingTensorsError(f"{'; '.join(texts)}: download it again, or give the folder whose config.json belongs to it")
+        raise MissingTensorsError(
+            f"{'; '.join(texts)}: download it again, or give the folder whose config.json "
+            f"belongs to it"
+        )
 
 
 def check_experts(raw: Mapping[str, RawTensors]) -> None:
-    """Raises `WrongExpertError` where names or metadata of the files tell that an expert lies in the other's place."""
+    """Raises `WrongExpertError` where names or metadata of the files tell that an expert lies in
+    the other's place.
+    """
     for component in EXPERTS:
         other, own = _OTHER[component], _OTHER[EXPERTS[1 - EXPERTS.index(component)]]
         for note in raw[component].notes:
             if other.search(note) and not own.search(note):
                 text = f"{component} is expected here, but a file in it says {note[:120]!r}"
-                raise WrongExpertError(f"{raw[component].where}: {text}: put each expert in its own place")
-    high, low = ({(item.st_dev, item.st_ino) for item in (path.stat() for path in raw[name].files)} for name in EXPERTS)
+                raise WrongExpertError(
+                    f"{raw[component].where}: {text}: put each expert in its own place"
+                )
+    high, low = (
+        {(item.st_dev, item.st_ino) for item in (path.stat() for path in raw[name].files)}
+        for name in EXPERTS
+    )
     if high & low:
         both = f"{raw['high_noise'].where} and {raw['low_noise'].where}"
-        raise WrongExpertError(f"{both} are the same files, but the model needs both experts: download the other one")
+        raise WrongExpertError(
+            f"{both} are the same files, but the model needs both experts: download the other one"
+        )
 
 
 def check_config(path: Path, config: ModelConfig) -> None:
     """Raises `CheckpointError` where the components do not fit each other."""
     dit, text, vae = config.dit, config.text_encoder, config.vae
     if dit.text_dim != text.d_model:
-        text_widths = f"the experts read text of width {dit.text_dim}, but the text encoder writes {text.d_model}"
+        text_widths = (
+            f"the experts read text of width {dit.text_dim}, but the text encoder "
+            f"writes {text.d_model}"
+        )
         raise CheckpointError(f"{path}: {text_widths}: take all parts from one model")
     if not dit.in_dim == dit.out_dim == vae.z_dim == 16:
         raise CheckpointError(
-            f"{path}: the experts take {dit.in_dim} and give {dit.out_dim} channels, the VAE has {vae.z_dim}: only text-to-video models "
+            f"{path}: the experts take {dit.in_dim} and give {dit.out_dim} channels, the VAE "
+            f"has {vae.z_dim}: only text-to-video models "
             "with 16 latent channels are read yet, give one of them"
         )

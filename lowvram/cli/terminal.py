@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -47,7 +55,9 @@ def duration(seconds: float) -> str:
 
 
 class Lines:
-    """Progress where no terminal can show bars, such as a log: what begins, and every `LINE_PERIOD_S` seconds how far it is."""
+    """Progress where no terminal can show bars, such as a log: what begins, and every
+    `LINE_PERIOD_S` seconds how far it is.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -69,7 +79,9 @@ def generation_progress(console: Console) -> Iterator[progress.Listener]:
     """One bar per phase; the time left is the pipeline's own estimate."""
     if not console.is_terminal:
         lines = Lines(console)
-        yield lambda event: lines.say(LABELS[event.phase], f"{event.done} of {event.total}{_left(event)}")
+        yield lambda event: lines.say(
+            LABELS[event.phase], f"{event.done} of {event.total}{_left(event)}"
+        )
         return
     columns = (
         SpinnerColumn(),
@@ -85,17 +97,25 @@ def generation_progress(console: Console) -> Iterator[progress.Listener]:
         def listen(event: progress.Progress) -> None:
             if event.phase not in bars:
                 bars[event.phase] = shown.add_task(LABELS[event.phase], total=event.total, left="")
-            shown.update(bars[event.phase], completed=event.done, left=_left(event).removeprefix(", "))
+            shown.update(
+                bars[event.phase], completed=event.done, left=_left(event).removeprefix(", ")
+            )
 
         yield listen
 
 
 def _left(event: progress.Progress) -> str:
-    return "" if event.seconds_left is None or event.done == event.total else f", {duration(event.seconds_left)} left"
+    return (
+        ""
+        if event.seconds_left is None or event.done == event.total
+        else f", {duration(event.seconds_left)} left"
+    )
 
 
 class PhaseTimer:
-    """A listener that passes every event on and keeps when each phase began and last reported, and how many units were done between."""
+    """A listener that passes every event on and keeps when each phase began and last reported, and
+    how many units were done between.
+    """
 
     def __init__(self, listener: progress.Listener) -> None:
         self._listener = listener
@@ -120,7 +140,9 @@ class PhaseTimer:
 
 
 def compared_times(prediction: Prediction | None, timer: PhaseTimer) -> dict[str, Any]:
-    """{"actual": {phase: seconds, "step": …}, "predicted": the same or None}: what was measured in this run, and what the plan foretold."""
+    """{"actual": {phase: seconds, "step": …}, "predicted": the same or None}: what was measured in
+    this run, and what the plan foretold.
+    """
     actual = {**timer.phase_s, "step": timer.step_s}
     predicted = None if prediction is None else {**prediction.phase_s, "step": prediction.step_s}
     return {"actual": actual, "predicted": predicted}
@@ -128,28 +150,51 @@ def compared_times(prediction: Prediction | None, timer: PhaseTimer) -> dict[str
 
 def times_table(prediction: Prediction, times: dict[str, Any]) -> Table:
     """Predicted and actual seconds side by side."""
-    table = Table(title=f"time; predicted from the {_BASES[prediction.basis]} of {prediction.machine}")
-    for name, justify in (("phase", "left"), ("predicted", "right"), ("actual", "right"), ("actual / predicted", "right")):
+    table = Table(
+        title=f"time; predicted from the {_BASES[prediction.basis]} of {prediction.machine}"
+    )
+    for name, justify in (
+        ("phase", "left"),
+        ("predicted", "right"),
+        ("actual", "right"),
+        ("actual / predicted", "right"),
+    ):
         table.add_column(name, justify="left" if justify == "left" else "right")
     labels = {**LABELS, "step": "one denoising step"}
     for phase, predicted in times["predicted"].items():
         actual = times["actual"].get(phase)
         ratio = f"{actual / predicted:.2f}" if actual and predicted > 0 else "-"
-        table.add_row(labels[phase], _precise(predicted), "-" if actual is None else _precise(actual), ratio)
+        table.add_row(
+            labels[phase], _precise(predicted), "-" if actual is None else _precise(actual), ratio
+        )
     return table
 
 
 def compared_peaks(plan: MemoryPlan, actual: Mapping[str, PhaseUsage]) -> dict[str, Any]:
-    """{"planned": {phase: {"vram_bytes", "ram_bytes"}}, "actual": the same}: what the plan grants, and what was really taken."""
-    planned = {phase.phase: {"vram_bytes": phase.vram_bytes, "ram_bytes": phase.ram_bytes} for phase in plan.phases}
-    return {"planned": planned, "actual": {phase: usage.to_dict() for phase, usage in actual.items()}}
+    """{"planned": {phase: {"vram_bytes", "ram_bytes"}}, "actual": the same}: what the plan grants,
+    and what was really taken.
+    """
+    planned = {
+        phase.phase: {"vram_bytes": phase.vram_bytes, "ram_bytes": phase.ram_bytes}
+        for phase in plan.phases
+    }
+    return {
+        "planned": planned,
+        "actual": {phase: usage.to_dict() for phase, usage in actual.items()},
+    }
 
 
 def peaks_table(peaks: dict[str, Any]) -> Table:
-    """Planned and actual bytes side by side; where the device's memory is the host's, both in one."""
+    """Planned and actual bytes side by side; where the device's memory is the host's, both in
+    one.
+    """
     apart = any(usage["vram_bytes"] is not None for usage in peaks["actual"].values())
     table = Table(title="peak memory")
-    kinds = {"VRAM": ("vram_bytes",), "RAM": ("ram_bytes",)} if apart else {"memory": ("vram_bytes", "ram_bytes")}
+    kinds = (
+        {"VRAM": ("vram_bytes",), "RAM": ("ram_bytes",)}
+        if apart
+        else {"memory": ("vram_bytes", "ram_bytes")}
+    )
     table.add_column("phase")
     for kind in kinds:
         table.add_column(f"{kind}, planned", justify="right")
@@ -159,7 +204,10 @@ def peaks_table(peaks: dict[str, Any]) -> Table:
         cells = []
         for names in kinds.values():
             found = [actual[name] for name in names if actual.get(name) is not None]
-            cells += [format_bytes(sum(planned[name] for name in names)), format_bytes(sum(found)) if found else "-"]
+            cells += [
+                format_bytes(sum(planned[name] for name in names)),
+                format_bytes(sum(found)) if found else "-",
+            ]
         table.add_row(LABELS[phase], *cells)
     return table
 
@@ -177,16 +225,23 @@ def _precise(seconds: float) -> str:
 
 
 def plan_table(plan: MemoryPlan, gpu: str | None = None) -> Table:
-    """The denoising phase's VRAM item by item, then the peak of every phase, then the predicted time. gpu: the card that was named."""
+    """The denoising phase's VRAM item by item, then the peak of every phase, then the predicted
+    time. gpu: the card that was named.
+    """
     choice = plan.choice
-    table = Table(title=f"{plan.variant} {plan.format}, {plan.width}x{plan.height} x {plan.num_frames} frames, {plan.num_tokens:,} tokens")
+    table = Table(
+        title=f"{plan.variant} {plan.format}, {plan.width}x{plan.height} x {plan.num_frames} "
+        f"frames, {plan.num_tokens:,} tokens"
+    )
     table.add_column("VRAM while denoising")
     table.add_column("bytes", justify="right")
     names = {
-        "residual stream": "x, fp32" + (", both guidance branches" if choice.joint_guidance else ""),
+        "residual stream": "x, fp32"
+        + (", both guidance branches" if choice.joint_guidance else ""),
         "keys and values": "K and V",
         "chunk workspace": f"chunk workspace, {choice.chunk_tokens} tokens",
-        "block slots": f"{choice.resident_blocks + choice.ring_slots} block slots ({choice.resident_blocks} resident)",
+        "block slots": f"{choice.resident_blocks + choice.ring_slots} block slots "
+        f"({choice.resident_blocks} resident)",
     }
     for name, nbytes in plan.items.items():
         if nbytes:
@@ -195,10 +250,16 @@ def plan_table(plan: MemoryPlan, gpu: str | None = None) -> Table:
     for phase in plan.phases:
         peak = f"{format_bytes(phase.vram_bytes)} VRAM, {format_bytes(phase.ram_bytes)} RAM"
         table.add_row(f"peak of the {phase.phase} phase", peak)
-    table.add_row("peak of the run", f"{format_bytes(plan.peak_vram_bytes)} VRAM, {format_bytes(plan.peak_ram_bytes)} RAM", style="bold")
+    table.add_row(
+        "peak of the run",
+        f"{format_bytes(plan.peak_vram_bytes)} VRAM, {format_bytes(plan.peak_ram_bytes)} RAM",
+        style="bold",
+    )
     streamed = plan.num_blocks - choice.resident_blocks
     _add_prediction(table, plan, gpu)
-    in_ram = f"{choice.host_blocks} in RAM" + (f" ({choice.pinned_blocks} of them page-locked)" if choice.pinned_blocks else "")
+    in_ram = f"{choice.host_blocks} in RAM" + (
+        f" ({choice.pinned_blocks} of them page-locked)" if choice.pinned_blocks else ""
+    )
     where = f"{choice.resident_blocks} in VRAM, {in_ram}, {streamed - choice.host_blocks} from disk"
     visits = "; both guidance branches share a visit" if choice.joint_guidance else ""
     table.caption = f"blocks of the expert at work: {where}{visits}{_only_planned(plan.variant)}"
@@ -209,30 +270,45 @@ def _add_prediction(table: Table, plan: MemoryPlan, gpu: str | None) -> None:
     prediction = plan.prediction
     if prediction is None:
         table.add_section()
-        advice = f"none: {_no_rate(plan.format)}" if gpu else "name a card with --gpu, or run `lowvram doctor` where the GPU is"
+        advice = (
+            f"none: {_no_rate(plan.format)}"
+            if gpu
+            else "name a card with --gpu, or run `lowvram doctor` where the GPU is"
+        )
         table.add_row("predicted time", advice)
         return
     table.add_section()
     table.add_row(f"predicted from the {_BASES[prediction.basis]}", prediction.machine)
-    table.add_row("a denoising step, predicted", f"{_precise(prediction.step_s)}, {prediction.overhead:.1%} more than with all resident")
+    table.add_row(
+        "a denoising step, predicted",
+        f"{_precise(prediction.step_s)}, {prediction.overhead:.1%} more than with all resident",
+    )
     for phase, seconds in prediction.phase_s.items():
         table.add_row(f"{LABELS[phase]}, predicted", _precise(seconds))
     table.add_row("the video, predicted", _precise(prediction.video_s), style="bold")
 
 
 def _no_rate(format: str) -> str:
-    return f"the table of cards has no rate for {format}; it has those of int8, int8-plain, fp8 and bf16"
+    return (
+        f"the table of cards has no rate for {format}; it has those of int8, int8-plain, "
+        f"fp8 and bf16"
+    )
 
 
 def _only_planned(variant: str) -> str:
     """What the tables add for image to video, which is planned and not yet generated."""
     if variant != I2V_A14B.variant:
         return ""
-    return "\nimage to video can be planned but not run yet; encoding the image is not counted, neither its time nor its memory"
+    return (
+        "\nimage to video can be planned but not run yet; encoding the image is not "
+        "counted, neither its time nor its memory"
+    )
 
 
 def matrix_table(matrix: Matrix) -> Table:
-    """Sizes and lengths against VRAM budgets: the predicted time of a video, or that it does not fit."""
+    """Sizes and lengths against VRAM budgets: the predicted time of a video, or that it does not
+    fit.
+    """
     source = {
         "measured": "its measured speeds",
         "predicted": "by its data sheet and the machine code of the kernels",
@@ -248,23 +324,37 @@ def matrix_table(matrix: Matrix) -> Table:
     rows: dict[tuple[int, int, int], dict[int, str]] = {}
     for cell in matrix.cells:
         prediction = cell.plan.prediction if cell.plan else None
-        text = "does not fit" if cell.plan is None else duration(prediction.video_s) if prediction else "fits"
+        text = (
+            "does not fit"
+            if cell.plan is None
+            else duration(prediction.video_s)
+            if prediction
+            else "fits"
+        )
         rows.setdefault((cell.width, cell.height, cell.num_frames), {})[cell.vram_bytes] = text
     for (width, height, frames), texts in rows.items():
         table.add_row(f"{width}x{height} x {frames}", *(texts[budget] for budget in budgets))
     timed = any(cell.plan and cell.plan.prediction for cell in matrix.cells)
     known = timed or all(cell.plan is None for cell in matrix.cells)
-    times = "all times are predictions" if known else f"no time is predicted: {_no_rate(matrix.format)}"
-    table.caption = f"{times}; --size WIDTHxHEIGHT --frames N --vram … shows one of them in full" + _only_planned(matrix.variant)
+    times = (
+        "all times are predictions" if known else f"no time is predicted: {_no_rate(matrix.format)}"
+    )
+    table.caption = (
+        f"{times}; --size WIDTHxHEIGHT --frames N --vram … shows one of them in full"
+        + _only_planned(matrix.variant)
+    )
     return table
 
 
 def plan_line(plan: MemoryPlan) -> str:
     choice = plan.choice
     return (
-        f"plan: {format_bytes(plan.peak_vram_bytes)} VRAM and {format_bytes(plan.peak_ram_bytes)} RAM at most, "
-        f"{choice.resident_blocks} of {plan.num_blocks} blocks resident, {choice.host_blocks} in RAM, "
-        f"chunks of {choice.chunk_tokens} tokens" + (f"; predicted: {_precise(plan.prediction.video_s)}" if plan.prediction else "")
+        f"plan: {format_bytes(plan.peak_vram_bytes)} VRAM and "
+        f"{format_bytes(plan.peak_ram_bytes)} RAM at most, "
+        f"{choice.resident_blocks} of {plan.num_blocks} blocks resident, "
+        f"{choice.host_blocks} in RAM, "
+        f"chunks of {choice.chunk_tokens} tokens"
+        + (f"; predicted: {_precise(plan.prediction.video_s)}" if plan.prediction else "")
     )
 
 
@@ -286,7 +376,10 @@ def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress],
         lines = Lines(console)
 
         def say(event: QuantizeProgress) -> None:
-            amount = f"{format_bytes(event.done_bytes)} of {format_bytes(event.total_bytes)}, {format_bytes(event.bytes_per_s)}/s"
+            amount = (
+                f"{format_bytes(event.done_bytes)} of {format_bytes(event.total_bytes)}, "
+                f"{format_bytes(event.bytes_per_s)}/s"
+            )
             lines.say(labels[event.phase], f"{amount}, {duration(event.left_s)} left")
 
         yield say
@@ -295,7 +388,9 @@ def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress],
 
         def listen(event: QuantizeProgress) -> None:
             if event.phase not in bars:
-                bars[event.phase] = shown.add_task(labels[event.phase], total=event.total_bytes, speed="", left="", tensor="")
+                bars[event.phase] = shown.add_task(
+                    labels[event.phase], total=event.total_bytes, speed="", left="", tensor=""
+                )
             over = event.done_bytes >= event.total_bytes
             shown.update(
                 bars[event.phase],
@@ -313,7 +408,9 @@ def verify_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
     """One bar over the bytes hashed."""
     if not console.is_terminal:
         lines = Lines(console)
-        yield lambda done, total: lines.say("verifying", f"{format_bytes(done)} of {format_bytes(total)}")
+        yield lambda done, total: lines.say(
+            "verifying", f"{format_bytes(done)} of {format_bytes(total)}"
+        )
         return
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with RichProgress(*columns, console=console, transient=True) as shown:
@@ -323,17 +420,26 @@ def verify_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
 
 def inspect_table(found: dict[str, Any]) -> Table:
     """What `inspect_path` found: a row per component, or the one file."""
-    title = {"store": "quantized model", "source": f"{found.get('layout')} checkpoint"}.get(found["kind"], found["kind"])
+    title = {"store": "quantized model", "source": f"{found.get('layout')} checkpoint"}.get(
+        found["kind"], found["kind"]
+    )
     facts = [str(found[key]) for key in ("format", "dialect", "component") if found.get(key)]
     table = Table(title=f"{found['path']}: {title}{', ' + ', '.join(facts) if facts else ''}")
     for name in ("component", "tensors", "bytes", "dtypes"):
         table.add_column(name, justify="left" if name in ("component", "dtypes") else "right")
-    for component, part in found.get("components", {found.get("component") or "file": found}).items():
-        dtypes = ", ".join(f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in part["dtypes"].items())
+    for component, part in found.get(
+        "components", {found.get("component") or "file": found}
+    ).items():
+        dtypes = ", ".join(
+            f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in part["dtypes"].items()
+        )
         table.add_row(component, f"{part['tensors']:,}", format_bytes(part["bytes"]), dtypes)
     if "config" in found:
         dit = found["config"]["dit"]
-        sizes = f"{dit['num_layers']} blocks, dim {dit['dim']}, ffn {dit['ffn_dim']}, {dit['num_heads']} heads"
+        sizes = (
+            f"{dit['num_layers']} blocks, dim {dit['dim']}, ffn {dit['ffn_dim']}, "
+            f"{dit['num_heads']} heads"
+        )
         table.caption = f"{found['config']['variant']}: {sizes}"
     if found.get("verified"):
         table.caption = f"{table.caption}; every tensor agrees with its hash"
@@ -348,5 +454,10 @@ def doctor_table(report: dict[str, Any]) -> Table:
     styles = {"ok": "green", "warn": "yellow", "missing": "red"}
     for finding in report["findings"]:
         status = finding["status"]
-        table.add_row(finding["name"], f"[{styles[status]}]{status}[/]", escape(finding["detail"]), escape(finding["advice"]))
+        table.add_row(
+            finding["name"],
+            f"[{styles[status]}]{status}[/]",
+            escape(finding["detail"]),
+            escape(finding["advice"]),
+        )
     return table

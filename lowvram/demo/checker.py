@@ -1,4 +1,6 @@
-"""Says what a clip shows from its pixels alone: ground, figures, shapes and motion. It never sees latents, prompts or weights."""
+"""Says what a clip shows from its pixels alone: ground, figures, shapes and motion. It never sees
+latents, prompts or weights.
+"""
 
 from __future__ import annotations
 
@@ -37,21 +39,34 @@ class Match:
 
 
 def matches(frames: Any, scene: Scene) -> Match:
-    """frames: [F, H, W, 3] uint8. Compares what the frames show with what `scene` says; the order of two figures is free."""
+    """frames: [F, H, W, 3] uint8. Compares what the frames show with what `scene` says; the order
+    of two figures is free.
+    """
     seen = describe(frames)
-    colors = sorted(color for color, _ in seen.figures) == sorted(color for color, _ in scene.figures)
+    colors = sorted(color for color, _ in seen.figures) == sorted(
+        color for color, _ in scene.figures
+    )
     shapes = sorted(seen.figures) == sorted(scene.figures) if colors else False
     return Match(seen.ground == scene.ground, colors, shapes, seen.motion == scene.motion)
 
 
 def describe(frames: Any) -> Scene:
-    """frames: [F, H, W, 3] uint8, numpy or torch. An attribute that cannot be made out is `unknown`; `figures` may be empty."""
+    """frames: [F, H, W, 3] uint8, numpy or torch. An attribute that cannot be made out is
+    `unknown`; `figures` may be empty.
+    """
     pixels = np.asarray(frames)
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(f"frames are {pixels.dtype} {pixels.shape}: [F, H, W, 3] uint8 is expected")
+        raise ValueError(
+            f"frames are {pixels.dtype} {pixels.shape}: [F, H, W, 3] uint8 is expected"
+        )
     clip = pixels.astype(np.float64) / 255
     edge = np.concatenate(
-        [clip[:, :2].reshape(-1, 3), clip[:, -2:].reshape(-1, 3), clip[:, :, :2].reshape(-1, 3), clip[:, :, -2:].reshape(-1, 3)]
+        [
+            clip[:, :2].reshape(-1, 3),
+            clip[:, -2:].reshape(-1, 3),
+            clip[:, :, :2].reshape(-1, 3),
+            clip[:, :, -2:].reshape(-1, 3),
+        ]
     )
     ground = np.median(edge, axis=0)
     name = _name(ground, GROUNDS)
@@ -69,7 +84,9 @@ def _name(color: Floats, names: dict[str, tuple[float, float, float]]) -> str:
 
 
 def _figure_cores(clip: Floats, ground: Floats, ground_name: str) -> dict[str, Mask]:
-    """The pixels [F, H, W] inside each figure: those whose 3x3 neighbours have one and the same colour, which blurred edges have not."""
+    """The pixels [F, H, W] inside each figure: those whose 3x3 neighbours have one and the same
+    colour, which blurred edges have not.
+    """
     names = [color for color in COLORS if color != ground_name]
     palette = np.stack([ground, *(np.array(COLORS[name]) for name in names)])
     classes = ((clip[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
@@ -77,7 +94,11 @@ def _figure_cores(clip: Floats, ground: Floats, ground_name: str) -> dict[str, M
     largest = sorted(cores, key=lambda name: int(cores[name].sum()), reverse=True)[:2]
     enough = max(SECOND_FIGURE * cores[largest[0]].sum(), MIN_CORE * len(clip))
     kept = [name for name in largest if cores[name].sum() >= enough]
-    return {name: cores[name] for name in kept if _name(np.median(clip[cores[name]], axis=0), COLORS) == name}
+    return {
+        name: cores[name]
+        for name in kept
+        if _name(np.median(clip[cores[name]], axis=0), COLORS) == name
+    }
 
 
 def _eroded(mask: Mask) -> Mask:
@@ -89,7 +110,9 @@ def _eroded(mask: Mask) -> Mask:
 
 
 def _cover(clip: Floats, core: Mask, ground: Floats) -> Mask:
-    """The figure's pixels [F, H, W]: nearer to its colour than to the ground's, and within reach of its core in that frame."""
+    """The figure's pixels [F, H, W]: nearer to its colour than to the ground's, and within reach of
+    its core in that frame.
+    """
     color = np.median(clip[core], axis=0)
     axis = color - ground
     nearer = (clip - ground) @ axis > 0.5 * (axis @ axis)
@@ -97,7 +120,9 @@ def _cover(clip: Floats, core: Mask, ground: Floats) -> Mask:
     for frame, inside in enumerate(core):
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         if len(rows):
-            reach[frame, max(0, rows[0] - 3) : rows[-1] + 4, max(0, columns[0] - 3) : columns[-1] + 4] = True
+            reach[
+                frame, max(0, rows[0] - 3) : rows[-1] + 4, max(0, columns[0] - 3) : columns[-1] + 4
+            ] = True
     return nearer & reach
 
 
@@ -106,17 +131,24 @@ def _measurable(core: Mask) -> NDArray[np.intp]:
 
 
 def _shape(cover: Mask, core: Mask) -> str:
-    """The nearest prototype of the median outline; frames with few pixels say little and are left out where others exist."""
+    """The nearest prototype of the median outline; frames with few pixels say little and are left
+    out where others exist.
+    """
     area = cover.sum(axis=(1, 2))
     frames = [frame for frame in _measurable(core) if area[frame] >= 0.5 * area.max()]
     if not frames:
         return UNKNOWN
     measured = np.median([_outline(cover[frame]) for frame in frames], axis=0)
-    return min(SHAPE_PROTOTYPES, key=lambda shape: float(np.linalg.norm((measured - SHAPE_PROTOTYPES[shape]) * (2.0, 0.6))))
+    return min(
+        SHAPE_PROTOTYPES,
+        key=lambda shape: float(np.linalg.norm((measured - SHAPE_PROTOTYPES[shape]) * (2.0, 0.6))),
+    )
 
 
 def _outline(mask: Mask) -> tuple[float, float]:
-    """Share of the bounding box that is filled, and mean width of its upper third over that of its lower third."""
+    """Share of the bounding box that is filled, and mean width of its upper third over that of its
+    lower third.
+    """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     third = max(1, len(box) // 3)

@@ -1,4 +1,6 @@
-"""`lowvram demo`: quantizes the small model that ships with the package and generates one clip with it."""
+"""`lowvram demo`: quantizes the small model that ships with the package and generates one clip with
+it.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,18 @@ class DemoResult:
 
 
 def is_own_clip(path: Path) -> bool:
-    """Whether there is a video at `path` whose metadata says that lowvram made it: only such a file is replaced unasked."""
+    """Whether there is a video at `path` whose metadata says that lowvram made it: only such a file
+    is replaced unasked.
+    """
     try:
         return path.is_file() and read_metadata(path).get("generator") == "lowvram"
     except (UsageError, RecursionError):  # a comment in it may be any JSON
         return False
 
 
-def run_demo(prompt: str, seed: int = 0, format: str = "int8", listener: Listener = silent) -> DemoResult:
+def run_demo(
+    prompt: str, seed: int = 0, format: str = "int8", listener: Listener = silent
+) -> DemoResult:
     """The whole path in a temporary folder: checkpoint -> store -> frames."""
     with tempfile.TemporaryDirectory(prefix="lowvram-demo-") as folder:
         began = time.monotonic()

@@ -1,4 +1,6 @@
-"""Captions and the clips they describe: one or two coloured shapes that move, grow or bounce on a coloured ground."""
+"""Captions and the clips they describe: one or two coloured shapes that move, grow or bounce on a
+coloured ground.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ FPS = 8
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says. `figures` holds one or two (colour, shape) pairs; all of them share one motion."""
+    """What a caption says. `figures` holds one or two (colour, shape) pairs; all of them share one
+    motion.
+    """
 
     figures: tuple[tuple[str, str], ...]
     ground: str
@@ -46,16 +50,22 @@ def all_scenes() -> list[Scene]:
     figures = [(color, shape) for color in COLORS for shape in SHAPES]
     groups: list[tuple[tuple[str, str], ...]] = [(figure,) for figure in figures]
     groups += [(first, second) for first in figures for second in figures if first[0] != second[0]]
-    return [Scene(group, ground, motion) for group in groups for ground in GROUNDS for motion in MOTIONS]
+    return [
+        Scene(group, ground, motion) for group in groups for ground in GROUNDS for motion in MOTIONS
+    ]
 
 
 def split(scene: Scene) -> str:
-    """`train`, `validation` (settings are chosen on it) or `test` (the model is judged on it), by the caption's checksum."""
+    """`train`, `validation` (settings are chosen on it) or `test` (the model is judged on it), by
+    the caption's checksum.
+    """
     return {0: "test", 1: "validation"}.get(zlib.crc32(scene.caption().encode()) % 10, "train")
 
 
 def coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
-    """Anti-aliased cover of each pixel in 0..1 by `shape`; dx, dy: pixel minus centre; radius: circumradius in pixels."""
+    """Anti-aliased cover of each pixel in 0..1 by `shape`; dx, dy: pixel minus centre; radius:
+    circumradius in pixels.
+    """
     if shape == "circle":
         distance = (dx * dx + dy * dy).sqrt() - radius
     elif shape == "square":
@@ -67,19 +77,32 @@ def coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 
-def render(scene: Scene, generator: torch.Generator | None = None, num_frames: int = NUM_FRAMES, size: int = SIZE) -> Tensor:
-    """Draws `scene`; `generator` varies place, size and speed. Returns [3, num_frames, size, size] float in -1..1."""
+def render(
+    scene: Scene,
+    generator: torch.Generator | None = None,
+    num_frames: int = NUM_FRAMES,
+    size: int = SIZE,
+) -> Tensor:
+    """Draws `scene`; `generator` varies place, size and speed. Returns [3, num_frames, size, size]
+    float in -1..1.
+    """
     axis = torch.arange(size, dtype=torch.float32) + 0.5
     py, px = axis.view(1, size, 1), axis.view(1, 1, size)
     time = torch.linspace(0, 1, num_frames).view(-1, 1, 1)
     unit = size / 64
-    frames = torch.tensor(GROUNDS[scene.ground]).view(3, 1, 1, 1).expand(3, num_frames, size, size).clone()
+    frames = (
+        torch.tensor(GROUNDS[scene.ground])
+        .view(3, 1, 1, 1)
+        .expand(3, num_frames, size, size)
+        .clone()
+    )
     two = len(scene.figures) == 2
 
     def vary(extent: float) -> float:
         return extent * (2 * torch.rand((), generator=generator).item() - 1) if generator else 0.0
 
-    # All figures share the motion. Two stand side by side across it, the first one left or above, and never overlap.
+    # All figures share the motion. Two stand side by side across it, the first one left or above,
+    # and never overlap.
     lanes = (17.0, 47.0) if two else (32.0,)
     travel, delay = 28 * (1 + vary(0.15)), vary(3)
     for (color, shape), lane in zip(scene.figures, lanes, strict=True):
@@ -92,15 +115,23 @@ def render(scene: Scene, generator: torch.Generator | None = None, num_frames: i
         elif scene.motion == "bounce":  # falls to the ground and comes back
             along = 32 + delay + (0.5 - (2 * time - 1).abs()) * travel
         else:
-            along = 32 + delay + (time - 0.5) * travel * (1 if scene.motion in ("right", "down") else -1)
+            along = (
+                32
+                + delay
+                + (time - 0.5) * travel * (1 if scene.motion in ("right", "down") else -1)
+            )
         cx, cy = (along, across) if scene.motion in ("left", "right") else (across, along)
         alpha = coverage(shape, px - cx * unit, py - cy * unit, radius * unit)
         frames = frames * (1 - alpha) + torch.tensor(COLORS[color]).view(3, 1, 1, 1) * alpha
     return frames * 2 - 1
 
 
-def render_collage(generator: torch.Generator, batch: int, num_frames: int, size: int, figures: int = 6) -> Tensor:
-    """Crowds of moving shapes that teach a VAE edges and colours. Returns [batch, 3, num_frames, size, size] in -1..1."""
+def render_collage(
+    generator: torch.Generator, batch: int, num_frames: int, size: int, figures: int = 6
+) -> Tensor:
+    """Crowds of moving shapes that teach a VAE edges and colours. Returns [batch, 3, num_frames,
+    size, size] in -1..1.
+    """
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)
@@ -117,8 +148,15 @@ def render_collage(generator: torch.Generator, batch: int, num_frames: int, size
     time = torch.arange(num_frames, dtype=torch.float32).view(1, -1, 1, 1)
     frames = colors().expand(batch, 3, num_frames, size, size)
     for _ in range(figures):
-        cx, cy = (uniform(batch, 1, 1, 1) * 1.3 - 0.15) * size, (uniform(batch, 1, 1, 1) * 1.3 - 0.15) * size
-        vx, vy = (5 * v + 240 * v**5 for v in (uniform(batch, 1, 1, 1) - 0.5, uniform(batch, 1, 1, 1) - 0.5))  # few are fast
+        cx, cy = (
+            (uniform(batch, 1, 1, 1) * 1.3 - 0.15) * size,
+            (uniform(batch, 1, 1, 1) * 1.3 - 0.15) * size,
+        )
+        # few are fast
+        vx, vy = (
+            5 * v + 240 * v**5
+            for v in (uniform(batch, 1, 1, 1) - 0.5, uniform(batch, 1, 1, 1) - 0.5)
+        )
         radius = 3 + uniform(batch, 1, 1, 1) * 11
         growth = (uniform(batch, 1, 1, 1) - 0.3).clamp(min=0) * 1.2
         dx, dy, r = px - cx - vx * time, py - cy - vy * time, radius + growth * time

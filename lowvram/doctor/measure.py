@@ -1,4 +1,6 @@
-"""Measures this machine's speeds with lowvram's own kernels, seconds in all, and finds the cached result. Torch loads inside functions."""
+"""Measures this machine's speeds with lowvram's own kernels, seconds in all, and finds the cached
+result. Torch loads inside functions.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from typing import Any
 from lowvram.errors import LowvramError
 from lowvram.hardware.cgroups import host_memory
 from lowvram.hardware.machine import find_gpu, nvml_driver_version
-from lowvram.hardware.profile import MEASURED, PINNED_SHARE, TABLE, MachineProfile, ProfileKey, any_profile, load_profile, save_profile
+from lowvram.hardware.profile import (
+    MEASURED,
+    PINNED_SHARE,
+    TABLE,
+    MachineProfile,
+    ProfileKey,
+    any_profile,
+    load_profile,
+    save_profile,
+)
 from lowvram.timing.cards import DISK_BYTES_S
 from lowvram.units import format_bytes
 
@@ -30,7 +41,9 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True)
 class ProbeShape:
-    """What is computed: `rows` of `dim` channels, attention over `keys`, a convolution of `frames` x `pixels`^2."""
+    """What is computed: `rows` of `dim` channels, attention over `keys`, a convolution of `frames`
+    x `pixels`^2.
+    """
 
     rows: int
     dim: int
@@ -40,8 +53,12 @@ class ProbeShape:
     pixels: int
 
 
-# On a GPU the shapes of an A14B block. On a CPU what takes some seconds in all; smaller ones would show what each call costs, not the rate.
-SHAPES = {"cuda": ProbeShape(8192, 5120, 32768, 96, 4, 256), "cpu": ProbeShape(256, 2048, 1024, 96, 4, 64)}
+# On a GPU the shapes of an A14B block. On a CPU what takes some seconds in all; smaller ones would
+# show what each call costs, not the rate.
+SHAPES = {
+    "cuda": ProbeShape(8192, 5120, 32768, 96, 4, 256),
+    "cpu": ProbeShape(256, 2048, 1024, 96, 4, 64),
+}
 
 
 def machine_key(device: str) -> ProfileKey:
@@ -49,12 +66,21 @@ def machine_key(device: str) -> ProfileKey:
     import torch
 
     if device == "cuda":
-        return ProfileKey(torch.cuda.get_device_name(), driver_version(), torch.__version__, _lowvram())
-    return ProfileKey(f"cpu {platform.machine()} {platform.processor()}", platform.release(), torch.__version__, _lowvram())
+        return ProfileKey(
+            torch.cuda.get_device_name(), driver_version(), torch.__version__, _lowvram()
+        )
+    return ProfileKey(
+        f"cpu {platform.machine()} {platform.processor()}",
+        platform.release(),
+        torch.__version__,
+        _lowvram(),
+    )
 
 
 def this_machine(device: str) -> MachineProfile | None:
-    """What `lowvram doctor` measured on this machine for a device type (cuda or cpu); None where it has not, or where there is no GPU."""
+    """What `lowvram doctor` measured on this machine for a device type (cuda or cpu); None where it
+    has not, or where there is no GPU.
+    """
     if not any_profile():
         return None
     import torch
@@ -65,25 +91,40 @@ def this_machine(device: str) -> MachineProfile | None:
 
 
 def on_disk_of(folder: Path, profile: MachineProfile) -> MachineProfile:
-    """The profile for a model in `folder`: itself where that lies on the disk that was measured, else with the table's rate for the disk,
-    marked as such, and a warning. What `sources` calls "given", or no measurement, stays as it is.
+    """The profile for a model in `folder`: itself where that lies on the disk that was measured,
+    else with the table's rate for the disk, marked as such, and a warning. What `sources` calls
+    "given", or no measurement, stays as it is.
     """
-    if profile.sources.get("disk_bytes_s") != MEASURED or _same_disk(Path(profile.disk_folder), folder):
+    if profile.sources.get("disk_bytes_s") != MEASURED or _same_disk(
+        Path(profile.disk_folder), folder
+    ):
         return profile
     logger.warning(
-        "%s is not on the disk that was measured (that of %s): %s/s is assumed of it; run `lowvram doctor --path %s` to measure it",
+        "%s is not on the disk that was measured (that of %s): %s/s is assumed of it; "
+        "run `lowvram doctor --path %s` to measure it",
         *(folder, profile.disk_folder, format_bytes(DISK_BYTES_S), folder),
     )
-    return replace(profile, disk_bytes_s=DISK_BYTES_S, disk_folder="", sources={**profile.sources, "disk_bytes_s": TABLE})
+    return replace(
+        profile,
+        disk_bytes_s=DISK_BYTES_S,
+        disk_folder="",
+        sources={**profile.sources, "disk_bytes_s": TABLE},
+    )
 
 
 def machine_profile(
-    folder: Path, *, refresh: bool = False, link_bytes_s: float | None = None, disk_bytes_s: float | None = None
+    folder: Path,
+    *,
+    refresh: bool = False,
+    link_bytes_s: float | None = None,
+    disk_bytes_s: float | None = None,
 ) -> tuple[MachineProfile, bool]:
-    """(profile, whether it was measured now): the cached one, else measured and cached. The disk is that of `folder`.
+    """(profile, whether it was measured now): the cached one, else measured and cached. The disk is
+    that of `folder`.
 
-    disk_bytes_s: what `doctor.read_speed` measured there; None takes the table's rate, and `sources` says so. A cached profile counts
-    only where its disk is that of `folder` too. Raises `LowvramError` where something cannot be measured.
+    disk_bytes_s: what `doctor.read_speed` measured there; None takes the table's rate, and
+    `sources` says so. A cached profile counts only where its disk is that of `folder` too. Raises
+    `LowvramError` where something cannot be measured.
     """
     device = "cuda" if find_gpu()[0] is not None else "cpu"
     key = machine_key(device)
@@ -92,15 +133,18 @@ def machine_profile(
         return cached, False
     try:
         profile = measure_profile(device, folder, link_bytes_s, disk_bytes_s)
-    except Exception as error:  # no memory left on the device; a kernel that does not compile raises errors of its own kind
+    except Exception as error:  # no memory left, or a kernel that does not compile
         reason = " ".join(str(error).split())[:300]
         raise LowvramError(f"the speeds of {key.gpu} cannot be measured: {reason}") from error
     save_profile(profile, key)
     return profile, True
 
 
-def measure_profile(device: str, folder: Path, link_bytes_s: float | None = None, disk_bytes_s: float | None = None) -> MachineProfile:
-    """Measures everything on `device` but the disk, whose rate is the caller's, else the table's, and the link where the caller has it.
+def measure_profile(
+    device: str, folder: Path, link_bytes_s: float | None = None, disk_bytes_s: float | None = None
+) -> MachineProfile:
+    """Measures everything on `device` but the disk, whose rate is the caller's, else the table's,
+    and the link where the caller has it.
 
     Raises what torch raises.
     """
@@ -112,7 +156,15 @@ def measure_profile(device: str, folder: Path, link_bytes_s: float | None = None
     link = link_bytes_s or (gpu.link_bytes_s if gpu else None)
     rates = _Probe(device, _probe_shape(device)).rates()
     sources = dict.fromkeys(
-        (*rates, "link_bytes_s", "host_copy_bytes_s", "vram_total_bytes", "vram_free_bytes", "ram_total_bytes"), MEASURED
+        (
+            *rates,
+            "link_bytes_s",
+            "host_copy_bytes_s",
+            "vram_total_bytes",
+            "vram_free_bytes",
+            "ram_total_bytes",
+        ),
+        MEASURED,
     )
     sources |= {"disk_bytes_s": MEASURED if disk_bytes_s else TABLE, "pinned_limit_bytes": TABLE}
     if gpu and not link:
@@ -134,7 +186,9 @@ def measure_profile(device: str, folder: Path, link_bytes_s: float | None = None
 
 
 def _probe_shape(device: str) -> ProbeShape:
-    """On a GPU that no kernel is for, or whose kernels are wrong, the references would take minutes for what kernels do in milliseconds."""
+    """On a GPU that no kernel is for, or whose kernels are wrong, the references would take minutes
+    for what kernels do in milliseconds.
+    """
     if device == "cuda":
         import torch
         from lowvram_kernels.constraints import refused_gpu
@@ -165,10 +219,15 @@ class _Probe:
             "gemm_bf16_ops_s": products / self._seconds(self._plain_linear(torch.bfloat16)),
             "gemm_fp32_ops_s": products / self._seconds(self._plain_linear(torch.float32)),
             "attention_ops_s": attention / self._seconds(self._attention(heads)),
-            "attention_bf16_ops_s": attention / self._seconds(self._plain_attention(heads, torch.bfloat16)),
-            "attention_fp32_ops_s": attention / self._seconds(self._plain_attention(heads, torch.float32)),
+            "attention_bf16_ops_s": attention
+            / self._seconds(self._plain_attention(heads, torch.bfloat16)),
+            "attention_fp32_ops_s": attention
+            / self._seconds(self._plain_attention(heads, torch.float32)),
             "conv_ops_s": convolved / self._seconds(self._convolution()),
-            "elementwise_bytes_s": 5.0 * shape.rows * shape.dim / self._seconds(self._norm(shape.rows, shape.dim)),
+            "elementwise_bytes_s": 5.0
+            * shape.rows
+            * shape.dim
+            / self._seconds(self._norm(shape.rows, shape.dim)),
             "launch_s": self._launch_seconds(),
         }
 
@@ -225,7 +284,10 @@ class _Probe:
 
         rows, dim = self._shape.rows, self._shape.dim
         x, weight = self._codes(rows, dim, dtype=dtype), self._codes(dim, dim, dtype=dtype)
-        bias, out = self._scales(dim), torch.empty(rows, dim, device=self._device, dtype=torch.bfloat16)
+        bias, out = (
+            self._scales(dim),
+            torch.empty(rows, dim, device=self._device, dtype=torch.bfloat16),
+        )
         x_scale, scale = self._scales(rows, 1), self._scales(dim, 1)
         return lambda: ops.quantized_linear(x, x_scale, weight, scale, bias, out)
 
@@ -233,7 +295,9 @@ class _Probe:
         import torch
 
         rows, dim = self._shape.rows, self._shape.dim
-        x, weight = (torch.randn(count, dim, device=self._device, dtype=dtype) for count in (rows, dim))
+        x, weight = (
+            torch.randn(count, dim, device=self._device, dtype=dtype) for count in (rows, dim)
+        )
         return lambda: torch.nn.functional.linear(x, weight)
 
     def _attention(self, heads: int) -> Callable[[], object]:
@@ -241,8 +305,16 @@ class _Probe:
         import torch
 
         rows, keys = self._shape.rows, math.ceil(self._shape.keys / 64) * 64
-        q, k, v = self._codes(heads, rows, HEAD_DIM), self._codes(heads, keys, HEAD_DIM), self._codes(heads, HEAD_DIM, keys)
-        q_scale, k_scale, v_scale = self._scales(heads, rows), self._scales(heads, keys), self._scales(heads, HEAD_DIM, keys // 64)
+        q, k, v = (
+            self._codes(heads, rows, HEAD_DIM),
+            self._codes(heads, keys, HEAD_DIM),
+            self._codes(heads, HEAD_DIM, keys),
+        )
+        q_scale, k_scale, v_scale = (
+            self._scales(heads, rows),
+            self._scales(heads, keys),
+            self._scales(heads, HEAD_DIM, keys // 64),
+        )
         out = torch.empty(rows, heads * HEAD_DIM, device=self._device, dtype=torch.bfloat16)
         return lambda: ops.attention_int8(q, q_scale, k, k_scale, v, v_scale, out)
 
@@ -250,14 +322,19 @@ class _Probe:
         import torch
 
         rows, keys = self._shape.rows, self._shape.keys
-        q, k, v = (torch.randn(1, heads, count, HEAD_DIM, device=self._device, dtype=dtype) for count in (rows, keys, keys))
+        q, k, v = (
+            torch.randn(1, heads, count, HEAD_DIM, device=self._device, dtype=dtype)
+            for count in (rows, keys, keys)
+        )
         return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     def _convolution(self) -> Callable[[], object]:
         import torch
 
         shape = self._shape
-        clip = torch.randn(1, shape.channels, shape.frames, shape.pixels, shape.pixels, device=self._device)
+        clip = torch.randn(
+            1, shape.channels, shape.frames, shape.pixels, shape.pixels, device=self._device
+        )
         weight = torch.randn(shape.channels, shape.channels, 3, 3, 3, device=self._device)
         return lambda: torch.nn.functional.conv3d(clip, weight, padding=1)
 
@@ -265,8 +342,13 @@ class _Probe:
         import lowvram_kernels.ops as ops
         import torch
 
-        x, scale, shift = (torch.randn(*size, device=self._device) for size in ((rows, dim), (dim,), (dim,)))
-        out, row_scale = torch.empty(rows, dim, device=self._device, dtype=torch.int8), torch.empty(rows, 1, device=self._device)
+        x, scale, shift = (
+            torch.randn(*size, device=self._device) for size in ((rows, dim), (dim,), (dim,))
+        )
+        out, row_scale = (
+            torch.empty(rows, dim, device=self._device, dtype=torch.int8),
+            torch.empty(rows, 1, device=self._device),
+        )
         return lambda: ops.adaln_quantize(x, scale, shift, out, row_scale, eps=1e-6, rotated=True)
 
 
@@ -292,13 +374,17 @@ def _same_disk(one: Path, other: Path) -> bool:
 
 
 def driver_version() -> str:
-    """The GPU driver's version; where neither the system nor NVML shows one, the version of ROCm or CUDA that torch was built for."""
+    """The GPU driver's version; where neither the system nor NVML shows one, the version of ROCm or
+    CUDA that torch was built for.
+    """
     import torch
 
     try:
         return NVIDIA_DRIVER.read_text(encoding="utf-8").splitlines()[0].strip()
     except (OSError, IndexError):
-        built_for = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        built_for = (
+            f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        )
         return nvml_driver_version() or built_for
 
 

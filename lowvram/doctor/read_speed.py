@@ -1,4 +1,6 @@
-"""How fast the streamer reads a disk: its own reader over blocks that are written for it and removed again. Torch loads inside."""
+"""How fast the streamer reads a disk: its own reader over blocks that are written for it and
+removed again. Torch loads inside.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ PIECE = 1 << 20
 
 
 def read_speed(folder: Path) -> float | None:
-    """Bytes per second that `BlockFile` reads in `folder`: whole blocks, in parts, by its threads, none of it out of the page cache.
+    """Bytes per second that `BlockFile` reads in `folder`: whole blocks, in parts, by its threads,
+    none of it out of the page cache.
 
-    None where the cache cannot be emptied, `folder` not be written or has too little room, or torch not be loaded.
+    None where the cache cannot be emptied, `folder` not be written or has too little room, or torch
+    not be loaded.
     """
     if not hasattr(os, "posix_fadvise"):
         return None
@@ -51,8 +55,11 @@ def _timed_read(place: Path) -> float:
 
     from lowvram.streaming.block_file import BlockFile
 
-    buffer = torch.ones(PROBE_BLOCK_BYTES + READ_SLACK_BYTES, dtype=torch.uint8)  # written once: a run's buffers are no fresh pages either
-    file = BlockFile(place, [(block * PROBE_BLOCK_BYTES, PROBE_BLOCK_BYTES) for block in range(PROBE_BLOCKS)])
+    # written once: a run's buffers are no fresh pages either
+    buffer = torch.ones(PROBE_BLOCK_BYTES + READ_SLACK_BYTES, dtype=torch.uint8)
+    file = BlockFile(
+        place, [(block * PROBE_BLOCK_BYTES, PROBE_BLOCK_BYTES) for block in range(PROBE_BLOCKS)]
+    )
     try:
         began = time.perf_counter()
         for block in range(PROBE_BLOCKS):

@@ -8,5 +8,7 @@ from platformdirs import user_cache_path
 
 
 def cache_folder() -> Path:
-    """Where lowvram keeps what it can make again, by the platform's rules: XDG, `~/Library/Caches`, `%LOCALAPPDATA%`."""
+    """Where lowvram keeps what it can make again, by the platform's rules: XDG, `~/Library/Caches`,
+    `%LOCALAPPDATA%`.
+    """
     return user_cache_path("lowvram", appauthor=False)

@@ -1,4 +1,6 @@
-"""Writes that survive a power cut, reads that are tried again, and errors of the file system in words."""
+"""Writes that survive a power cut, reads that are tried again, and errors of the file system in
+words.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ PARTIAL = ".partial"  # ends the name of a file that is still being written
 RETRY_DELAYS_S = (0.05, 0.25, 1.0)
 READ_BYTES = 16 * 2**20  # at a time, so that a slow disk is told from one that hangs
 SLOW_READ_S = 10.0
-HANGING_READ_S = 300.0  # without one byte: disks that spin up and network drives that come back take less
+# without one byte: disks that spin up and network drives that come back take less
+HANGING_READ_S = 300.0
 STOP_GRACE_S = 2.0  # what a stopped run waits for reads under way, which write into its buffers
 POLL_S = 0.25
 CHECK_DISK = "check the disk and its cable, or copy the model to another one"
@@ -50,7 +53,8 @@ def read_at(fd: int, target: memoryview, offset: int, seeking: threading.Lock) -
 
 
 class Reading:
-    """One read in parts, by threads that nobody has to wait for: when the last byte came, and how the parts ended.
+    """One read in parts, by threads that nobody has to wait for: when the last byte came, and how
+    the parts ended.
 
     `over` is set when no part is under way any more, so that nothing writes into the buffers.
     """
@@ -79,8 +83,8 @@ class Reading:
     def wait(self) -> None:
         """Until no part is under way; raises what the first of those that failed has raised.
 
-        Raises `CheckpointError`, and leaves the parts to themselves, where the disk gives no byte for `HANGING_READ_S`, or for
-        `STOP_GRACE_S` from when it was stopped.
+        Raises `CheckpointError`, and leaves the parts to themselves, where the disk gives no byte
+        for `HANGING_READ_S`, or for `STOP_GRACE_S` from when it was stopped.
         """
         begun_s, slow = time.monotonic(), False
         stopped_s: float | None = None
@@ -88,13 +92,20 @@ class Reading:
             now_s = time.monotonic()
             if not slow and now_s - begun_s >= SLOW_READ_S:
                 slow = True
-                _log.warning("%s is not read after %.0f s: the disk is slow or busy", self._what, SLOW_READ_S)
+                _log.warning(
+                    "%s is not read after %.0f s: the disk is slow or busy", self._what, SLOW_READ_S
+                )
             if now_s - self._moved_s >= HANGING_READ_S:
-                raise CheckpointError(f"{self._what} cannot be read: the disk gave no byte for {HANGING_READ_S:.0f} s: {CHECK_DISK}")
+                raise CheckpointError(
+                    f"{self._what} cannot be read: the disk gave no byte for "
+                    f"{HANGING_READ_S:.0f} s: {CHECK_DISK}"
+                )
             if self._stopped is not None and self._stopped.is_set():
                 stopped_s = now_s if stopped_s is None else stopped_s
                 if now_s - stopped_s >= STOP_GRACE_S:
-                    raise CheckpointError(f"{self._what} is not read: it was stopped while the disk gave nothing")
+                    raise CheckpointError(
+                        f"{self._what} is not read: it was stopped while the disk gave nothing"
+                    )
         if self._failures:
             self._raise(self._failures.pop(min(self._failures)))
 
@@ -107,7 +118,9 @@ class Reading:
                 self.over.set()
 
     def _raise(self, failure: BaseException) -> None:
-        """Without a reference that would keep the failure's frames, and the buffers in them, alive."""
+        """Without a reference that would keep the failure's frames, and the buffers in them,
+        alive.
+        """
         self._failures.clear()
         try:
             raise failure
@@ -115,24 +128,37 @@ class Reading:
             del failure
 
 
-def read_ranges(fd: int, ranges: Sequence[tuple[memoryview, int]], path: Path, what: str, seeking: threading.Lock) -> list[int]:
-    """Fills each of `ranges`, (target, offset in the file); returns how many bytes came: fewer only where the file ends.
+def read_ranges(
+    fd: int,
+    ranges: Sequence[tuple[memoryview, int]],
+    path: Path,
+    what: str,
+    seeking: threading.Lock,
+) -> list[int]:
+    """Fills each of `ranges`, (target, offset in the file); returns how many bytes came: fewer only
+    where the file ends.
 
-    A read that fails is tried again after short growing delays. Raises `CheckpointError` that names `path` and `what`, also where the disk
-    hangs, and `OSError` where the system has no memory for a read. Ctrl-C is heard while the disk is waited for.
+    A read that fails is tried again after short growing delays. Raises `CheckpointError` that names
+    `path` and `what`, also where the disk hangs, and `OSError` where the system has no memory for a
+    read. Ctrl-C is heard while the disk is waited for.
     """
     counts: list[int] = []
     reading = Reading(f"{path}: {what}", 1)
 
     def read() -> None:
-        counts.extend(_read_fully(reading, fd, target, offset, f"{path}: reading {what}", seeking) for target, offset in ranges)
+        counts.extend(
+            _read_fully(reading, fd, target, offset, f"{path}: reading {what}", seeking)
+            for target, offset in ranges
+        )
 
     threading.Thread(target=reading.run, args=(0, read), name="lowvram-read", daemon=True).start()
     reading.wait()
     return counts
 
 
-def _read_fully(reading: Reading, fd: int, target: memoryview, offset: int, what: str, seeking: threading.Lock) -> int:
+def _read_fully(
+    reading: Reading, fd: int, target: memoryview, offset: int, what: str, seeking: threading.Lock
+) -> int:
     done = failures = 0
     while done < len(target):
         try:
@@ -151,10 +177,13 @@ def _read_fully(reading: Reading, fd: int, target: memoryview, offset: int, what
     return done
 
 
-def before_next_try(what: str, error: OSError, failures: int, pause: Callable[[float], object] = time.sleep) -> None:
+def before_next_try(
+    what: str, error: OSError, failures: int, pause: Callable[[float], object] = time.sleep
+) -> None:
     """Says in the log that `what` failed, and waits. failures: how often it had failed before.
 
-    Raises `CheckpointError` where that was often enough, and `error` itself where it is about memory: whoever can give some up sees it.
+    Raises `CheckpointError` where that was often enough, and `error` itself where it is about
+    memory: whoever can give some up sees it.
     """
     if error.errno == errno.ENOMEM:
         raise error
@@ -172,8 +201,12 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def output_error(path: Path, error: OSError, advice: str = "make room and run it again") -> OutputError:
-    """What an `OSError` while writing `path` means, and what to do; `DiskFullError`, with `advice`, where room is the cause."""
+def output_error(
+    path: Path, error: OSError, advice: str = "make room and run it again"
+) -> OutputError:
+    """What an `OSError` while writing `path` means, and what to do; `DiskFullError`, with `advice`,
+    where room is the cause.
+    """
     if error.errno in _NO_ROOM:
         return DiskFullError(f"no room to write {path} ({error.strerror}): {advice}")
     remedy = _ADVICE.get(error.errno or 0, "choose another folder or disk")
@@ -181,11 +214,16 @@ def output_error(path: Path, error: OSError, advice: str = "make room and run it
 
 
 def check_room(path: Path, needed_bytes: int) -> None:
-    """Raises `DiskFullError` where the file system that will hold `path` has less than `needed_bytes` free."""
+    """Raises `DiskFullError` where the file system that will hold `path` has less than
+    `needed_bytes` free.
+    """
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise DiskFullError(f"{path} needs {format_bytes(needed_bytes)}, but {folder} has {format_bytes(free_bytes)} free: make room first")
+        raise DiskFullError(
+            f"{path} needs {format_bytes(needed_bytes)}, but {folder} has "
+            f"{format_bytes(free_bytes)} free: make room first"
+        )
 
 
 def sync_folder(folder: Path) -> None:
@@ -200,7 +238,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """`path` holds either its old content or all of `content`, whatever happens; an error leaves nothing else. Raises `OutputError`."""
+    """`path` holds either its old content or all of `content`, whatever happens; an error leaves
+    nothing else. Raises `OutputError`.
+    """
     partial = path.with_name(path.name + PARTIAL)
     try:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)

@@ -1,4 +1,6 @@
-"""One writer per output folder: a lock file that names its process, freed by the system when that process dies."""
+"""One writer per output folder: a lock file that names its process, freed by the system when that
+process dies.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _log = logging.getLogger(__name__)
 
 
 class OutputLock:
-    """Held from construction to `release`. Raises `OutputError` that names the process which holds it."""
+    """Held from construction to `release`. Raises `OutputError` that names the process which holds
+    it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
@@ -37,14 +41,20 @@ class OutputLock:
     def __enter__(self) -> OutputLock:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.release()
 
     def release(self) -> None:
         if self._fd is None:
             return
         if fcntl is not None:
-            # Removed while it is still held: who opened it before sees that its file is no longer the one at the path.
+            # Removed while it is still held: who opened it before sees that its file is no longer
+            # the one at the path.
             self.path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = None
@@ -73,11 +83,18 @@ class OutputLock:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise self._refusal(_read_holder(fd)) from None
-        # Some file systems grant every lock, so the process that the file names must be dead as well.
-        if holder and holder.get("host") == socket.gethostname() and holder == _process(holder.get("pid")):
+        # Some file systems grant every lock, so the process that the file names must be dead as
+        # well.
+        if (
+            holder
+            and holder.get("host") == socket.gethostname()
+            and holder == _process(holder.get("pid"))
+        ):
             raise self._refusal(holder)
         if holder:
-            _log.warning("took over %s, left by process %s, which is gone", self.path, holder.get("pid"))
+            _log.warning(
+                "took over %s, left by process %s, which is gone", self.path, holder.get("pid")
+            )
 
     def _is_current(self, fd: int) -> bool:
         try:
@@ -86,7 +103,10 @@ class OutputLock:
             return False
 
     def _refusal(self, holder: dict[str, object]) -> OutputError:
-        return OutputError(f"{self.path.parent} is being written by process {holder.get('pid', '?')}: wait for it or stop it")
+        return OutputError(
+            f"{self.path.parent} is being written by process {holder.get('pid', '?')}: wait "
+            f"for it or stop it"
+        )
 
 
 def _process(pid: object) -> dict[str, object]:
@@ -94,7 +114,11 @@ def _process(pid: object) -> dict[str, object]:
     if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
         return {}
     try:
-        return {"pid": pid, "started": psutil.Process(pid).create_time(), "host": socket.gethostname()}
+        return {
+            "pid": pid,
+            "started": psutil.Process(pid).create_time(),
+            "host": socket.gethostname(),
+        }
     except (psutil.Error, OverflowError):
         return {}
 

@@ -20,8 +20,8 @@ PROCESS_GROWTH_BYTES = 400 * 10**6
 class Budgets:
     """A device and what may be used of it and of host RAM.
 
-    process_bytes: of the RAM, lowvram's own code and libraries; context_bytes: of the device, what driver and libraries were measured to
-    take, None where they were not.
+    process_bytes: of the RAM, lowvram's own code and libraries; context_bytes: of the device, what
+    driver and libraries were measured to take, None where they were not.
     """
 
     device: str
@@ -32,9 +32,11 @@ class Budgets:
 
 
 def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:
-    """`auto` takes a share of what is free now; on a CPU half of that share is the workspace's ("VRAM") and half the RAM's.
+    """`auto` takes a share of what is free now; on a CPU half of that share is the workspace's
+    ("VRAM") and half the RAM's.
 
-    Raises `UsageError` for text that is no amount or no device, `BudgetError` where the machine has less than was asked for.
+    Raises `UsageError` for text that is no amount or no device, `BudgetError` where the machine has
+    less than was asked for.
     """
     name = _device(device)
     context = _context(name)  # before anything else touches the device
@@ -42,7 +44,10 @@ def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:
     free_ram = _free_ram()
     free_vram, total_vram = _vram(name, free_ram)
     if name == "cpu":
-        auto_vram, auto_ram = int(free_ram * AUTO_SHARE / 2), int(free_ram * AUTO_SHARE / 2) + process
+        auto_vram, auto_ram = (
+            int(free_ram * AUTO_SHARE / 2),
+            int(free_ram * AUTO_SHARE / 2) + process,
+        )
     else:
         auto_vram, auto_ram = int(free_vram * AUTO_SHARE), int(free_ram * AUTO_SHARE) + process
     vram_bytes = _amount("VRAM", vram, auto_vram, total_vram)
@@ -51,10 +56,15 @@ def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:
 
 
 def amount_bytes(label: str, amount: str | int) -> int:
-    """Bytes of a budget that is not `auto`; label: VRAM or RAM. Raises `UsageError` for what is no positive amount."""
+    """Bytes of a budget that is not `auto`; label: VRAM or RAM. Raises `UsageError` for what is no
+    positive amount.
+    """
     nbytes = parse_bytes(amount) if isinstance(amount, str) else amount
     if not isinstance(nbytes, int) or isinstance(nbytes, bool) or not 0 < nbytes < 2**63:
-        raise UsageError(f"the {label} budget is {shown(amount)}: expected a positive number of bytes, text like 8GiB, or auto")
+        raise UsageError(
+            f"the {label} budget is {shown(amount)}: expected a positive number of bytes, "
+            f"text like 8GiB, or auto"
+        )
     return nbytes
 
 
@@ -64,7 +74,9 @@ def _amount(label: str, wanted: str | int, automatic: int, total: int) -> int:
     nbytes = amount_bytes(label, wanted)
     if nbytes > total:
         wanted, has = format_bytes(nbytes), format_bytes(total)
-        raise BudgetError(f"{label} of {wanted} was asked for, this machine has {has}: ask for less or for auto")
+        raise BudgetError(
+            f"{label} of {wanted} was asked for, this machine has {has}: ask for less or for auto"
+        )
     return nbytes
 
 
@@ -75,7 +87,10 @@ def _device(name: str) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", name):
         raise UsageError(f"unknown device {shown(name)}: here are {_devices(count)}")
     if name.startswith("cuda") and not count:
-        raise UsageError(f"device {name} was asked for, but torch sees no GPU: use auto or cpu, or run `lowvram doctor`")
+        raise UsageError(
+            f"device {name} was asked for, but torch sees no GPU: use auto or cpu, or run "
+            f"`lowvram doctor`"
+        )
     if name.startswith("cuda:") and int(name.removeprefix("cuda:")) >= count:
         raise UsageError(f"there is no device {name}: here are {_devices(count)}")
     if name == "auto":
@@ -94,7 +109,13 @@ def _context(device: str) -> int | None:
 def _devices(count: int) -> str:
     import torch
 
-    return ", ".join(["auto", "cpu", *(f"cuda:{number} ({torch.cuda.get_device_name(number)})" for number in range(count))])
+    return ", ".join(
+        [
+            "auto",
+            "cpu",
+            *(f"cuda:{number} ({torch.cuda.get_device_name(number)})" for number in range(count)),
+        ]
+    )
 
 
 def _vram(device: str, free_ram: int) -> tuple[int, int]:

@@ -1,4 +1,6 @@
-"""Host memory and processors that this process may use: the machine's, less what a container or service manager keeps from it."""
+"""Host memory and processors that this process may use: the machine's, less what a container or
+service manager keeps from it.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,18 @@ class HostMemory:
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
-    """The smallest of the machine's memory and every control group's limit around this process (cgroup v1 and v2)."""
+    """The smallest of the machine's memory and every control group's limit around this process
+    (cgroup v1 and v2).
+    """
     machine = psutil.virtual_memory()
     total, free, limited_by = int(machine.total), int(machine.available), "machine"
     for folder, version in _memory_groups(root):
         limit = _number(folder / ("memory.max" if version == 2 else "memory.limit_in_bytes"))
         if limit is None or limit >= machine.total:
             continue
-        used = _number(folder / ("memory.current" if version == 2 else "memory.usage_in_bytes")) or 0
+        used = (
+            _number(folder / ("memory.current" if version == 2 else "memory.usage_in_bytes")) or 0
+        )
         free = min(free, max(0, limit - max(0, used - _reclaimable(folder, version))))
         if limit < total:
             total, limited_by = limit, f"cgroup v{version}"
@@ -42,8 +48,12 @@ def total_ram_bytes() -> int:
 
 
 def cpu_count(root: Path = Path("/")) -> int:
-    """Processors this process may run on, no more than its control group's quota gives it, at least 1."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors this process may run on, no more than its control group's quota gives it, at least
+    1.
+    """
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     for quota, period in _cpu_quotas(root):
         count = min(count, max(1, quota // period))
     return max(1, count)
@@ -54,14 +64,18 @@ def _memory_groups(root: Path) -> list[tuple[Path, int]]:
 
 
 def _groups(root: Path, controller: str, version: int) -> list[tuple[Path, int]]:
-    """Folders of the group this process is in and of all above it; inside a container the path may lie outside of what is mounted."""
+    """Folders of the group this process is in and of all above it; inside a container the path may
+    lie outside of what is mounted.
+    """
     base = root / "sys/fs/cgroup" / controller
     groups = []
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controller in controllers.split(",") and (version == 1 or not controllers):
             own = base / path.strip("/")
-            groups += [folder for folder in (own, *own.parents) if folder == base or base in folder.parents]
+            groups += [
+                folder for folder in (own, *own.parents) if folder == base or base in folder.parents
+            ]
     return [(folder, version) for folder in groups if folder.is_dir()]
 
 
@@ -69,15 +83,23 @@ def _cpu_quotas(root: Path) -> list[tuple[int, int]]:
     quotas = []
     for folder, _ in _groups(root, "", 2):
         words = " ".join(_lines(folder / "cpu.max")).split()
-        quotas.append((int(words[0]), int(words[1])) if len(words) == 2 and words[0].isdigit() else (0, 0))
+        quotas.append(
+            (int(words[0]), int(words[1])) if len(words) == 2 and words[0].isdigit() else (0, 0)
+        )
     for folder, _ in _groups(root, "cpu", 1):
-        quotas.append((_number(folder / "cpu.cfs_quota_us") or 0, _number(folder / "cpu.cfs_period_us") or 0))
+        quotas.append(
+            (_number(folder / "cpu.cfs_quota_us") or 0, _number(folder / "cpu.cfs_period_us") or 0)
+        )
     return [(quota, period) for quota, period in quotas if quota > 0 and period > 0]
 
 
 def _reclaimable(folder: Path, version: int) -> int:
     """File pages that the kernel drops before it runs out: they count as used but are not."""
-    names = ("inactive_file", "active_file") if version == 2 else ("total_inactive_file", "total_active_file")
+    names = (
+        ("inactive_file", "active_file")
+        if version == 2
+        else ("total_inactive_file", "total_active_file")
+    )
     pairs = (line.split() for line in _lines(folder / "memory.stat"))
     return sum(int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0] in names)
 

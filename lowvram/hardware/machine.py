@@ -1,4 +1,6 @@
-"""What the machine has, measured or asked. Torch and Triton load only inside the functions that ask them."""
+"""What the machine has, measured or asked. Torch and Triton load only inside the functions that ask
+them.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,23 @@ logger = logging.getLogger(__name__)
 LINK_PROBE_BYTES = 256 << 20
 NVML = "nvml.dll" if platform.system() == "Windows" else "libnvidia-ml.so.1"
 MOST_CONTEXT_BYTES = 3 << 30  # what grows by more than this is another program
-PACKAGES = ("lowvram", "torch", "triton", "diffusers", "safetensors", "tokenizers", "optimum-quanto", "av")
+PACKAGES = (
+    "lowvram",
+    "torch",
+    "triton",
+    "diffusers",
+    "safetensors",
+    "tokenizers",
+    "optimum-quanto",
+    "av",
+)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA (or ROCm) device. link_bytes_s: host to device from pinned memory, None where it was not measured."""
+    """One CUDA (or ROCm) device. link_bytes_s: host to device from pinned memory, None where it was
+    not measured.
+    """
 
     name: str
     total_bytes: int
@@ -38,7 +51,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What one run may count on. triton_reason is empty where Triton works, else it says why not; triton_note: what else is to be known."""
+    """What one run may count on. triton_reason is empty where Triton works, else it says why not;
+    triton_note: what else is to be known.
+    """
 
     system: str
     python: str
@@ -60,11 +75,16 @@ class Machine:
 
 
 def probe_machine(
-    folder: Path | None = None, *, measure: bool = False, disk_speed: Callable[[Path], float | None] | None = None
+    folder: Path | None = None,
+    *,
+    measure: bool = False,
+    disk_speed: Callable[[Path], float | None] | None = None,
 ) -> Machine:
-    """Asks the machine; with `measure` also copies to the GPU, and has `disk_speed` read in `folder`: about a second in all.
+    """Asks the machine; with `measure` also copies to the GPU, and has `disk_speed` read in
+    `folder`: about a second in all.
 
-    disk_speed: bytes per second of the disk of a folder, or None where it cannot be told; `doctor.read_speed` reads as a run does.
+    disk_speed: bytes per second of the disk of a folder, or None where it cannot be told;
+    `doctor.read_speed` reads as a run does.
     """
     memory = host_memory()
     gpu, gpu_reason = find_gpu(measure)
@@ -95,7 +115,11 @@ def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
         return None, f"torch does not load: {_one_line(error)}"
     if not torch.cuda.is_available():
         built_for = torch.version.cuda or torch.version.hip
-        reason = "torch sees no GPU: is its driver installed?" if built_for else f"torch {torch.__version__} is built without GPU support"
+        reason = (
+            "torch sees no GPU: is its driver installed?"
+            if built_for
+            else f"torch {torch.__version__} is built without GPU support"
+        )
         return None, reason
     try:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -103,13 +127,19 @@ def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
     except RuntimeError as error:  # a broken driver, or no memory left on the device
         return None, f"the GPU does not answer: {_one_line(error)}"
     capability = (int(properties.major), int(properties.minor))
-    architecture = str(getattr(properties, "gcnArchName", "")).split(":")[0] if torch.version.hip else f"sm_{capability[0]}{capability[1]}"
+    architecture = (
+        str(getattr(properties, "gcnArchName", "")).split(":")[0]
+        if torch.version.hip
+        else f"sm_{capability[0]}{capability[1]}"
+    )
     link = _link_speed_if_it_can_be_measured() if measure else None
     return Gpu(str(properties.name), int(total), int(free), capability, architecture, link), ""
 
 
 def why_triton_fails(has_gpu: bool) -> str:
-    """Empty where Triton imports and its driver answers, which takes a working GPU and, at its first use, a C compiler."""
+    """Empty where Triton imports and its driver answers, which takes a working GPU and, at its
+    first use, a C compiler.
+    """
     try:
         import triton
     except (ImportError, OSError) as error:
@@ -137,8 +167,12 @@ def triton_note() -> str:
 
 
 def disk_free(folder: Path) -> int | None:
-    """Free bytes of the file system that holds `folder`, or will once it is made; None where that cannot be told."""
-    existing = next((place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir()), None)
+    """Free bytes of the file system that holds `folder`, or will once it is made; None where that
+    cannot be told.
+    """
+    existing = next(
+        (place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir()), None
+    )
     try:
         return shutil.disk_usage(existing).free if existing else None
     except OSError:
@@ -146,11 +180,15 @@ def disk_free(folder: Path) -> int | None:
 
 
 def _link_speed_if_it_can_be_measured() -> float | None:
-    """None where pages cannot be locked or the device has no room left: that makes the GPU no less of one."""
+    """None where pages cannot be locked or the device has no room left: that makes the GPU no less
+    of one.
+    """
     try:
         return _link_speed()
     except RuntimeError as error:
-        logger.warning("the speed of the link to the GPU could not be measured: %s", _one_line(error))
+        logger.warning(
+            "the speed of the link to the GPU could not be measured: %s", _one_line(error)
+        )
         return None
 
 
@@ -166,7 +204,8 @@ def _link_speed() -> float:
         target.copy_(source, non_blocking=True)
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    del source, target  # torch would keep both, the host's pages locked, for the life of the process
+    # torch would keep both, the host's pages locked, for the life of the process
+    del source, target
     if hasattr(torch._C, "_host_emptyCache"):
         torch._C._host_emptyCache()
     torch.cuda.empty_cache()
@@ -175,10 +214,12 @@ def _link_speed() -> float:
 
 @cache
 def context_bytes(device: str) -> int | None:
-    """What this process takes of a CUDA device before it holds a tensor: context, kernels' code, cuBLAS with the workspace it keeps.
+    """What this process takes of a CUDA device before it holds a tensor: context, kernels' code,
+    cuBLAS with the workspace it keeps.
 
-    device: cuda or cuda:N. The growth of what the driver's library says is used, so that of other programs only what they take meanwhile
-    counts. None where it cannot be told: this process has a context there already, or the library does not know the device.
+    device: cuda or cuda:N. The growth of what the driver's library says is used, so that of other
+    programs only what they take meanwhile counts. None where it cannot be told: this process has a
+    context there already, or the library does not know the device.
     """
     import torch
 
@@ -203,7 +244,9 @@ def context_bytes(device: str) -> int | None:
 
 
 def _has_context(device: Any) -> bool:
-    """Whether this process already has a context on the device: asking for a GPU's name makes none."""
+    """Whether this process already has a context on the device: asking for a GPU's name makes
+    none.
+    """
     import torch
 
     if not torch.cuda.is_initialized():
@@ -215,11 +258,17 @@ def _has_context(device: Any) -> bool:
 class _NvmlMemory(ctypes.Structure):
     """nvmlMemory_t."""
 
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+    _fields_ = (
+        ("total", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    )
 
 
 def _used_bytes(uuid: str) -> int | None:
-    """Bytes in use on the GPU of this UUID, by all programs, as NVML says; it makes no context. None where NVML cannot tell."""
+    """Bytes in use on the GPU of this UUID, by all programs, as NVML says; it makes no context.
+    None where NVML cannot tell.
+    """
     try:
         nvml = ctypes.CDLL(NVML)
     except OSError:
@@ -231,13 +280,19 @@ def _used_bytes(uuid: str) -> int | None:
         name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
         if nvml.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)) != 0:
             return None
-        return int(memory.used) if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0 else None
+        return (
+            int(memory.used)
+            if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
+            else None
+        )
     finally:
         nvml.nvmlShutdown()
 
 
 def nvml_driver_version() -> str | None:
-    """The version of NVIDIA's driver where the system shows it in no file, as on Windows; None where NVML cannot tell."""
+    """The version of NVIDIA's driver where the system shows it in no file, as on Windows; None
+    where NVML cannot tell.
+    """
     try:
         nvml = ctypes.CDLL(NVML)
     except OSError:
@@ -246,7 +301,9 @@ def nvml_driver_version() -> str | None:
     if nvml.nvmlInit_v2() != 0:
         return None
     try:
-        return text.value.decode() if nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0 else None
+        return (
+            text.value.decode() if nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0 else None
+        )
     finally:
         nvml.nvmlShutdown()
 

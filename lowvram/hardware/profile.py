@@ -1,4 +1,6 @@
-"""The speeds of one machine: measured once by `lowvram doctor` and kept in the user's cache folder, or taken from the table of cards."""
+"""The speeds of one machine: measured once by `lowvram doctor` and kept in the user's cache folder,
+or taken from the table of cards.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
 MEASURED, TABLE, GIVEN, PREDICTED = "measured", "table", "given", "predicted"
-# No more of the host's memory is page-locked: the system cannot take such pages back when it runs short.
+# No more of the host's memory is page-locked: the system cannot take such pages back when it runs
+# short.
 PINNED_SHARE = 0.5
 # One kernel launch from Python through Triton; an assumption wherever it was not measured.
 LAUNCH_S = 10e-6
@@ -27,12 +30,14 @@ LAUNCH_S = 10e-6
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """What a prediction of time starts from: `_bytes_s` and `_ops_s` are rates (one multiply-add is two operations), all above zero.
+    """What a prediction of time starts from: `_bytes_s` and `_ops_s` are rates (one multiply-add is
+    two operations), all above zero.
 
-    A rate is None where the machine cannot do it or nobody knows it. `attention_ops_s` is attention with both products in int8;
-    `elementwise_bytes_s` counts what is read and what is written. `sources`: where each number comes from, by its field's name:
-    "measured" here, "table" of cards (data sheets and assumptions, `timing.cards`), "predicted" from the kernels' machine code, or "given"
-    by the user.
+    A rate is None where the machine cannot do it or nobody knows it. `attention_ops_s` is attention
+    with both products in int8; `elementwise_bytes_s` counts what is read and what is written.
+    `sources`: where each number comes from, by its field's name: "measured" here, "table" of cards
+    (data sheets and assumptions, `timing.cards`), "predicted" from the kernels' machine code, or
+    "given" by the user.
     """
 
     name: str
@@ -61,34 +66,57 @@ class MachineProfile:
         for item in fields(self):
             value = getattr(self, item.name)
             known = value is not None or item.default is not None
-            if item.name.endswith("_s") and known and not (_is_number(value) and math.isfinite(value) and value > 0):
-                raise UsageError(f"machine profile: {item.name} is {value!r}, not a number above zero")
+            if (
+                item.name.endswith("_s")
+                and known
+                and not (_is_number(value) and math.isfinite(value) and value > 0)
+            ):
+                raise UsageError(
+                    f"machine profile: {item.name} is {value!r}, not a number above zero"
+                )
             if item.name.endswith("_bytes") and not (_is_number(value) and 0 <= value < 2**63):
-                raise UsageError(f"machine profile: {item.name} is {value!r}, not an amount of memory")
+                raise UsageError(
+                    f"machine profile: {item.name} is {value!r}, not an amount of memory"
+                )
 
     @property
     def basis(self) -> str:
-        """Whether the rates of computing were measured, are predicted from machine code, or come from the table."""
+        """Whether the rates of computing were measured, are predicted from machine code, or come
+        from the table.
+        """
         return self.sources.get("gemm_int8_ops_s", TABLE)
 
     def gemm_ops_s(self, format: str) -> float | None:
         """The rate of the expert's linears in a format of `FORMATS`; None where it is unknown."""
-        rates = {"fp8": self.gemm_fp8_ops_s or self.gemm_bf16_ops_s, "bf16": self.gemm_bf16_ops_s, "fp32": self.gemm_fp32_ops_s}
+        rates = {
+            "fp8": self.gemm_fp8_ops_s or self.gemm_bf16_ops_s,
+            "bf16": self.gemm_bf16_ops_s,
+            "fp32": self.gemm_fp32_ops_s,
+        }
         return rates.get(format, self.gemm_int8_ops_s)
 
     def attention_rate(self, format: str) -> float | None:
         """The rate of attention in a format of `FORMATS`; None where it is unknown."""
-        return {"bf16": self.attention_bf16_ops_s, "fp32": self.attention_fp32_ops_s}.get(format, self.attention_ops_s)
+        return {"bf16": self.attention_bf16_ops_s, "fp32": self.attention_fp32_ops_s}.get(
+            format, self.attention_ops_s
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MachineProfile:
-        """Inverse of `to_dict`. Raises `UsageError` where a field is missing, unknown or no possible value."""
+        """Inverse of `to_dict`. Raises `UsageError` where a field is missing, unknown or no
+        possible value.
+        """
         texts = {"name", "device", "disk_folder"}
         try:
-            profile = cls(**{**data, "sources": {str(name): str(source) for name, source in data["sources"].items()}})
+            profile = cls(
+                **{
+                    **data,
+                    "sources": {str(name): str(source) for name, source in data["sources"].items()},
+                }
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"not a machine profile: {error}") from error
         if any(not isinstance(getattr(profile, name), str) for name in texts):
@@ -111,8 +139,12 @@ class ProfileKey:
         return f"profile-{digest[:16]}.json"
 
 
-def save_profile(profile: MachineProfile, key: ProfileKey, folder: Path | None = None) -> Path | None:
-    """Writes the cache atomically; None and a warning where the folder cannot be written: a cache is never worth a failure."""
+def save_profile(
+    profile: MachineProfile, key: ProfileKey, folder: Path | None = None
+) -> Path | None:
+    """Writes the cache atomically; None and a warning where the folder cannot be written: a cache
+    is never worth a failure.
+    """
     folder = folder or cache_folder()
     path = folder / key.file_name
     content = {"version": CACHE_VERSION, "key": asdict(key), "profile": profile.to_dict()}
@@ -126,12 +158,16 @@ def save_profile(profile: MachineProfile, key: ProfileKey, folder: Path | None =
 
 
 def any_profile(folder: Path | None = None) -> bool:
-    """Whether a profile is cached at all: without one, nobody need ask torch which machine this is."""
+    """Whether a profile is cached at all: without one, nobody need ask torch which machine this
+    is.
+    """
     return next((folder or cache_folder()).glob("profile-*.json"), None) is not None
 
 
 def load_profile(key: ProfileKey, folder: Path | None = None) -> MachineProfile | None:
-    """The cached profile of this key; None where there is none, or where the file is damaged or another machine's."""
+    """The cached profile of this key; None where there is none, or where the file is damaged or
+    another machine's.
+    """
     path = (folder or cache_folder()) / key.file_name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -140,8 +176,14 @@ def load_profile(key: ProfileKey, folder: Path | None = None) -> MachineProfile 
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s is not read (%s): run `lowvram doctor` to measure again", path, error)
         return None
-    if not isinstance(content, dict) or content.get("version") != CACHE_VERSION or content.get("key") != asdict(key):
-        logger.warning("%s belongs to another machine or version: run `lowvram doctor` to measure again", path)
+    if (
+        not isinstance(content, dict)
+        or content.get("version") != CACHE_VERSION
+        or content.get("key") != asdict(key)
+    ):
+        logger.warning(
+            "%s belongs to another machine or version: run `lowvram doctor` to measure again", path
+        )
         return None
     try:
         return MachineProfile.from_dict(content["profile"])

@@ -1,4 +1,6 @@
-"""The one workspace of the denoising loop, and the ledger that every large allocation goes through."""
+"""The one workspace of the denoising loop, and the ledger that every large allocation goes
+through.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class Ledger:
     def charge(self, label: str, nbytes: int) -> None:
         if self.used_bytes + nbytes > self.limit_bytes:
             raise InternalLimitError(
-                f"{label} asks {nbytes} bytes of {self.name}, but {self.used_bytes} of the planned {self.limit_bytes} are in use"
+                f"{label} asks {nbytes} bytes of {self.name}, but {self.used_bytes} of the "
+                f"planned {self.limit_bytes} are in use"
             )
         self.used_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
@@ -37,7 +40,9 @@ class Ledger:
         self.used_bytes -= nbytes
 
     def allocate(self, label: str, nbytes: int, device: torch.device) -> Tensor:
-        """[nbytes] uint8, uninitialised, charged to this budget. Raises `OutOfMemoryError` where the machine has less than planned."""
+        """[nbytes] uint8, uninitialised, charged to this budget. Raises `OutOfMemoryError` where
+        the machine has less than planned.
+        """
         self.charge(label, nbytes)
         try:
             return new_buffer(nbytes, device)
@@ -46,11 +51,15 @@ class Ledger:
             if not is_out_of_memory(error):
                 raise
             asked = f"{label} asks {format_bytes(nbytes)} of {self.name}"
-            raise OutOfMemoryError(f"{asked}, which the budget grants and the machine has not", self.name) from None
+            raise OutOfMemoryError(
+                f"{asked}, which the budget grants and the machine has not", self.name
+            ) from None
 
 
 def new_buffer(nbytes: int, device: torch.device) -> Tensor:
-    """[nbytes] uint8, uninitialised: the one place where the memory of blocks and workspace comes from."""
+    """[nbytes] uint8, uninitialised: the one place where the memory of blocks and workspace comes
+    from.
+    """
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
@@ -63,11 +72,16 @@ class Arena:
         self._bytes = ledger.allocate("the arena", workspace.nbytes, device)
 
     def view(self, region: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """`shape` of `dtype` at the start of `region`, contiguous, uninitialised. Raises `InternalLimitError` past the region's end."""
+        """`shape` of `dtype` at the start of `region`, contiguous, uninitialised. Raises
+        `InternalLimitError` past the region's end.
+        """
         offset, limit = self.workspace.regions[region]
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes > limit:
-            raise InternalLimitError(f"arena region {region} holds {limit} bytes, {list(shape)} of {dtype} needs {nbytes}")
+            raise InternalLimitError(
+                f"arena region {region} holds {limit} bytes, {list(shape)} of {dtype} needs "
+                f"{nbytes}"
+            )
         return self._bytes[offset : offset + nbytes].view(dtype).view(shape)
 
     def close(self) -> None:

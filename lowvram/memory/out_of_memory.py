@@ -12,14 +12,22 @@ import torch
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory.malloc import trim_heap
 
-# What messages of drivers, allocators and libraries say. A cuBLAS that "is not initialized" is one that found no room for its handle; cuDNN
-# finds no "engine" for a convolution where none of its algorithms got its workspace.
-SIGNS = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "unable to find an engine")
+# What messages of drivers, allocators and libraries say. A cuBLAS that "is not initialized" is one
+# that found no room for its handle; cuDNN finds no "engine" for a convolution where none of its
+# algorithms got its workspace.
+SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "unable to find an engine",
+)
 
 
 @contextmanager
 def as_out_of_memory() -> Iterator[None]:
-    """Whatever error is about memory leaves as `OutOfMemoryError`, with its first line and the budget that is short; others pass.
+    """Whatever error is about memory leaves as `OutOfMemoryError`, with its first line and the
+    budget that is short; others pass.
 
     Leave the handler before trying again: the error holds the frames below it, and they the memory.
     """
@@ -33,7 +41,9 @@ def as_out_of_memory() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had: of the driver, of torch's allocators, of a library under them, of Python or of the system."""
+    """Whether memory could not be had: of the driver, of torch's allocators, of a library under
+    them, of Python or of the system.
+    """
     if isinstance(error, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -51,7 +61,9 @@ def short_budget(error: BaseException) -> str:
 
 
 def hand_back(device: torch.device) -> None:
-    """Returns what nothing refers to any more: Python's cycles, and what torch's allocator keeps of the device for later."""
+    """Returns what nothing refers to any more: Python's cycles, and what torch's allocator keeps of
+    the device for later.
+    """
     gc.collect()
     trim_heap()
     if device.type == "cuda":

@@ -1,4 +1,6 @@
-"""What the phases of a run really take: the device's memory as torch's allocator counts it, the process's as the system does."""
+"""What the phases of a run really take: the device's memory as torch's allocator counts it, the
+process's as the system does.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ Event = TypeVar("Event", bound=PhaseEvent)
 
 @dataclass(frozen=True)
 class PhaseUsage:
-    """The most that one phase took, in bytes. vram: of the device, its context included; ram: of the process, file pages that it has mapped
-    included, and on a CPU what the plan calls VRAM too. None where this machine cannot tell.
+    """The most that one phase took, in bytes. vram: of the device, its context included; ram: of
+    the process, file pages that it has mapped included, and on a CPU what the plan calls VRAM too.
+    None where this machine cannot tell.
     """
 
     vram_bytes: int | None
@@ -36,9 +39,13 @@ class PhaseUsage:
 
 
 class PhasePeaks:
-    """A listener that passes every event on and keeps what each phase took, from its first event to the next phase's."""
+    """A listener that passes every event on and keeps what each phase took, from its first event to
+    the next phase's.
+    """
 
-    def __init__(self, listener: Callable[[Any], None], device_type: str, context_bytes: int) -> None:
+    def __init__(
+        self, listener: Callable[[Any], None], device_type: str, context_bytes: int
+    ) -> None:
         self._listener = listener
         self._cuda = device_type == "cuda"
         self._context_bytes = context_bytes
@@ -78,9 +85,15 @@ class PhasePeaks:
 
 
 def peak_rss_bytes() -> int | None:
-    """The most of this process that was resident since the start or `reset_peak_rss`; None where the system does not say."""
+    """The most of this process that was resident since the start or `reset_peak_rss`; None where
+    the system does not say.
+    """
     try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
+        found = re.search(
+            r"^VmHWM:\s+(\d+) kB$",
+            _STATUS.read_text(encoding="ascii", errors="replace"),
+            re.MULTILINE,
+        )
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None

@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from lowvram_kernels.slices import row_slices
 from torch import Tensor
 
-# Libraries pick their GEMM by shape, and another one rounds differently: these linears always see this many rows.
+# Libraries pick their GEMM by shape, and another one rounds differently: these linears always see
+# this many rows.
 FIXED_ROWS = 256
 
 
-def fixed_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, prepare: Callable[[Tensor], Tensor]) -> None:
+def fixed_rows_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, prepare: Callable[[Tensor], Tensor]
+) -> None:
     """out = prepare(x) W^T + b in tiles of exactly 256 rows, the last one padded with zeros.
 
-    x: [M, *], any input of `prepare`, which works row by row and returns [m, K] in the weight's dtype;
+    x: [M, *], any input of `prepare`, which works row by row and returns [m, K] in the weight's
+    dtype;
     weight: [N, K]; bias: [N]; out: [M, N].
     """
     for start in range(0, x.shape[0], FIXED_ROWS):
@@ -26,7 +30,8 @@ def fixed_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
 
 
 def dequantized(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """weight * scale in fp32, rounded once to `dtype`; a weight without scale is cast. weight: [N, K], scale: [N, 1] float32.
+    """weight * scale in fp32, rounded once to `dtype`; a weight without scale is cast. weight: [N,
+    K], scale: [N, 1] float32.
 
     The fp32 copies are of `REFERENCE_ROWS` outputs at a time.
     """

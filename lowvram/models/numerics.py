@@ -1,7 +1,8 @@
-"""How a block computes: quantized (int8, int8-plain, fp8) or plain (bf16, fp32), behind one interface.
+"""How a block computes: quantized (int8, int8-plain, fp8) or plain (bf16, fp32), behind one
+interface.
 
-A block is written once, in `models.wan`; what differs between formats is here: what an activation is, how a linear multiplies it and
-how attention reads it.
+A block is written once, in `models.wan`; what differs between formats is here: what an activation
+is, how a linear multiplies it and how attention reads it.
 """
 
 from __future__ import annotations
@@ -63,13 +64,19 @@ class Numerics(Protocol):
     def linear(self, rows: Rows, weights: LinearWeights, out: Tensor) -> None:
         """out = rows W^T + b."""
 
-    def linear_add(self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None) -> None:
+    def linear_add(
+        self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None
+    ) -> None:
         """x += gate * (rows W^T + b), x the fp32 residual stream."""
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
-        """Keys and values of `num_keys` tokens in the arena regions `prefix`keys, `prefix`values."""
+        """Keys and values of `num_keys` tokens in the arena regions `prefix`keys,
+        `prefix`values.
+        """
 
-    def heads(self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads) -> None:
+    def heads(
+        self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads
+    ) -> None:
         """out = RoPE(RMSNorm(x)) - smoothing, split into heads."""
 
     def queries(self, num_queries: int) -> Heads:
@@ -83,7 +90,9 @@ class Numerics(Protocol):
 
 
 class AttentionMemory(NamedTuple):
-    """Keys [H, N, head_dim] and values of all tokens, with their scales where they are quantized."""
+    """Keys [H, N, head_dim] and values of all tokens, with their scales where they are
+    quantized.
+    """
 
     keys: Heads
     values: Tensor
@@ -101,26 +110,34 @@ class _Shapes(NamedTuple):
 
 
 def mean_key(x: Tensor, weight: Tensor, rope: Rope | None, num_heads: int, eps: float) -> Tensor:
-    """The mean over tokens of RoPE(RMSNorm(x)), [H, head_dim] float32: what the keys are smoothed by."""
+    """The mean over tokens of RoPE(RMSNorm(x)), [H, head_dim] float32: what the keys are smoothed
+    by.
+    """
     cos, sin = rope or (None, None)
     return rms_rope(x, weight, cos, sin, num_heads=num_heads, eps=eps).mean(dim=1)
 
 
 def attention_values(format: str, device: torch.device) -> str:
-    """The dtype that attention multiplies values in: for quantized formats as `LOWVRAM_PV` says, else that of the weights."""
+    """The dtype that attention multiplies values in: for quantized formats as `LOWVRAM_PV` says,
+    else that of the weights.
+    """
     return str(pv_dtype(device)).removeprefix("torch.") if format in QUANTIZED_FORMATS else format
 
 
 class QuantizedNumerics:
-    """int8 with or without rotation, or e4m3, for linears; int8 for attention, values as `pv_dtype` says; bf16 between ops, fp32 inside.
+    """int8 with or without rotation, or e4m3, for linears; int8 for attention, values as `pv_dtype`
+    says; bf16 between ops, fp32 inside.
 
-    GELU stays with the quantization of its rows although `quantized_linear` can apply it: that op is bound by memory, which hides GELU,
-    and the product is not. Both places compute row by row, so neither ties a bit to the memory plan.
+    GELU stays with the quantization of its rows although `quantized_linear` can apply it: that op
+    is bound by memory, which hides GELU, and the product is not. Both places compute row by row, so
+    neither ties a bit to the memory plan.
     """
 
     compute = torch.bfloat16
 
-    def __init__(self, format: str, num_heads: int, head_dim: int, eps: float, arena: Arena) -> None:
+    def __init__(
+        self, format: str, num_heads: int, head_dim: int, eps: float, arena: Arena
+    ) -> None:
         self._rotated = format == "int8"
         self._code = torch.float8_e4m3fn if format == "fp8" else torch.int8
         self._shapes = _Shapes(num_heads, head_dim, eps)
@@ -128,7 +145,15 @@ class QuantizedNumerics:
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
         rows = self._room(x, region)
-        ops.adaln_quantize(x, scale, shift, rows.values, _scale(rows.scale), eps=self._shapes.eps, rotated=self._rotated)
+        ops.adaln_quantize(
+            x,
+            scale,
+            shift,
+            rows.values,
+            _scale(rows.scale),
+            eps=self._shapes.eps,
+            rotated=self._rotated,
+        )
         return rows
 
     def rows(self, x: Tensor, region: str) -> Rows:
@@ -150,9 +175,20 @@ class QuantizedNumerics:
         scales = _scale(rows.scale), _scale(weights.scale)
         ops.quantized_linear(rows.values, scales[0], weights.weight, scales[1], weights.bias, out)
 
-    def linear_add(self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None) -> None:
+    def linear_add(
+        self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None
+    ) -> None:
         scales = _scale(rows.scale), _scale(weights.scale)
-        ops.quantized_linear(rows.values, scales[0], weights.weight, scales[1], weights.bias, x, gate=gate, accumulate=True)
+        ops.quantized_linear(
+            rows.values,
+            scales[0],
+            weights.weight,
+            scales[1],
+            weights.bias,
+            x,
+            gate=gate,
+            accumulate=True,
+        )
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
         heads, width, _ = self._shapes
@@ -166,9 +202,13 @@ class QuantizedNumerics:
             self._arena.view(value_scales, (heads, width, tiles), torch.float32),
         )
 
-    def heads(self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads) -> None:
+    def heads(
+        self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads
+    ) -> None:
         cos, sin = rope or (None, None)
-        ops.rms_rope_quantize(x, weight, cos, sin, smoothing, out.values, _scale(out.scale), eps=self._shapes.eps)
+        ops.rms_rope_quantize(
+            x, weight, cos, sin, smoothing, out.values, _scale(out.scale), eps=self._shapes.eps
+        )
 
     def queries(self, num_queries: int) -> Heads:
         heads, width, _ = self._shapes
@@ -179,7 +219,9 @@ class QuantizedNumerics:
 
     def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
         if memory.value_scales is None or start % KEY_TILE:
-            raise UnsupportedError(f"quantized values begin on a multiple of {KEY_TILE} keys, got {start}")
+            raise UnsupportedError(
+                f"quantized values begin on a multiple of {KEY_TILE} keys, got {start}"
+            )
         first, last = start // KEY_TILE, -(-(start + v.shape[0]) // KEY_TILE)
         columns = slice(first * KEY_TILE, last * KEY_TILE)
         ops.quantize_values(v, memory.values[:, :, columns], memory.value_scales[:, :, first:last])
@@ -187,13 +229,19 @@ class QuantizedNumerics:
     def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
         scales = (_scale(part) for part in (queries.scale, memory.keys.scale, memory.value_scales))
         q_scale, k_scale, v_scale = scales
-        ops.attention_int8(queries.values, q_scale, memory.keys.values, k_scale, memory.values, v_scale, out)
+        ops.attention_int8(
+            queries.values, q_scale, memory.keys.values, k_scale, memory.values, v_scale, out
+        )
 
 
 class PlainNumerics:
-    """The unquantized yardstick: linears and attention in one float dtype, norms and the residual stream in fp32."""
+    """The unquantized yardstick: linears and attention in one float dtype, norms and the residual
+    stream in fp32.
+    """
 
-    def __init__(self, compute: torch.dtype, num_heads: int, head_dim: int, eps: float, arena: Arena) -> None:
+    def __init__(
+        self, compute: torch.dtype, num_heads: int, head_dim: int, eps: float, arena: Arena
+    ) -> None:
         self.compute = compute
         self._shapes = _Shapes(num_heads, head_dim, eps)
         self._arena = arena
@@ -216,7 +264,9 @@ class PlainNumerics:
     def linear(self, rows: Rows, weights: LinearWeights, out: Tensor) -> None:
         torch.addmm(self._bias(weights), rows.values, weights.weight.t(), out=out)
 
-    def linear_add(self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None) -> None:
+    def linear_add(
+        self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None
+    ) -> None:
         weight, bias = weights.weight, self._bias(weights)
         for part in _parts(x.shape[0]):
             y = F.linear(rows.values[part], weight, bias).float()
@@ -229,14 +279,20 @@ class PlainNumerics:
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
         shape = (self._shapes.num_heads, num_keys, self._shapes.head_dim)
-        keys, values = (self._arena.view(f"{prefix}{name}", shape, self.compute) for name in ("keys", "values"))
+        keys, values = (
+            self._arena.view(f"{prefix}{name}", shape, self.compute) for name in ("keys", "values")
+        )
         return AttentionMemory(Heads(keys, None), values, None)
 
-    def heads(self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads) -> None:
+    def heads(
+        self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads
+    ) -> None:
         cos, sin = rope or (None, None)
         for part in _parts(x.shape[0]):
             angles = (None, None) if cos is None or sin is None else (cos[part], sin[part])
-            out.values[:, part] = rms_rope(x[part], weight, *angles, num_heads=self._shapes.num_heads, eps=self._shapes.eps)
+            out.values[:, part] = rms_rope(
+                x[part], weight, *angles, num_heads=self._shapes.num_heads, eps=self._shapes.eps
+            )
 
     def queries(self, num_queries: int) -> Heads:
         shape = (self._shapes.num_heads, num_queries, self._shapes.head_dim)
@@ -262,7 +318,9 @@ def _parts(count: int) -> Iterator[slice]:
 def _scale(scale: Tensor | None) -> Tensor:
     """The scale of what is quantized."""
     if scale is None:
-        raise UnsupportedError("quantized arithmetic was given a tensor without scales: quantize the model again")
+        raise UnsupportedError(
+            "quantized arithmetic was given a tensor without scales: quantize the model again"
+        )
     return scale
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 class RopeTable:
     """cos and sin per axis; a chunk's rows are gathered from them, so no table spans all tokens.
 
-    grid: (frames, rows, columns) of tokens, columns fastest. Angles are fp64, cos and sin are stored as fp32.
+    grid: (frames, rows, columns) of tokens, columns fastest. Angles are fp64, cos and sin are
+    stored as fp32.
     """
 
     def __init__(self, grid: tuple[int, int, int], head_dim: int, device: torch.device) -> None:
@@ -18,14 +19,25 @@ class RopeTable:
         self._tables = []
         for length, width in zip(grid, (head_dim - 2 * side, side, side), strict=True):
             exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
-            angles = torch.arange(length, dtype=torch.float64)[:, None] * (10000.0**-exponents)[None]
+            angles = (
+                torch.arange(length, dtype=torch.float64)[:, None] * (10000.0**-exponents)[None]
+            )
             self._tables.append((angles.cos().float().to(device), angles.sin().float().to(device)))
 
     def at(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [M, head_dim / 2] float32, of the tokens with these numbers; tokens: [M] int64."""
+        """(cos, sin), each [M, head_dim / 2] float32, of the tokens with these numbers; tokens: [M]
+        int64.
+        """
         _, rows, columns = self._grid
         positions = (tokens // (rows * columns), tokens // columns % rows, tokens % columns)
         cos, sin = (
-            torch.cat([table[part][position] for table, position in zip(self._tables, positions, strict=True)], dim=1) for part in (0, 1)
+            torch.cat(
+                [
+                    table[part][position]
+                    for table, position in zip(self._tables, positions, strict=True)
+                ],
+                dim=1,
+            )
+            for part in (0, 1)
         )
         return cos, sin

@@ -1,4 +1,6 @@
-"""One expert's forward, computed in chunks of tokens over blocks that are streamed past (spec section 2, design section 5)."""
+"""One expert's forward, computed in chunks of tokens over blocks that are streamed past (spec
+section 2, design section 5).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class Reader(Protocol):
 class Conditioning(NamedTuple):
     """What time and text contribute to every step of one expert: computed once, before the loop.
 
-    time: [S, D] float32 (the head's e); modulation: [S, 6, D] float32 (e0); contexts: one [text_len, D] per branch.
+    time: [S, D] float32 (the head's e); modulation: [S, 6, D] float32 (e0); contexts: one
+    [text_len, D] per branch.
     """
 
     time: Tensor
@@ -39,7 +42,9 @@ class Conditioning(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """The tensors before and after the blocks. patch: [D, C * 4]; head: [4 * out_dim, D] float32; head_modulation: [2, D] float32."""
+    """The tensors before and after the blocks. patch: [D, C * 4]; head: [4 * out_dim, D] float32;
+    head_modulation: [2, D] float32.
+    """
 
     patch_weight: Tensor
     patch_bias: Tensor
@@ -54,7 +59,9 @@ def compute_dtype(format: str) -> torch.dtype:
 
 
 def timestep_features(timesteps: Tensor, freq_dim: int) -> Tensor:
-    """[cos(t f_i), sin(t f_i)], f_i = 10000^(-i / (freq_dim / 2)); timesteps: [S]; returns [S, freq_dim] float32 of fp64 angles."""
+    """[cos(t f_i), sin(t f_i)], f_i = 10000^(-i / (freq_dim / 2)); timesteps: [S]; returns [S,
+    freq_dim] float32 of fp64 angles.
+    """
     half = freq_dim // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = timesteps.to(torch.float64).cpu()[:, None] * frequencies
@@ -62,24 +69,41 @@ def timestep_features(timesteps: Tensor, freq_dim: int) -> Tensor:
 
 
 def condition(
-    read: Reader, config: DiTConfig, format: str, timesteps: Tensor, features: Sequence[Tensor], device: torch.device
+    read: Reader,
+    config: DiTConfig,
+    format: str,
+    timesteps: Tensor,
+    features: Sequence[Tensor],
+    device: torch.device,
 ) -> Conditioning:
-    """Time and text embeddings of one expert; features: one [L, text_dim] per branch, padded here with zeros (spec 2.1)."""
+    """Time and text embeddings of one expert; features: one [L, text_dim] per branch, padded here
+    with zeros (spec 2.1).
+    """
 
     def linear(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # the next weight has another size: the one before is not to stay in torch's allocator beside it
+            # the next weight has another size: the one before is not to stay in torch's allocator
+            # beside it
+            torch.cuda.empty_cache()
         weight, bias = (read(f"{name}.{part}").to(device, dtype) for part in ("weight", "bias"))
-        # Twice where there is one: libraries multiply a single row by another routine, whose sums may follow the number of threads.
+        # Twice where there is one: libraries multiply a single row by another routine, whose sums
+        # may follow the number of threads.
         rows = x if x.shape[0] > 1 else x.repeat(2, 1)
         return F.linear(rows, weight, bias)[: x.shape[0]]
 
     fp32, compute = torch.float32, compute_dtype(format)
-    hidden = F.silu(linear(timestep_features(timesteps, config.freq_dim).to(device), "time_embedding.0", fp32))
+    hidden = F.silu(
+        linear(timestep_features(timesteps, config.freq_dim).to(device), "time_embedding.0", fp32)
+    )
     time = linear(hidden, "time_embedding.2", fp32)
     modulation = linear(F.silu(time), "time_projection.1", fp32).unflatten(1, (6, config.dim))
-    padded = [F.pad(rows.to(device, compute), (0, 0, 0, config.text_len - rows.shape[0])) for rows in features]
-    embedded = [F.gelu(linear(rows, "text_embedding.0", compute), approximate="tanh") for rows in padded]
+    padded = [
+        F.pad(rows.to(device, compute), (0, 0, 0, config.text_len - rows.shape[0]))
+        for rows in features
+    ]
+    embedded = [
+        F.gelu(linear(rows, "text_embedding.0", compute), approximate="tanh") for rows in padded
+    ]
     contexts = tuple(linear(rows, "text_embedding.2", compute) for rows in embedded)
     return Conditioning(time, modulation, contexts)
 
@@ -96,9 +120,19 @@ def load_ends(read: Reader, format: str, device: torch.device) -> Ends:
 
 
 class WanTransformer:
-    """The forward of either expert for one size of video; every buffer that spans tokens lies in the arena."""
+    """The forward of either expert for one size of video; every buffer that spans tokens lies in
+    the arena.
+    """
 
-    def __init__(self, config: DiTConfig, format: str, latents: LatentShape, choice: Choice, arena: Arena, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DiTConfig,
+        format: str,
+        latents: LatentShape,
+        choice: Choice,
+        arena: Arena,
+        device: torch.device,
+    ) -> None:
         self._config = config
         self._latents = latents
         self._tokens = latents.num_tokens
@@ -122,9 +156,11 @@ class WanTransformer:
         expert: str,
         after_block: Callable[[int, Tensor], None] | None = None,
     ) -> list[Tensor]:
-        """v of every branch, each [C, T, h, w] float32. `after_block(index, residual)` sees the stream behind each block.
+        """v of every branch, each [C, T, h, w] float32. `after_block(index, residual)` sees the
+        stream behind each block.
 
-        Branches that share visits run block by block together; otherwise one after the other. Neither changes a bit.
+        Branches that share visits run block by block together; otherwise one after the other.
+        Neither changes a bit.
         """
         numbers = range(len(conditioning.contexts))
         groups = [tuple(numbers)] if self._joint else [(number,) for number in numbers]
@@ -146,15 +182,33 @@ class WanTransformer:
         x = self._arena.view(f"residual.{slot}", (self._tokens, self._config.dim), torch.float32)
         frames, rows, columns = self._latents.grid
         pt, ph, pw = self._config.patch_size
-        patches = latents.reshape(-1, frames, pt, rows, ph, columns, pw).permute(1, 3, 5, 0, 2, 4, 6).reshape(self._tokens, -1)
-        fixed_rows_linear(patches, ends.patch_weight, ends.patch_bias, x, lambda part: part.to(ends.patch_weight.dtype))
+        patches = (
+            latents.reshape(-1, frames, pt, rows, ph, columns, pw)
+            .permute(1, 3, 5, 0, 2, 4, 6)
+            .reshape(self._tokens, -1)
+        )
+        fixed_rows_linear(
+            patches,
+            ends.patch_weight,
+            ends.patch_bias,
+            x,
+            lambda part: part.to(ends.patch_weight.dtype),
+        )
         return x
 
     def _head(self, x: Tensor, time: Tensor, ends: Ends) -> Tensor:
-        """The head and its unpatching: per-token values are ordered (pt, dy, dx, c), channel fastest."""
+        """The head and its unpatching: per-token values are ordered (pt, dy, dx, c), channel
+        fastest.
+        """
         shift, scale = ends.head_modulation + time
         out = x.new_empty(self._tokens, ends.head_weight.shape[0])
-        fixed_rows_linear(x, ends.head_weight, ends.head_bias, out, lambda part: adaln(part, scale + 1, shift, self._config.eps))
+        fixed_rows_linear(
+            x,
+            ends.head_weight,
+            ends.head_bias,
+            out,
+            lambda part: adaln(part, scale + 1, shift, self._config.eps),
+        )
         frames, rows, columns = self._latents.grid
         pt, ph, pw = self._config.patch_size
         cells = out.view(frames, rows, columns, pt, ph, pw, -1).permute(6, 0, 3, 1, 4, 2, 5)
@@ -165,7 +219,16 @@ class WanTransformer:
         memory = self._self_keys(block, x, scale_sa + 1, shift_sa)
         self._attend(block, x, "self_attn", scale_sa + 1, shift_sa, gate_sa, memory, rotary=True)
         memory = self._text_keys(block, context)
-        self._attend(block, x, "cross_attn", block["norm3.weight"], block["norm3.bias"], None, memory, rotary=False)
+        self._attend(
+            block,
+            x,
+            "cross_attn",
+            block["norm3.weight"],
+            block["norm3.bias"],
+            None,
+            memory,
+            rotary=False,
+        )
         self._feed_forward(block, x, scale_ff + 1, shift_ff, gate_ff)
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
@@ -178,7 +241,9 @@ class WanTransformer:
     def _buffer(self, region: str, rows: int, columns: int) -> Tensor:
         return self._arena.view(region, (rows, columns), self._numerics.compute)
 
-    def _self_keys(self, block: BlockView, x: Tensor, scale: Tensor, shift: Tensor) -> AttentionMemory:
+    def _self_keys(
+        self, block: BlockView, x: Tensor, scale: Tensor, shift: Tensor
+    ) -> AttentionMemory:
         """K and V of all tokens, chunk by chunk."""
         num, dim, weight = self._numerics, self._config.dim, block["self_attn.norm_k.weight"]
         memory = num.attention_memory("", self._tokens)
@@ -186,25 +251,47 @@ class WanTransformer:
         if self._smoothed:
             tokens = self._smoothing_tokens
             key = self._buffer("project.projected", len(tokens), dim)
-            num.linear(num.modulated(x[tokens], scale, shift, "project.rows"), block.linear("self_attn.k"), key)
-            smoothing = mean_key(key, weight, Rope(*self._rope.at(tokens)), self._config.num_heads, self._config.eps)
+            num.linear(
+                num.modulated(x[tokens], scale, shift, "project.rows"),
+                block.linear("self_attn.k"),
+                key,
+            )
+            smoothing = mean_key(
+                key, weight, Rope(*self._rope.at(tokens)), self._config.num_heads, self._config.eps
+            )
         for start, end in self._chunks():
             projected = self._buffer("project.projected", end - start, 2 * dim)
             rows = num.modulated(x[start:end], scale, shift, "project.rows")
             num.linear(rows, block.linear("self_attn.k", "self_attn.v"), projected)
-            num.heads(projected[:, :dim], weight, self._rope_of(start, end), smoothing, memory.key_rows(start, end))
+            num.heads(
+                projected[:, :dim],
+                weight,
+                self._rope_of(start, end),
+                smoothing,
+                memory.key_rows(start, end),
+            )
             num.values(projected[:, dim:], memory, start)
         return memory
 
     def _text_keys(self, block: BlockView, context: Tensor) -> AttentionMemory:
-        """K and V of the text; recomputed at every visit, because keeping them costs more memory than they cost time."""
+        """K and V of the text; recomputed at every visit, because keeping them costs more memory
+        than they cost time.
+        """
         num, dim, weight = self._numerics, self._config.dim, block["cross_attn.norm_k.weight"]
         length = context.shape[0]
         memory = num.attention_memory("text_", length)
         projected = self._buffer("project.projected", length, 2 * dim)
-        num.linear(num.rows(context, "project.rows"), block.linear("cross_attn.k", "cross_attn.v"), projected)
+        num.linear(
+            num.rows(context, "project.rows"),
+            block.linear("cross_attn.k", "cross_attn.v"),
+            projected,
+        )
         key = projected[:, :dim]
-        smoothing = mean_key(key, weight, None, self._config.num_heads, self._config.eps) if self._smoothed else None
+        smoothing = (
+            mean_key(key, weight, None, self._config.num_heads, self._config.eps)
+            if self._smoothed
+            else None
+        )
         num.heads(key, weight, None, smoothing, memory.key_rows(0, length))
         num.values(projected[:, dim:], memory, 0)
         return memory
@@ -224,17 +311,29 @@ class WanTransformer:
         num, dim, weight = self._numerics, self._config.dim, block[f"{name}.norm_q.weight"]
         for start, end in self._chunks():
             query = self._buffer("attend.projected", end - start, dim)
-            num.linear(num.modulated(x[start:end], scale, shift, "attend.rows"), block.linear(f"{name}.q"), query)
+            num.linear(
+                num.modulated(x[start:end], scale, shift, "attend.rows"),
+                block.linear(f"{name}.q"),
+                query,
+            )
             queries: Heads = num.queries(end - start)
             num.heads(query, weight, self._rope_of(start, end) if rotary else None, None, queries)
             attended = self._buffer("attend.attended", end - start, dim)
             num.attend(queries, memory, attended)
-            num.linear_add(num.rows(attended, "attend.rows"), block.linear(f"{name}.o"), x[start:end], gate)
+            num.linear_add(
+                num.rows(attended, "attend.rows"), block.linear(f"{name}.o"), x[start:end], gate
+            )
 
-    def _feed_forward(self, block: BlockView, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> None:
+    def _feed_forward(
+        self, block: BlockView, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor
+    ) -> None:
         """x += gate * ffn2(GELU(ffn0(LN(x) * scale + shift))), chunk by chunk."""
         num = self._numerics
         for start, end in self._chunks():
             hidden = self._buffer("ffn.hidden", end - start, self._config.ffn_dim)
-            num.linear(num.modulated(x[start:end], scale, shift, "ffn.rows"), block.linear("ffn.0"), hidden)
-            num.linear_add(num.gelu(hidden, "ffn.hidden_rows"), block.linear("ffn.2"), x[start:end], gate)
+            num.linear(
+                num.modulated(x[start:end], scale, shift, "ffn.rows"), block.linear("ffn.0"), hidden
+            )
+            num.linear_add(
+                num.gelu(hidden, "ffn.hidden_rows"), block.linear("ffn.2"), x[start:end], gate
+            )

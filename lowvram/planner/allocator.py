@@ -1,11 +1,14 @@
-"""What torch's caching allocator takes of a device for tensors of given sizes: arithmetic on its segments."""
+"""What torch's caching allocator takes of a device for tensors of given sizes: arithmetic on its
+segments.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# torch's caching allocator takes segments from the driver (c10/core/AllocatorConfig.h): small tensors share segments of 2 MiB, those up to
-# 10 MiB segments of 20 MiB, larger ones have their own, rounded up to 2 MiB. What is left of a segment is used by others where it fits.
+# torch's caching allocator takes segments from the driver (c10/core/AllocatorConfig.h): small
+# tensors share segments of 2 MiB, those up to 10 MiB segments of 20 MiB, larger ones have their
+# own, rounded up to 2 MiB. What is left of a segment is used by others where it fits.
 SMALL_BYTES, SMALL_SEGMENT_BYTES = 1 << 20, 2 << 20
 LARGE_BYTES, SEGMENT_BYTES, SEGMENT_STEP_BYTES = 10 << 20, 20 << 20, 2 << 20
 ALLOCATION_STEP_BYTES = 512
@@ -21,15 +24,20 @@ def segment_bytes(nbytes: int) -> int:
 
 
 def packed_bytes(nbytes: int) -> int:
-    """What one of many buffers of this size takes of a device: its own segment, or its share of one."""
+    """What one of many buffers of this size takes of a device: its own segment, or its share of
+    one.
+    """
     segment = segment_bytes(nbytes)
     return -(-segment // (segment // nbytes))
 
 
 def segments_bytes(sizes: Sequence[int]) -> int:
-    """What tensors of these sizes, made one after the other in an empty cache, take of a device: each goes where it fits best."""
+    """What tensors of these sizes, made one after the other in an empty cache, take of a device:
+    each goes where it fits best.
+    """
     total = 0
-    free: dict[bool, list[int]] = {True: [], False: []}  # what is left of small and of other segments
+    # what is left of small and of other segments
+    free: dict[bool, list[int]] = {True: [], False: []}
     for nbytes in sizes:
         small = nbytes <= SMALL_BYTES
         size = -(-nbytes // ALLOCATION_STEP_BYTES) * ALLOCATION_STEP_BYTES

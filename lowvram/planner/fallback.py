@@ -1,7 +1,9 @@
-"""What a run gives up, rung by rung, when other programs take memory that its plan counts on: arithmetic from one plan to the next.
+"""What a run gives up, rung by rung, when other programs take memory that its plan counts on:
+arithmetic from one plan to the next.
 
-In the quantized formats no rung changes a bit of the video: residency, slots, chunks, shared visits and RAM buffers are the planner's to
-choose. In the unquantized ones libraries pick their products by the length of a chunk.
+In the quantized formats no rung changes a bit of the video: residency, slots, chunks, shared visits
+and RAM buffers are the planner's to choose. In the unquantized ones libraries pick their products
+by the length of a chunk.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from lowvram.planner.plan import CHUNK_TOKENS, Choice, MemoryPlan
 
 VRAM, RAM = "VRAM", "RAM"
 Describe = Callable[[Choice], MemoryPlan]
-# A choice of a model with so many blocks -> the smaller one, and what it gives up; None where there is nothing of the kind to give up.
+# A choice of a model with so many blocks -> the smaller one, and what it gives up; None where there
+# is nothing of the kind to give up.
 Smaller = tuple[Choice, str] | None
 
 
@@ -26,7 +29,8 @@ class Rung:
 
 
 class Ladder:
-    """The rungs below one plan; each is taken at most once, so that a run ends in its video or in an error.
+    """The rungs below one plan; each is taken at most once, so that a run ends in its video or in
+    an error.
 
     `shared`: both budgets are the same memory (a CPU), so that what one gives up helps the other.
     """
@@ -34,15 +38,25 @@ class Ladder:
     def __init__(self, plan: MemoryPlan, describe: Describe, shared: bool = False) -> None:
         self.plan = plan
         self._describe = describe
-        self._rungs: dict[str, Iterator[Callable[[Choice, int], Smaller]]] = {VRAM: iter(_VRAM_RUNGS), RAM: iter(_RAM_RUNGS)}
-        self._order = {VRAM: (RAM, VRAM) if shared else (VRAM,), RAM: (RAM, VRAM) if shared else (RAM,)}
+        self._rungs: dict[str, Iterator[Callable[[Choice, int], Smaller]]] = {
+            VRAM: iter(_VRAM_RUNGS),
+            RAM: iter(_RAM_RUNGS),
+        }
+        self._order = {
+            VRAM: (RAM, VRAM) if shared else (VRAM,),
+            RAM: (RAM, VRAM) if shared else (RAM,),
+        }
 
     def down(self, short: str) -> Rung | None:
-        """The next rung that needs less of the budget `short` and more of none; None at the foot."""
+        """The next rung that needs less of the budget `short` and more of none; None at the
+        foot.
+        """
         return next(filter(None, map(self._next, self._order[short])), None)
 
     def less_cache(self) -> Rung | None:
-        """The next rung that gives up blocks kept in RAM and nothing else; None where no more are kept."""
+        """The next rung that gives up blocks kept in RAM and nothing else; None where no more are
+        kept.
+        """
         return self._next(RAM)
 
     def _next(self, budget: str) -> Rung | None:
@@ -51,7 +65,9 @@ class Ladder:
             if proposed is None:
                 continue
             plan = self._describe(proposed[0])
-            if _needs(plan, budget) < _needs(self.plan, budget) and all(_needs(plan, b) <= _needs(self.plan, b) for b in (VRAM, RAM)):
+            if _needs(plan, budget) < _needs(self.plan, budget) and all(
+                _needs(plan, b) <= _needs(self.plan, b) for b in (VRAM, RAM)
+            ):
                 self.plan = plan
                 return Rung(plan, proposed[1])
         return None
@@ -66,36 +82,72 @@ def _needs(plan: MemoryPlan, budget: str) -> int:
 def _residents(choice: Choice, blocks: int, resident: int) -> Choice:
     ring = min(max(choice.ring_slots, 2), blocks - resident)
     host = min(choice.host_blocks, blocks - resident)
-    return replace(choice, resident_blocks=resident, ring_slots=ring, host_blocks=host, pinned_blocks=min(choice.pinned_blocks, host))
+    return replace(
+        choice,
+        resident_blocks=resident,
+        ring_slots=ring,
+        host_blocks=host,
+        pinned_blocks=min(choice.pinned_blocks, host),
+    )
 
 
 def _half_the_residents(choice: Choice, blocks: int) -> Smaller:
     kept = choice.resident_blocks // 2
-    return (_residents(choice, blocks, kept), f"keeping {kept} blocks on the device instead of {choice.resident_blocks}") if kept else None
+    return (
+        (
+            _residents(choice, blocks, kept),
+            f"keeping {kept} blocks on the device instead of {choice.resident_blocks}",
+        )
+        if kept
+        else None
+    )
 
 
 def _no_residents(choice: Choice, blocks: int) -> Smaller:
-    return (_residents(choice, blocks, 0), "keeping no block on the device") if choice.resident_blocks else None
+    return (
+        (_residents(choice, blocks, 0), "keeping no block on the device")
+        if choice.resident_blocks
+        else None
+    )
 
 
 def _one_slot(choice: Choice, blocks: int) -> Smaller:
     one = replace(choice, resident_blocks=0, ring_slots=1)
-    return (one, "streaming through one slot: blocks no longer travel while others compute") if choice.ring_slots > 1 else None
+    return (
+        (one, "streaming through one slot: blocks no longer travel while others compute")
+        if choice.ring_slots > 1
+        else None
+    )
 
 
 def _separate_branches(choice: Choice, blocks: int) -> Smaller:
-    return (replace(choice, joint_guidance=False), "one guidance branch after the other") if choice.joint_guidance else None
+    return (
+        (replace(choice, joint_guidance=False), "one guidance branch after the other")
+        if choice.joint_guidance
+        else None
+    )
 
 
 def _smaller_chunk(choice: Choice, blocks: int) -> Smaller:
     chunk = next((tokens for tokens in CHUNK_TOKENS if tokens < choice.chunk_tokens), None)
-    return (replace(choice, chunk_tokens=chunk), f"chunks of {chunk} tokens instead of {choice.chunk_tokens}") if chunk else None
+    return (
+        (
+            replace(choice, chunk_tokens=chunk),
+            f"chunks of {chunk} tokens instead of {choice.chunk_tokens}",
+        )
+        if chunk
+        else None
+    )
 
 
 def _smallest_chunk(choice: Choice, blocks: int) -> Smaller:
     chunk = CHUNK_TOKENS[-1]
     smallest = replace(choice, chunk_tokens=chunk)
-    return (smallest, f"chunks of {chunk} tokens instead of {choice.chunk_tokens}") if chunk < choice.chunk_tokens else None
+    return (
+        (smallest, f"chunks of {chunk} tokens instead of {choice.chunk_tokens}")
+        if chunk < choice.chunk_tokens
+        else None
+    )
 
 
 def _half_the_cache(choice: Choice, blocks: int) -> Smaller:
@@ -105,8 +157,19 @@ def _half_the_cache(choice: Choice, blocks: int) -> Smaller:
 
 
 def _no_cache(choice: Choice, blocks: int) -> Smaller:
-    return (replace(choice, host_blocks=0, pinned_blocks=0), "reading every block from the disk") if choice.host_blocks else None
+    return (
+        (replace(choice, host_blocks=0, pinned_blocks=0), "reading every block from the disk")
+        if choice.host_blocks
+        else None
+    )
 
 
-_VRAM_RUNGS = (_half_the_residents, _no_residents, _one_slot, _separate_branches, _smaller_chunk, _smallest_chunk)
+_VRAM_RUNGS = (
+    _half_the_residents,
+    _no_residents,
+    _one_slot,
+    _separate_branches,
+    _smaller_chunk,
+    _smallest_chunk,
+)
 _RAM_RUNGS = (_half_the_cache, _no_cache)

@@ -1,7 +1,8 @@
 """Peak memory of every phase, computed before the run: pure arithmetic, no torch, no GPU.
 
-`choose_plan` finds the fastest plan that fits two budgets; `describe_plan` gives the peaks of any given choice. What a plan chooses
-(chunk, residency, tiers, shared visits) changes no bit of the video; the VAE's tile follows from the video's size alone.
+`choose_plan` finds the fastest plan that fits two budgets; `describe_plan` gives the peaks of any
+given choice. What a plan chooses (chunk, residency, tiers, shared visits) changes no bit of the
+video; the VAE's tile follows from the video's size alone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from lowvram.units import format_bytes
 from lowvram.variants import EXPERTS, ModelConfig
 
 CHUNK_TOKENS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)
-# Below this many tokens a block computes faster than PCIe 4.0 brings the next one (kernels 5), so both branches share a visit.
+# Below this many tokens a block computes faster than PCIe 4.0 brings the next one (kernels 5), so
+# both branches share a visit.
 JOINT_BELOW_TOKENS = 12_000
 CUDA_CONTEXT_BYTES = 600 * 10**6
 PROCESS_BYTES = 900 * 10**6
@@ -51,7 +53,9 @@ SAME_TIME = 1e-3
 
 @dataclass(frozen=True)
 class Choice:
-    """What the planner is free to choose. `host_blocks` are kept in RAM, the first `pinned_blocks` of them page-locked."""
+    """What the planner is free to choose. `host_blocks` are kept in RAM, the first `pinned_blocks`
+    of them page-locked.
+    """
 
     chunk_tokens: int
     ring_slots: int
@@ -72,7 +76,9 @@ class PhasePeak:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """One run's memory. `items`: what the denoising phase's VRAM is made of; `slot_bytes`: a block and the slack of aligned reads."""
+    """One run's memory. `items`: what the denoising phase's VRAM is made of; `slot_bytes`: a block
+    and the slack of aligned reads.
+    """
 
     variant: str
     format: str
@@ -103,7 +109,10 @@ class MemoryPlan:
         data = asdict(self)
         del data["workspace"]
         data["prediction"] = self.prediction.to_dict() if self.prediction else None
-        return data | {"peak_vram_bytes": self.peak_vram_bytes, "peak_ram_bytes": self.peak_ram_bytes}
+        return data | {
+            "peak_vram_bytes": self.peak_vram_bytes,
+            "peak_ram_bytes": self.peak_ram_bytes,
+        }
 
 
 # What predicts a plan's time; None where it cannot.
@@ -112,7 +121,8 @@ Clock = Callable[[MemoryPlan], Prediction | None]
 
 @dataclass(frozen=True)
 class Host:
-    """What the machine takes before lowvram asks for anything. `staged`: device memory is not host memory.
+    """What the machine takes before lowvram asks for anything. `staged`: device memory is not host
+    memory.
 
     `references`: the ops run as torch code, whose temporaries count.
     """
@@ -125,30 +135,48 @@ class Host:
     @classmethod
     def of(cls, device_type: str, process_bytes: int = PROCESS_BYTES) -> Host:
         cuda = device_type == "cuda"
-        references = not cuda or os.environ.get("LOWVRAM_BACKEND") == "reference" or find_spec("triton") is None
+        references = (
+            not cuda
+            or os.environ.get("LOWVRAM_BACKEND") == "reference"
+            or find_spec("triton") is None
+        )
         return cls(cuda, CUDA_CONTEXT_BYTES if cuda else 0, process_bytes, references)
 
     @property
     def rounds(self) -> bool:
-        """Whether the device's memory comes in segments of torch's caching allocator: where there is a driver's context, there is one."""
+        """Whether the device's memory comes in segments of torch's caching allocator: where there
+        is a driver's context, there is one.
+        """
         return self.context_bytes > 0
 
 
 def describe_plan(
-    config: ModelConfig, format: str, size: tuple[int, int], num_frames: int, steps: int, choice: Choice, host: Host
+    config: ModelConfig,
+    format: str,
+    size: tuple[int, int],
+    num_frames: int,
+    steps: int,
+    choice: Choice,
+    host: Host,
 ) -> MemoryPlan:
     """The plan that follows from `choice`, whatever it takes. size: (width, height) in pixels."""
     width, height = size
     latents = latent_shape(config, width, height, num_frames)
     layout = component_layout(EXPERTS[0], config, format)
     slot_bytes = layout.block_bytes + READ_SLACK_BYTES
-    text_slot_bytes = component_layout("text_encoder", config, format).block_bytes + READ_SLACK_BYTES
+    text_slot_bytes = (
+        component_layout("text_encoder", config, format).block_bytes + READ_SLACK_BYTES
+    )
     branches = 2 if choice.joint_guidance else 1
     workspace = dit_workspace(config.dit, format, latents.num_tokens, choice.chunk_tokens, branches)
     slots = choice.resident_blocks + choice.ring_slots
     items = {
-        "residual stream": sum(size for name, (_, size) in workspace.regions.items() if name.startswith("residual.")),
-        "keys and values": sum(size for name, (_, size) in workspace.regions.items() if name in _KEYS_AND_VALUES),
+        "residual stream": sum(
+            size for name, (_, size) in workspace.regions.items() if name.startswith("residual.")
+        ),
+        "keys and values": sum(
+            size for name, (_, size) in workspace.regions.items() if name in _KEYS_AND_VALUES
+        ),
         "chunk workspace": workspace.nbytes - workspace.persistent_bytes,
         "block slots": slots * slot_bytes,
         "conditioning": conditioning_bytes(config, format, steps),
@@ -159,13 +187,23 @@ def describe_plan(
         "context of the driver": host.context_bytes,
     }
     if host.rounds:
-        items["allocator rounding"] = loop_rounding_bytes(config, format, latents, steps, slots, slot_bytes, workspace.nbytes)
-    items["text keys and values"] = workspace.persistent_bytes - items["residual stream"] - items["keys and values"]
+        items["allocator rounding"] = loop_rounding_bytes(
+            config, format, latents, steps, slots, slot_bytes, workspace.nbytes
+        )
+    items["text keys and values"] = (
+        workspace.persistent_bytes - items["residual stream"] - items["keys and values"]
+    )
     staging = STAGING_BUFFERS if host.staged else 0
-    ram = host.process_bytes + (choice.host_blocks + staging) * slot_bytes + loop_host_bytes(config, format, latents, host.staged)
+    ram = (
+        host.process_bytes
+        + (choice.host_blocks + staging) * slot_bytes
+        + loop_host_bytes(config, format, latents, host.staged)
+    )
     text_vram, text_ram = text_bytes(config, format, text_slot_bytes, staging)
     resumed = LATENTS_IN_STATE * latent_bytes(latents)
-    conditioning_vram, conditioning_ram = conditioning_phase_bytes(config, format, steps, host.staged)
+    conditioning_vram, conditioning_ram = conditioning_phase_bytes(
+        config, format, steps, host.staged
+    )
     tile = vae_tile_pixels(width, height)
     vae_vram, vae_ram = decode_bytes(config, latents, tile)
     if host.rounds:
@@ -175,14 +213,31 @@ def describe_plan(
         vae_vram += decode_rounding_bytes(config, latents, tile)
     phases = (
         PhasePeak("text", host.context_bytes + resumed + text_vram, host.process_bytes + text_ram),
-        PhasePeak("conditioning", host.context_bytes + resumed + conditioning_vram, host.process_bytes + conditioning_ram),
+        PhasePeak(
+            "conditioning",
+            host.context_bytes + resumed + conditioning_vram,
+            host.process_bytes + conditioning_ram,
+        ),
         PhasePeak("denoise", sum(items.values()), ram),
         PhasePeak("decode", host.context_bytes + vae_vram, host.process_bytes + vae_ram),
     )
     return MemoryPlan(
-        config.variant, format, width, height, num_frames, latents.num_tokens, choice, config.dit.num_layers, slot_bytes,
-        text_slot_bytes, staging, tile, workspace, items, phases,
-    )  # fmt: skip
+        config.variant,
+        format,
+        width,
+        height,
+        num_frames,
+        latents.num_tokens,
+        choice,
+        config.dit.num_layers,
+        slot_bytes,
+        text_slot_bytes,
+        staging,
+        tile,
+        workspace,
+        items,
+        phases,
+    )
 
 
 _KEYS_AND_VALUES = ("keys", "values", "key_scales", "value_scales")
@@ -201,12 +256,15 @@ def choose_plan(
     clock: Clock | None = None,
     pinned_limit_bytes: int | None = None,
 ) -> MemoryPlan:
-    """The fastest plan that fits, by the clock's prediction; the simplest of equals: separate branches, few slots, large chunks.
+    """The fastest plan that fits, by the clock's prediction; the simplest of equals: separate
+    branches, few slots, large chunks.
 
-    Without a clock: the largest chunk that fits beside two slots. In either case then as many resident blocks as VRAM and as many cached
-    blocks as RAM allow, of which the first are page-locked up to the limit (None: half of the RAM budget).
+    Without a clock: the largest chunk that fits beside two slots. In either case then as many
+    resident blocks as VRAM and as many cached blocks as RAM allow, of which the first are
+    page-locked up to the limit (None: half of the RAM budget).
 
-    guided: whether a second, negative branch runs at all. Raises `BudgetError` naming the smallest budgets that would do.
+    guided: whether a second, negative branch runs at all. Raises `BudgetError` naming the smallest
+    budgets that would do.
     """
     tokens = latent_shape(config, *size, num_frames).num_tokens
     padded = -(-tokens // KEY_TILE) * KEY_TILE
@@ -217,7 +275,12 @@ def choose_plan(
 
     def completed(base: MemoryPlan) -> Choice:
         slot_bytes = packed_bytes(base.slot_bytes) if host.rounds else base.slot_bytes
-        return _add_host_blocks(base, _add_residents(base, vram_bytes, slot_bytes), ram_bytes, limit if host.staged else 0)
+        return _add_host_blocks(
+            base,
+            _add_residents(base, vram_bytes, slot_bytes),
+            ram_bytes,
+            limit if host.staged else 0,
+        )
 
     chunks = sorted({min(chunk, padded) for chunk in CHUNK_TOKENS}, reverse=True)
     smallest = plan_of(Choice(chunks[-1], 1, 0, 0, False))
@@ -228,18 +291,34 @@ def choose_plan(
             choice
             for shared in (False, True)[: 1 + guided]
             for slots in RING_SLOTS
-            for choice in _undominated((plan_of(Choice(chunk, slots, 0, 0, shared)) for chunk in chunks), vram_bytes, completed)
+            for choice in _undominated(
+                (plan_of(Choice(chunk, slots, 0, 0, shared)) for chunk in chunks),
+                vram_bytes,
+                completed,
+            )
         )
-        fastest = _fastest(map(plan_of, _distinct(fitting)), clock) or _fastest([plan_of(completed(smallest))], clock)
+        fastest = _fastest(map(plan_of, _distinct(fitting)), clock) or _fastest(
+            [plan_of(completed(smallest))], clock
+        )
         if fastest is not None:
             return fastest
     joint = guided and tokens < JOINT_BELOW_TOKENS
-    plans = [plan_of(Choice(chunk, 2, 0, 0, shared)) for shared in ((True, False) if joint else (False,)) for chunk in chunks]
-    return plan_of(completed(next((plan for plan in plans if plan.peak_vram_bytes <= vram_bytes), smallest)))
+    plans = [
+        plan_of(Choice(chunk, 2, 0, 0, shared))
+        for shared in ((True, False) if joint else (False,))
+        for chunk in chunks
+    ]
+    return plan_of(
+        completed(next((plan for plan in plans if plan.peak_vram_bytes <= vram_bytes), smallest))
+    )
 
 
-def _undominated(bases: Iterable[MemoryPlan], vram_bytes: int, completed: Callable[[MemoryPlan], Choice]) -> Iterator[Choice]:
-    """Choices that fit, of falling chunk length: a shorter chunk is worth a look only where it makes room for another block."""
+def _undominated(
+    bases: Iterable[MemoryPlan], vram_bytes: int, completed: Callable[[MemoryPlan], Choice]
+) -> Iterator[Choice]:
+    """Choices that fit, of falling chunk length: a shorter chunk is worth a look only where it
+    makes room for another block.
+    """
     most = -1
     for choice in (completed(base) for base in bases if base.peak_vram_bytes <= vram_bytes):
         if choice.resident_blocks > most:
@@ -256,9 +335,11 @@ def _distinct(choices: Iterable[Choice]) -> Iterator[Choice]:
 
 
 def _fastest(plans: Iterable[MemoryPlan], clock: Clock) -> MemoryPlan | None:
-    """The first plan whose predicted time is within `SAME_TIME` of the shortest; None where nothing can be predicted.
+    """The first plan whose predicted time is within `SAME_TIME` of the shortest; None where nothing
+    can be predicted.
 
-    The first plan has the longest chunk that fits: where its computing alone takes as long as all of it, nothing can be faster.
+    The first plan has the longest chunk that fits: where its computing alone takes as long as all
+    of it, nothing can be faster.
     """
     timed: list[tuple[float, MemoryPlan]] = []
     for plan in plans:
@@ -271,8 +352,12 @@ def _fastest(plans: Iterable[MemoryPlan], clock: Clock) -> MemoryPlan | None:
     return next((plan for seconds, plan in timed if seconds <= shortest * (1 + SAME_TIME)), None)
 
 
-def _add_host_blocks(base: MemoryPlan, choice: Choice, ram_bytes: int, pinned_limit_bytes: int) -> Choice:
-    """Spends what is left of the denoising phase's RAM on cached blocks; the first of them are page-locked beside the staging buffers."""
+def _add_host_blocks(
+    base: MemoryPlan, choice: Choice, ram_bytes: int, pinned_limit_bytes: int
+) -> Choice:
+    """Spends what is left of the denoising phase's RAM on cached blocks; the first of them are
+    page-locked beside the staging buffers.
+    """
     denoise = next(phase.ram_bytes for phase in base.phases if phase.phase == "denoise")
     spare = max(0, ram_bytes - denoise) // base.slot_bytes
     host_blocks = min(spare, base.num_blocks - choice.resident_blocks)
@@ -281,7 +366,9 @@ def _add_host_blocks(base: MemoryPlan, choice: Choice, ram_bytes: int, pinned_li
 
 
 def _add_residents(base: MemoryPlan, vram_bytes: int, slot_bytes: int) -> Choice:
-    """Spends what is left of the denoising phase's VRAM on resident blocks of `slot_bytes`; a whole expert needs no ring."""
+    """Spends what is left of the denoising phase's VRAM on resident blocks of `slot_bytes`; a whole
+    expert needs no ring.
+    """
     denoise = next(phase.vram_bytes for phase in base.phases if phase.phase == "denoise")
     spare = (vram_bytes - denoise) // slot_bytes
     if spare + base.choice.ring_slots >= base.num_blocks:
@@ -301,7 +388,8 @@ def _refusal(smallest: MemoryPlan, vram_bytes: int, ram_bytes: int) -> str:
             flag = label.lower()
             mebibytes = -(-peak // 2**20)
             needs.append(
-                f"{label} of {format_bytes(budget)} is too little (the {phase} phase needs {format_bytes(peak)}): "
+                f"{label} of {format_bytes(budget)} is too little (the {phase} phase needs "
+                f"{format_bytes(peak)}): "
                 f"use --{flag} {mebibytes}MiB or more"
             )
     return f"{name}: {'; '.join(needs)}, or a smaller size or fewer frames"

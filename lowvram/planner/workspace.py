@@ -1,7 +1,8 @@
 """The byte layout of the denoising loop's one allocation: names, offsets and sizes, no torch.
 
-What spans all tokens (residual stream, keys, values) stays; what a chunk of tokens needs is laid over itself, once per stage of a
-block, because no two stages live at the same time (design section 5).
+What spans all tokens (residual stream, keys, values) stays; what a chunk of tokens needs is laid
+over itself, once per stage of a block, because no two stages live at the same time (design section
+5).
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from lowvram.variants import DiTConfig
 
 ALIGNMENT_BYTES = 256
-# Reads past the page cache start, end and land on whole pages of this size; a buffer for them needs room at both ends and for its start.
+# Reads past the page cache start, end and land on whole pages of this size; a buffer for them needs
+# room at both ends and for its start.
 PAGE_BYTES = 4096
 READ_SLACK_BYTES = 3 * PAGE_BYTES
 KEY_TILE = 64
-# Keys are smoothed by the mean of this many tokens, evenly spaced over the clip: a set that no budget changes.
+# Keys are smoothed by the mean of this many tokens, evenly spaced over the clip: a set that no
+# budget changes.
 SMOOTHING_TOKENS = 256
 QUANTIZED_FORMATS = ("int8", "int8-plain", "fp8")
 
@@ -29,7 +32,9 @@ def aligned(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Regions of one allocation: name -> (offset, bytes). Regions of different stages overlap on purpose."""
+    """Regions of one allocation: name -> (offset, bytes). Regions of different stages overlap on
+    purpose.
+    """
 
     nbytes: int
     regions: dict[str, tuple[int, int]]
@@ -37,7 +42,9 @@ class Workspace:
 
 
 def element_bytes(format: str) -> tuple[int, int]:
-    """(bytes of a float in flight, bytes of a quantized activation) for a format of the expert's linears."""
+    """(bytes of a float in flight, bytes of a quantized activation) for a format of the expert's
+    linears.
+    """
     if format in QUANTIZED_FORMATS:
         return 2, 1
     compute = 4 if format == "fp32" else 2
@@ -45,12 +52,18 @@ def element_bytes(format: str) -> tuple[int, int]:
 
 
 def value_bytes(code: int) -> int:
-    """Bytes of a value as quantized attention keeps it: a code's, or two where `LOWVRAM_PV=fp16` multiplies values in fp16."""
+    """Bytes of a value as quantized attention keeps it: a code's, or two where `LOWVRAM_PV=fp16`
+    multiplies values in fp16.
+    """
     return 2 if os.environ.get("LOWVRAM_PV") == "fp16" else code
 
 
-def dit_workspace(config: DiTConfig, format: str, num_tokens: int, chunk_tokens: int, branches: int) -> Workspace:
-    """The arena of one expert's forward; `branches`: guidance branches that share a visit of a block (1 or 2)."""
+def dit_workspace(
+    config: DiTConfig, format: str, num_tokens: int, chunk_tokens: int, branches: int
+) -> Workspace:
+    """The arena of one expert's forward; `branches`: guidance branches that share a visit of a
+    block (1 or 2).
+    """
     compute, code = element_bytes(format)
     quantized = format in QUANTIZED_FORMATS
     dim, ffn, heads, text = config.dim, config.ffn_dim, config.num_heads, config.text_len
@@ -61,13 +74,23 @@ def dit_workspace(config: DiTConfig, format: str, num_tokens: int, chunk_tokens:
     persistent |= {"keys": num_tokens * dim * code, "values": padded * dim * value}
     persistent |= {"text_keys": text * dim * code, "text_values": text_padded * dim * value}
     if quantized:
-        persistent |= {"key_scales": num_tokens * heads * 4, "value_scales": _tiles(num_tokens) * dim * 4}
-        persistent |= {"text_key_scales": text * heads * 4, "text_value_scales": _tiles(text) * dim * 4}
+        persistent |= {
+            "key_scales": num_tokens * heads * 4,
+            "value_scales": _tiles(num_tokens) * dim * 4,
+        }
+        persistent |= {
+            "text_key_scales": text * heads * 4,
+            "text_value_scales": _tiles(text) * dim * 4,
+        }
     scales = {"row_scales": rows * 4} if quantized else {}
     wide = max(rows, text)  # the text's keys and values pass through the same regions
     text_scales = {"row_scales": wide * 4} if quantized else {}
     stages = {
-        "project": {"rows": wide * dim * code, **text_scales, "projected": 2 * wide * dim * compute},
+        "project": {
+            "rows": wide * dim * code,
+            **text_scales,
+            "projected": 2 * wide * dim * compute,
+        },
         "attend": {
             "rows": wide * dim * code,
             **text_scales,
@@ -76,7 +99,12 @@ def dit_workspace(config: DiTConfig, format: str, num_tokens: int, chunk_tokens:
             "attended": rows * dim * compute,
             **({"query_scales": rows * heads * 4} if quantized else {}),
         },
-        "ffn": {"rows": wide * dim * code, **text_scales, "hidden": rows * ffn * compute, "hidden_rows": rows * ffn * code}
+        "ffn": {
+            "rows": wide * dim * code,
+            **text_scales,
+            "hidden": rows * ffn * compute,
+            "hidden_rows": rows * ffn * code,
+        }
         | ({"hidden_scales": rows * 4} if scales else {}),
     }
     return _overlay(persistent, stages)

@@ -31,13 +31,21 @@ class Cell:
         if self.plan is None:
             return facts | {"refusal": self.refusal}
         plan = self.plan
-        peaks = {"peak_vram_bytes": plan.peak_vram_bytes, "peak_ram_bytes": plan.peak_ram_bytes, "choice": asdict(plan.choice)}
-        return facts | peaks | {"prediction": plan.prediction.to_dict() if plan.prediction else None}
+        peaks = {
+            "peak_vram_bytes": plan.peak_vram_bytes,
+            "peak_ram_bytes": plan.peak_ram_bytes,
+            "choice": asdict(plan.choice),
+        }
+        return (
+            facts | peaks | {"prediction": plan.prediction.to_dict() if plan.prediction else None}
+        )
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What fits: sizes and lengths against VRAM budgets, with times that are predictions for `machine`."""
+    """What fits: sizes and lengths against VRAM budgets, with times that are predictions for
+    `machine`.
+    """
 
     variant: str
     format: str
@@ -47,5 +55,8 @@ class Matrix:
     cells: tuple[Cell, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        facts = {name: getattr(self, name) for name in ("variant", "format", "machine", "basis", "ram_bytes")}
+        facts = {
+            name: getattr(self, name)
+            for name in ("variant", "format", "machine", "basis", "ram_bytes")
+        }
         return facts | {"times_are": "predicted", "cells": [cell.to_dict() for cell in self.cells]}

@@ -1,4 +1,6 @@
-"""Prompts' features on disk, by the hash of everything they follow from, so that a repeated prompt loads no text encoder."""
+"""Prompts' features on disk, by the hash of everything they follow from, so that a repeated prompt
+loads no text encoder.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,20 @@ _log = logging.getLogger(__name__)
 
 
 def features_key(
-    tensor_hashes: Mapping[str, str], config: TextEncoderConfig, token_ids: Sequence[int], dtype: torch.dtype, device: torch.device
+    tensor_hashes: Mapping[str, str],
+    config: TextEncoderConfig,
+    token_ids: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> str:
-    """sha256 over what features follow from: weights, dimensions, token ids, dtype, and what computes them, since devices round apart."""
-    computes = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    """sha256 over what features follow from: weights, dimensions, token ids, dtype, and what
+    computes them, since devices round apart.
+    """
+    computes = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
     content = {
         "version": FORMAT_VERSION,
         "text_encoder": dict(tensor_hashes),
@@ -50,9 +62,11 @@ def features_key(
 
 
 class PromptCache:
-    """One safetensors file per prompt in `folder`, at most `limit_bytes` in all; the one unused for longest goes first.
+    """One safetensors file per prompt in `folder`, at most `limit_bytes` in all; the one unused for
+    longest goes first.
 
-    Never a reason for a run to fail: what cannot be read or is damaged is not there, what cannot be written is not kept.
+    Never a reason for a run to fail: what cannot be read or is damaged is not there, what cannot be
+    written is not kept.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = LIMIT_BYTES) -> None:
@@ -61,18 +75,26 @@ class PromptCache:
         self.limit_bytes = limit_bytes
 
     def load(self, key: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-        """The features [L, d_model] kept under `key`; None where there are none of this shape and dtype with their own hash."""
+        """The features [L, d_model] kept under `key`; None where there are none of this shape and
+        dtype with their own hash.
+        """
         path = self._path(key)
         try:
-            if not path.is_file() or path.stat().st_size > shape[0] * shape[1] * dtype.itemsize + HEADER_BYTES:
+            if (
+                not path.is_file()
+                or path.stat().st_size > shape[0] * shape[1] * dtype.itemsize + HEADER_BYTES
+            ):
                 return None
             with TensorFile(path) as file:
                 metadata = file.header.metadata
-                features = file.read("features", mapped=False).clone()  # in memory of torch, where all that a run holds is counted
+                # in memory of torch, where all that a run holds is counted
+                features = file.read("features", mapped=False).clone()
         except (CheckpointError, OSError) as error:
             _log.info("%s is not read: %s", path, error)
             return None
-        if (tuple(features.shape), features.dtype) != (shape, dtype) or metadata != _metadata(key, features):
+        if (tuple(features.shape), features.dtype) != (shape, dtype) or metadata != _metadata(
+            key, features
+        ):
             _log.info("%s is damaged or not lowvram's: the prompt is encoded again", path)
             return None
         with suppress(OSError):
@@ -80,7 +102,9 @@ class PromptCache:
         return features
 
     def save(self, key: str, features: Tensor) -> None:
-        """Keeps [L, d_model] under `key`, in place of what is there; other processes see the old file or the whole new one."""
+        """Keeps [L, d_model] under `key`, in place of what is there; other processes see the old
+        file or the whole new one.
+        """
         content = save({"features": features.contiguous()}, _metadata(key, features))
         if len(content) > self.limit_bytes:
             return
@@ -104,7 +128,9 @@ class PromptCache:
         return self.folder / f"{key}.safetensors"
 
     def _make_room(self) -> None:
-        """Removes what was used longest ago until the rest fits, and what processes that died left behind."""
+        """Removes what was used longest ago until the rest fits, and what processes that died left
+        behind.
+        """
         kept: list[tuple[float, int, Path]] = []
         for path in self.folder.iterdir():
             with suppress(OSError):  # another process may have removed it meanwhile
@@ -124,4 +150,8 @@ class PromptCache:
 
 def _metadata(key: str, features: Tensor) -> dict[str, str]:
     content = features.contiguous().view(torch.uint8).numpy().tobytes()
-    return {"lowvram_prompt": str(FORMAT_VERSION), "key": key, "sha256": hashlib.sha256(content).hexdigest()}
+    return {
+        "lowvram_prompt": str(FORMAT_VERSION),
+        "key": key,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }

@@ -1,4 +1,6 @@
-"""The features of both prompts: from the cache on disk, else from the text encoder, whose blocks stream."""
+"""The features of both prompts: from the cache on disk, else from the text encoder, whose blocks
+stream.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,16 @@ def prompt_features(run: Run, cache: PromptCache | None) -> list[Tensor]:
     hashes = run.store.manifest.components["text_encoder"].tensors
     keys = [features_key(hashes, config, ids, dtype, run.device) for ids in prompts]
     features = [
-        None if cache is None else cache.load(key, (len(ids), config.d_model), dtype) for key, ids in zip(keys, prompts, strict=True)
+        None if cache is None else cache.load(key, (len(ids), config.d_model), dtype)
+        for key, ids in zip(keys, prompts, strict=True)
     ]
     missing = [number for number, rows in enumerate(features) if rows is None]
     if missing:
-        for number, rows in zip(missing, _encode(run, [prompts[number] for number in missing], clock.report), strict=True):
+        for number, rows in zip(
+            missing,
+            _encode(run, [prompts[number] for number in missing], clock.report),
+            strict=True,
+        ):
             features[number] = rows
             if cache is not None:
                 cache.save(keys[number], rows)
@@ -44,9 +51,13 @@ def prompt_features(run: Run, cache: PromptCache | None) -> list[Tensor]:
 
 
 def prompt_tokens(store: Store, request: Request) -> dict[str, dict[str, int]]:
-    """`tokens` of each prompt, its end included, and how many of them are `kept`: no model reads more than its `text_len`."""
+    """`tokens` of each prompt, its end included, and how many of them are `kept`: no model reads
+    more than its `text_len`.
+    """
     tokenizer, limit = Tokenizer(store.tokenizer), store.config.dit.text_len
-    counts = {name.replace(" ", "_"): tokenizer.length(text) for name, text in _prompts(request).items()}
+    counts = {
+        name.replace(" ", "_"): tokenizer.length(text) for name, text in _prompts(request).items()
+    }
     return {name: {"tokens": tokens, "kept": min(tokens, limit)} for name, tokens in counts.items()}
 
 
@@ -55,14 +66,21 @@ def _prompts(request: Request) -> dict[str, str]:
 
 
 def _token_ids(store: Store, request: Request) -> list[list[int]]:
-    """Ids of the prompt and the negative prompt; a warning for each that is longer than the model reads."""
+    """Ids of the prompt and the negative prompt; a warning for each that is longer than the model
+    reads.
+    """
     tokenizer, limit = Tokenizer(store.tokenizer), store.config.dit.text_len
     ids = []
     for name, text in _prompts(request).items():
         ids.append(tokenizer.encode(text, limit))
         tokens = tokenizer.length(text)
         if tokens > limit:
-            _log.warning("the %s has %d tokens, the model reads %d of them: what follows is cut off", name, tokens, limit)
+            _log.warning(
+                "the %s has %d tokens, the model reads %d of them: what follows is cut off",
+                name,
+                tokens,
+                limit,
+            )
     del tokenizer
     trim_heap()
     return ids
@@ -72,8 +90,15 @@ def _encode(run: Run, prompts: list[list[int]], after_block: Callable[[int], Non
     config, file = run.store.config.text_encoder, run.store.files["text_encoder"]
     encoder = TextEncoder(config, compute_dtype(run.store.format), run.device)
     schedule = [("text_encoder", index) for index in range(config.num_layers)]
-    ring, staging = (1, min(1, run.plan.staging_buffers)) if run.lean else (RING_SLOTS, run.plan.staging_buffers)
+    ring, staging = (
+        (1, min(1, run.plan.staging_buffers))
+        if run.lean
+        else (RING_SLOTS, run.plan.staging_buffers)
+    )
     with run.stream(schedule, Buffers(run.plan.text_slot_bytes, 0, ring, 0, staging)) as streamer:
-        embed, norm = (lambda ids: file.read_rows("token_embedding.weight", ids)), file.read("norm.weight")
+        embed, norm = (
+            (lambda ids: file.read_rows("token_embedding.weight", ids)),
+            file.read("norm.weight"),
+        )
         features = encoder.encode(prompts, embed, norm, streamer, after_block)
     return [rows.cpu() for rows in features]

@@ -16,7 +16,8 @@ from lowvram.sampling.solvers import Solver
 from lowvram.streaming.block import Blocks
 from lowvram.streaming.schedule import BlockId
 
-# The residual stream is watched at this many tokens per block: attention spreads a NaN to all of them.
+# The residual stream is watched at this many tokens per block: attention spreads a NaN to all of
+# them.
 WATCHED_TOKENS = 64
 
 
@@ -36,8 +37,12 @@ def branches_of(expert: str, request: Request) -> int:
     return 1 if guidance_of(expert, request) == 1 else 2
 
 
-def block_schedule(schedule: Schedule, request: Request, num_layers: int, joint: bool, first_step: int) -> list[BlockId]:
-    """Every block that the loop will visit from `first_step` on, through the expert switch, in order."""
+def block_schedule(
+    schedule: Schedule, request: Request, num_layers: int, joint: bool, first_step: int
+) -> list[BlockId]:
+    """Every block that the loop will visit from `first_step` on, through the expert switch, in
+    order.
+    """
     visits: list[BlockId] = []
     for timestep in schedule.timesteps.tolist()[first_step:]:
         expert = expert_of(timestep, request.boundary)
@@ -65,7 +70,8 @@ def denoise(
     latents: Tensor,
     on_step: Callable[[int, Tensor], None],
 ) -> Tensor:
-    """From noise (or the latents of `solver.index` finished steps) to clean latents; `on_step(finished, latents)` after each step.
+    """From noise (or the latents of `solver.index` finished steps) to clean latents;
+    `on_step(finished, latents)` after each step.
 
     Raises `NumericsError` naming step, expert and block where the latents stop being finite.
     """
@@ -74,25 +80,33 @@ def denoise(
         name = expert_of(timestep, request.boundary)
         watch = _Watch()
         expert = experts[name]
-        velocities = model.velocities(latents, step, expert.conditioning, expert.ends, streamer, name, watch)
+        velocities = model.velocities(
+            latents, step, expert.conditioning, expert.ends, streamer, name, watch
+        )
         latents = solver.step(latents, guided(velocities, guidance_of(name, request)))
         if not bool(torch.isfinite(latents).all()):
             raise NumericsError(
-                f"step {step + 1} of {schedule.steps} (timestep {timestep}, expert {name}, {watch.describe()}): the latents hold NaN or "
-                "infinity; run `lowvram inspect MODEL --verify`, then try another format or a lower guidance"
+                f"step {step + 1} of {schedule.steps} (timestep {timestep}, expert {name}, "
+                f"{watch.describe()}): the latents hold NaN or "
+                "infinity; run `lowvram inspect MODEL --verify`, then try another format or a "
+                "lower guidance"
             )
         on_step(step + 1, latents)
     return latents
 
 
 class _Watch:
-    """Remembers, without waiting for the device, behind which blocks the residual stream was finite."""
+    """Remembers, without waiting for the device, behind which blocks the residual stream was
+    finite.
+    """
 
     def __init__(self) -> None:
         self._finite: list[tuple[int, Tensor]] = []
 
     def __call__(self, block: int, x: Tensor) -> None:
-        self._finite.append((block, torch.isfinite(x[:: max(1, x.shape[0] // WATCHED_TOKENS)]).all()))
+        self._finite.append(
+            (block, torch.isfinite(x[:: max(1, x.shape[0] // WATCHED_TOKENS)]).all())
+        )
 
     def describe(self) -> str:
         bad = [block for block, finite in self._finite if not bool(finite)]

@@ -1,4 +1,6 @@
-"""The denoising loop under a plan and, where memory that the plan counts on is gone, from the last finished step on under a smaller one."""
+"""The denoising loop under a plan and, where memory that the plan counts on is gone, from the last
+finished step on under a smaller one.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,28 @@ from lowvram.streaming.schedule import BlockId
 from lowvram.streaming.stream import Buffers
 from lowvram.units import format_bytes
 
-LOW_RAM_BYTES = 256 * 2**20  # with less than this free on the machine, a run hands back the blocks that it keeps in RAM
-FREE_RAM_PERIOD_S = 2.0  # how often that is looked at, between two blocks: at 720p a block of A14B takes about as long on a small card
+# with less than this free on the machine, a run hands back the blocks that it keeps in RAM
+LOW_RAM_BYTES = 256 * 2**20
+# how often that is looked at, between two blocks: at 720p a block of A14B takes about as long on a
+# small card
+FREE_RAM_PERIOD_S = 2.0
 OnStep = Callable[[int, Tensor], None]
 _log = logging.getLogger(__name__)
 
 
 def denoise_within_budgets(
-    run: Run, experts: Mapping[str, Expert], schedule: Schedule, solver: Solver, latents: Tensor, on_step: OnStep
+    run: Run,
+    experts: Mapping[str, Expert],
+    schedule: Schedule,
+    solver: Solver,
+    latents: Tensor,
+    on_step: OnStep,
 ) -> Tensor:
-    """The loop's remaining steps, down the ladder of plans as often as memory is short; the latents are the same by every way.
+    """The loop's remaining steps, down the ladder of plans as often as memory is short; the latents
+    are the same by every way.
 
-    A step that does not fit at the ladder's foot is tried once more; then `OutOfMemoryError` names it. `on_step` that runs out of memory
-    is asked again, and its step is not computed again.
+    A step that does not fit at the ladder's foot is tried once more; then `OutOfMemoryError` names
+    it. `on_step` that runs out of memory is asked again, and its step is not computed again.
     """
     ladder = Ladder(run.plan, run.describe, shared=run.device.type == "cpu")
     state, told, again = solver.state_dict(), solver.index, ""
@@ -57,12 +68,18 @@ def denoise_within_budgets(
             with as_out_of_memory():
                 if told < solver.index:
                     tell()
-                return _attempt(run, ladder, experts, schedule, solver, latents, keep) if solver.index < schedule.steps else latents
+                return (
+                    _attempt(run, ladder, experts, schedule, solver, latents, keep)
+                    if solver.index < schedule.steps
+                    else latents
+                )
         except OutOfMemoryError as error:
             short, failure = error.budget, str(error)
         hand_back(run.device)
         solver.load_state_dict(state)
-        where = f"step {solver.index + 1}" if told == solver.index else f"saving step {solver.index}"
+        where = (
+            f"step {solver.index + 1}" if told == solver.index else f"saving step {solver.index}"
+        )
         rung = ladder.down(short)
         if rung is None and again == where:
             raise run.exhausted("denoise", f"{where} of {schedule.steps}", short, failure)
@@ -70,28 +87,45 @@ def denoise_within_budgets(
             again = where  # whoever took the memory may have given it back
         _log.warning(
             "out of %s in %s of %d (%s): going on from step %d with %s; the video stays the same",
-            short, where, schedule.steps, failure, solver.index, rung.gives_up if rung else "the same plan once more",
-        )  # fmt: skip
+            short,
+            where,
+            schedule.steps,
+            failure,
+            solver.index,
+            rung.gives_up if rung else "the same plan once more",
+        )
         if rung is not None:
             run.go_on_with(rung.plan)
 
 
 def _attempt(
-    run: Run, ladder: Ladder, experts: Mapping[str, Expert], schedule: Schedule, solver: Solver, latents: Tensor, on_step: OnStep
+    run: Run,
+    ladder: Ladder,
+    experts: Mapping[str, Expert],
+    schedule: Schedule,
+    solver: Solver,
+    latents: Tensor,
+    on_step: OnStep,
 ) -> Tensor:
     """The remaining steps under the run's plan; its memory is handed back however it ends."""
     plan, choice, config = run.plan, run.plan.choice, run.store.config.dit
-    blocks = block_schedule(schedule, run.request, plan.num_blocks, choice.joint_guidance, solver.index)
-    with closing(_RelievedBlocks(run, ladder, blocks)) as streamer, closing(Arena(plan.workspace, run.vram, run.device)) as arena:
+    blocks = block_schedule(
+        schedule, run.request, plan.num_blocks, choice.joint_guidance, solver.index
+    )
+    with (
+        closing(_RelievedBlocks(run, ladder, blocks)) as streamer,
+        closing(Arena(plan.workspace, run.vram, run.device)) as arena,
+    ):
         model = WanTransformer(config, run.store.format, run.shape, choice, arena, run.device)
         return denoise(model, experts, streamer, schedule, solver, run.request, latents, on_step)
 
 
 class _RelievedBlocks:
-    """The blocks of `schedule`. Where the machine runs out of RAM, those kept there are handed back between two visits.
+    """The blocks of `schedule`. Where the machine runs out of RAM, those kept there are handed back
+    between two visits.
 
-    The arena stays, so nothing that a step has computed is lost or computed again: the blocks on the device and on their way are read
-    from the disk once more.
+    The arena stays, so nothing that a step has computed is lost or computed again: the blocks on
+    the device and on their way are read from the disk once more.
     """
 
     def __init__(self, run: Run, ladder: Ladder, schedule: Sequence[BlockId]) -> None:
@@ -106,7 +140,9 @@ class _RelievedBlocks:
             self._relieve()
         with self._streamer.block(component, index) as view:
             yield view
-        view.close()  # the computation's frame still names it when the next block is asked for, and the slots may be handed back there
+        # the computation's frame still names it when the next block is asked for, and the slots may
+        # be handed back there
+        view.close()
         self._visited += 1
 
     def close(self) -> None:
@@ -114,9 +150,17 @@ class _RelievedBlocks:
 
     def _open(self) -> None:
         plan, choice = self._run.plan, self._run.plan.choice
-        slots = choice.resident_blocks, choice.ring_slots, choice.host_blocks, plan.staging_buffers, choice.pinned_blocks
+        slots = (
+            choice.resident_blocks,
+            choice.ring_slots,
+            choice.host_blocks,
+            plan.staging_buffers,
+            choice.pinned_blocks,
+        )
         self._stream = ExitStack()
-        self._streamer = self._stream.enter_context(self._run.stream(self._schedule[self._visited :], Buffers(plan.slot_bytes, *slots)))
+        self._streamer = self._stream.enter_context(
+            self._run.stream(self._schedule[self._visited :], Buffers(plan.slot_bytes, *slots))
+        )
 
     def _relieve(self) -> None:
         """Goes on with fewer blocks in RAM where other programs have left too little of it."""
@@ -128,9 +172,14 @@ class _RelievedBlocks:
         if rung is None:
             return
         _log.warning(
-            "%s of RAM is free on this machine, less than %s: going on with %s; nothing is computed again, the video stays the same",
-            format_bytes(free_bytes), format_bytes(LOW_RAM_BYTES), rung.gives_up,
-        )  # fmt: skip
+            "%s of RAM is free on this machine, less than %s: going on with %s; "
+            "nothing is "
+            "computed again, "
+            "the video stays the same",
+            format_bytes(free_bytes),
+            format_bytes(LOW_RAM_BYTES),
+            rung.gives_up,
+        )
         self._stream.close()
         del self._streamer  # it holds on to the slots
         hand_back(self._run.device)

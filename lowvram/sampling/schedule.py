@@ -1,4 +1,6 @@
-"""The official grid of sigmas and timesteps (spec section 5.1), and which expert works at which timestep."""
+"""The official grid of sigmas and timesteps (spec section 5.1), and which expert works at which
+timestep.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ FIRST_SIGMA = 0.9990000128746033  # 0.999 as fp32: the official scheduler keeps 
 
 @dataclass(frozen=True)
 class Schedule:
-    """sigmas: [N + 1] fp32, strictly falling, the last one 0.  timesteps: [N] int64, what the model is told."""
+    """sigmas: [N + 1] fp32, strictly falling, the last one 0.  timesteps: [N] int64, what the model
+    is told.
+    """
 
     sigmas: Tensor
     timesteps: Tensor
@@ -33,9 +37,11 @@ def shifted(sigma: float, shift: float) -> float:
 
 
 def unipc_grid(steps: int, shift: float) -> Schedule:
-    """sigma_i = shifted(FIRST_SIGMA * (1 - i / N)), in fp64, stored in fp32; t_i = trunc(1000 * sigma_i) from the unrounded sigma.
+    """sigma_i = shifted(FIRST_SIGMA * (1 - i / N)), in fp64, stored in fp32; t_i = trunc(1000 *
+    sigma_i) from the unrounded sigma.
 
-    Raises `UsageError` where fp32 cannot tell the sigmas apart: too many steps, or a shift that no schedule survives.
+    Raises `UsageError` where fp32 cannot tell the sigmas apart: too many steps, or a shift that no
+    schedule survives.
     """
     if steps < 1:
         raise UsageError(f"steps {steps} is less than 1")
@@ -43,13 +49,20 @@ def unipc_grid(steps: int, shift: float) -> Schedule:
     exact = [shifted(i * spacing + FIRST_SIGMA, shift) for i in range(steps)]
     stored = [1.0, *(_as_fp32(sigma) for sigma in exact), 0.0]
     if any(after >= before for before, after in pairwise(stored)):
-        raise UsageError(f"shift {shift} with {steps} steps gives sigmas equal in fp32: use fewer steps or a shift nearer to 1")
+        raise UsageError(
+            f"shift {shift} with {steps} steps gives sigmas equal in fp32: use fewer steps or "
+            f"a shift nearer to 1"
+        )
     timesteps = [int(NUM_TRAIN_TIMESTEPS * sigma) for sigma in exact]
-    return Schedule(torch.tensor(stored[1:], dtype=torch.float32), torch.tensor(timesteps, dtype=torch.int64))
+    return Schedule(
+        torch.tensor(stored[1:], dtype=torch.float32), torch.tensor(timesteps, dtype=torch.int64)
+    )
 
 
 def euler_grid(steps: int, shift: float) -> Schedule:
-    """The grid of UniPC: both solvers then integrate between the same points and can be compared step by step."""
+    """The grid of UniPC: both solvers then integrate between the same points and can be compared
+    step by step.
+    """
     return unipc_grid(steps, shift)
 
 

@@ -1,7 +1,8 @@
 """Solvers of the flow ODE: the closed form of UniPC (spec section 5.1) and Euler.
 
-Weights are fp64 numbers from the fp32 sigmas; the samples are fp32, touched only elementwise, so a step's bits do not depend
-on how the latents are laid out or where they live. A solver's state is what an interrupted run has to keep.
+Weights are fp64 numbers from the fp32 sigmas; the samples are fp32, touched only elementwise, so a
+step's bits do not depend on how the latents are laid out or where they live. A solver's state is
+what an interrupted run has to keep.
 """
 
 from __future__ import annotations
@@ -53,10 +54,12 @@ class Euler:
 
 
 class UniPC:
-    """Second order, bh2, predicts the clean sample, corrects at every step but the first, first order at both ends.
+    """Second order, bh2, predicts the clean sample, corrects at every step but the first, first
+    order at both ends.
 
-    Starts at index 0 always. The official scheduler looks its first index up by the integer timestep, so where the first two are
-    equal (shift 12: 92 steps and more) it starts at 1 and fails its own assertion at the last step: there is no result to match.
+    Starts at index 0 always. The official scheduler looks its first index up by the integer
+    timestep, so where the first two are equal (shift 12: 92 steps and more) it starts at 1 and
+    fails its own assertion at the last step: there is no result to match.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -70,11 +73,21 @@ class UniPC:
         i = self.index
         clean = _combine([(1.0, x), (-self.sigmas[i], velocity)])
         if self.sample is not None:
-            x = _combine(list(zip(corrector_weights(self.sigmas, i), [self.sample, clean, *self.clean], strict=False)))
+            x = _combine(
+                list(
+                    zip(
+                        corrector_weights(self.sigmas, i),
+                        [self.sample, clean, *self.clean],
+                        strict=False,
+                    )
+                )
+            )
         self.sample = x.float()
         self.clean = [clean, *self.clean][:ORDER]
         self.index += 1
-        return _combine(list(zip(predictor_weights(self.sigmas, i), [self.sample, *self.clean], strict=False)))
+        return _combine(
+            list(zip(predictor_weights(self.sigmas, i), [self.sample, *self.clean], strict=False))
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"index": torch.tensor(self.index)}
@@ -83,10 +96,16 @@ class UniPC:
         return state | {f"clean.{age}": tensor for age, tensor in enumerate(self.clean)}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Continues after the step at which `state_dict` was taken, with the same bits. Raises `ResumeError`."""
+        """Continues after the step at which `state_dict` was taken, with the same bits. Raises
+        `ResumeError`.
+        """
 
         def keys(index: int) -> set[str]:
-            return {"index", *(["sample"] if index else []), *(f"clean.{age}" for age in range(min(ORDER, index)))}
+            return {
+                "index",
+                *(["sample"] if index else []),
+                *(f"clean.{age}" for age in range(min(ORDER, index))),
+            }
 
         self.index = _loaded_index(state, self.sigmas, keys)
         tensors = {key: value.float() for key, value in state.items() if isinstance(value, Tensor)}
@@ -103,12 +122,16 @@ def make_solver(name: str, schedule: Schedule) -> Solver:
 
 
 def predictor_order(index: int) -> int:
-    """As many clean samples as there are, at most 2; the official min with N - i changes only the last step, which ends in m_i anyway."""
+    """As many clean samples as there are, at most 2; the official min with N - i changes only the
+    last step, which ends in m_i anyway.
+    """
     return min(ORDER, index + 1)
 
 
 def predictor_weights(sigmas: Sequence[float], i: int) -> list[float]:
-    """Weights of (x_i, m_i, m_(i-1)) in x_(i+1), where m_j is the clean sample predicted at step j."""
+    """Weights of (x_i, m_i, m_(i-1)) in x_(i+1), where m_j is the clean sample predicted at step
+    j.
+    """
     here, after = sigmas[i], sigmas[i + 1]
     if after == 0:
         return [0.0, 1.0]
@@ -121,7 +144,9 @@ def predictor_weights(sigmas: Sequence[float], i: int) -> list[float]:
 
 
 def corrector_weights(sigmas: Sequence[float], i: int) -> list[float]:
-    """Weights of (x_(i-1), m_i, m_(i-1), m_(i-2)) in the corrected x_i, at the order that predicted x_i."""
+    """Weights of (x_(i-1), m_i, m_(i-1), m_(i-2)) in the corrected x_i, at the order that predicted
+    x_i.
+    """
     before, here = sigmas[i - 1], sigmas[i]
     h = _log_snr(here) - _log_snr(before)
     big_h, b = -h, math.expm1(-h)
@@ -153,12 +178,20 @@ def _check_unfinished(index: int, sigmas: Sequence[float]) -> None:
         raise UsageError(f"the solver has finished all its {len(sigmas) - 1} steps: make a new one")
 
 
-def _loaded_index(state: Mapping[str, Tensor | int], sigmas: Sequence[float], keys_at: Callable[[int], set[str]]) -> int:
+def _loaded_index(
+    state: Mapping[str, Tensor | int], sigmas: Sequence[float], keys_at: Callable[[int], set[str]]
+) -> int:
     index = int(state.get("index", -1))
     steps = len(sigmas) - 1
     if not 0 <= index <= steps:
-        raise ResumeError(f"the saved solver stands at step {index} but this run has {steps}: start again with the same number of steps")
+        raise ResumeError(
+            f"the saved solver stands at step {index} but this run has {steps}: start again "
+            f"with the same number of steps"
+        )
     if set(state) != keys_at(index):
         expected = ", ".join(sorted(keys_at(index)))
-        raise ResumeError(f"the saved solver holds {', '.join(sorted(state))} where {expected} is needed: start again with the same solver")
+        raise ResumeError(
+            f"the saved solver holds {', '.join(sorted(state))} where {expected} is needed: "
+            f"start again with the same solver"
+        )
     return index

@@ -1,4 +1,6 @@
-"""What `lowvram inspect` shows of a file, a model to be quantized, or a store, and the check of a store against its hashes."""
+"""What `lowvram inspect` shows of a file, a model to be quantized, or a store, and the check of a
+store against its hashes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from lowvram.store.reader import Store, StoreFile, open_store
 
 Progress = Callable[[int, int], None]
 READ_BYTES = 8 * 2**20
-# A tensor that only one component has, under its official name or that of diffusers and transformers.
+# A tensor that only one component has, under its official name or that of diffusers and
+# transformers.
 _COMPONENTS = {
     "expert": r"(^|\.)(patch_embedding\.weight|head\.modulation)$|attn1\.to_q\.weight$",
     "text_encoder": r"token_embedding\.weight$|(^|\.)shared\.weight$|wi_0\.weight$",
@@ -34,27 +37,38 @@ _OFFICIAL = re.compile(r"self_attn\.q\.weight|attn\.q\.weight|decoder\.conv1\.we
 def inspect_path(path: Path, verify: bool, progress: Progress | None = None) -> dict[str, Any]:
     """Describes a safetensors file, a source folder or a store, as data for JSON.
 
-    `verify` reads a store whole: `IntegrityError` names every tensor whose bytes differ from the manifest or whose scales are not
-    finite. `progress(done_bytes, total_bytes)` is called as it goes. Raises `CheckpointError`, `UsageError` for `verify` without hashes.
+    `verify` reads a store whole: `IntegrityError` names every tensor whose bytes differ from the
+    manifest or whose scales are not finite. `progress(done_bytes, total_bytes)` is called as it
+    goes. Raises `CheckpointError`, `UsageError` for `verify` without hashes.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist: give a .safetensors file, a checkpoint folder or a quantized model")
+        raise CheckpointError(
+            f"{path} does not exist: give a .safetensors file, a checkpoint folder or a "
+            f"quantized model"
+        )
     if (path / MANIFEST_NAME).exists():
         with open_store(path, sample=not verify) as store:  # which would hide what else differs
             if verify:
                 verify_store(store, progress)
             return _describe_store(store, verify)
     if verify:
-        raise UsageError(f"{path} is not a store that lowvram wrote, so there are no hashes to verify it with: leave out --verify")
+        raise UsageError(
+            f"{path} is not a store that lowvram wrote, so there are no hashes to verify it "
+            f"with: leave out --verify"
+        )
     if path.is_dir():
         return _describe_folder(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        raise CheckpointError(f"{path} is a pickle, which inspect does not open: give the folder that it lies in")
+        raise CheckpointError(
+            f"{path} is a pickle, which inspect does not open: give the folder that it lies in"
+        )
     return _describe_file(read_header(path))
 
 
 def verify_store(store: Store, progress: Progress | None = None) -> None:
-    """Compares every header and tensor with its hash in the manifest. Raises `IntegrityError` naming all that differ."""
+    """Compares every header and tensor with its hash in the manifest. Raises `IntegrityError`
+    naming all that differ.
+    """
     total = sum(file.header.file_bytes for file in store.files.values())
     done, damaged = 0, []
     for component, file in store.files.items():
@@ -71,7 +85,10 @@ def verify_store(store: Store, progress: Progress | None = None) -> None:
             if progress:
                 progress(done, total)
     if damaged:
-        raise IntegrityError(f"{store.path}: {len(damaged)} parts differ from the manifest: {named(damaged)}: quantize again or restore it")
+        raise IntegrityError(
+            f"{store.path}: {len(damaged)} parts differ from the manifest: {named(damaged)}: "
+            f"quantize again or restore it"
+        )
 
 
 def _hash_range(file: StoreFile, start: int, end: int) -> str:
@@ -83,7 +100,9 @@ def _hash_range(file: StoreFile, start: int, end: int) -> str:
                 digest.update(chunk)
                 start += len(chunk)
     except OSError as error:
-        raise IntegrityError(f"{file.path} cannot be read at byte {start}: {error.strerror or error}") from error
+        raise IntegrityError(
+            f"{file.path} cannot be read at byte {start}: {error.strerror or error}"
+        ) from error
     return digest.hexdigest()
 
 
@@ -95,9 +114,26 @@ def _describe_store(store: Store, verified: bool) -> dict[str, Any]:
         | {"block_bytes": file.blocks[0].nbytes if file.blocks else 0}
         for name, file in store.files.items()
     }
-    about = {"kind": "store", "path": str(store.path), "format": store.format, "verified": verified, "config": store.config.to_dict()}
-    made = {"lowvram_version": manifest.lowvram_version, "recipe": manifest.recipe, "source": manifest.source}
-    return about | made | {"components": components, "total_bytes": sum(file.header.file_bytes for file in store.files.values())}
+    about = {
+        "kind": "store",
+        "path": str(store.path),
+        "format": store.format,
+        "verified": verified,
+        "config": store.config.to_dict(),
+    }
+    made = {
+        "lowvram_version": manifest.lowvram_version,
+        "recipe": manifest.recipe,
+        "source": manifest.source,
+    }
+    return (
+        about
+        | made
+        | {
+            "components": components,
+            "total_bytes": sum(file.header.file_bytes for file in store.files.values()),
+        }
+    )
 
 
 def _describe_folder(path: Path) -> dict[str, Any]:
@@ -109,11 +145,20 @@ def _describe_folder(path: Path) -> dict[str, Any]:
 
 def _describe_source(source: Source) -> dict[str, Any]:
     components = {
-        name: _contents(component.tensors.values()) | {"files": [str(file.relative_to(source.path)) for file in component.raw.files]}
+        name: _contents(component.tensors.values())
+        | {"files": [str(file.relative_to(source.path)) for file in component.raw.files]}
         for name, component in source.components.items()
     }
-    about = {"kind": "source", "path": str(source.path), "layout": source.layout, "config": source.config.to_dict()}
-    return about | {"components": components, "total_bytes": sum(item["bytes"] for item in components.values())}
+    about = {
+        "kind": "source",
+        "path": str(source.path),
+        "layout": source.layout,
+        "config": source.config.to_dict(),
+    }
+    return about | {
+        "components": components,
+        "total_bytes": sum(item["bytes"] for item in components.values()),
+    }
 
 
 def _describe_pickled(path: Path) -> dict[str, Any]:
@@ -124,11 +169,18 @@ def _describe_pickled(path: Path) -> dict[str, Any]:
     for name, stem in STEMS.items():
         if _only_pickled(path, stem):
             pickled = path / f"{stem}.pth"
-            components[name] = {"files": [pickled.name], "bytes": pickled.stat().st_size, "note": "a pickle, not opened"}
+            components[name] = {
+                "files": [pickled.name],
+                "bytes": pickled.stat().st_size,
+                "note": "a pickle, not opened",
+            }
         else:
             components[name] = _describe_raw(path, open_one(path, stem, allow_pickle=False))
     about = {"kind": "source", "path": str(path), "layout": "official", "config": None}
-    return about | {"components": components, "total_bytes": sum(item["bytes"] for item in components.values())}
+    return about | {
+        "components": components,
+        "total_bytes": sum(item["bytes"] for item in components.values()),
+    }
 
 
 def _only_pickled(path: Path, stem: str) -> bool:
@@ -136,24 +188,44 @@ def _only_pickled(path: Path, stem: str) -> bool:
 
 
 def _describe_raw(path: Path, raw: RawTensors) -> dict[str, Any]:
-    return _contents(raw.infos.values()) | {"files": [str(file.relative_to(path)) for file in raw.files]}
+    return _contents(raw.infos.values()) | {
+        "files": [str(file.relative_to(path)) for file in raw.files]
+    }
 
 
 def _describe_file(header: Header) -> dict[str, Any]:
     names = list(header.tensors)
-    found = [component for component, pattern in _COMPONENTS.items() if any(re.search(pattern, name) for name in names)]
-    about: dict[str, Any] = {"kind": "safetensors", "path": str(header.path), "file_bytes": header.file_bytes}
-    about |= {"header_bytes": header.data_start, "component": "lora" if "lora" in found else (found[0] if len(found) == 1 else "unknown")}
-    about |= {"dialect": _dialect(header), "metadata": {key: value[:1000] for key, value in header.metadata.items()}}
+    found = [
+        component
+        for component, pattern in _COMPONENTS.items()
+        if any(re.search(pattern, name) for name in names)
+    ]
+    about: dict[str, Any] = {
+        "kind": "safetensors",
+        "path": str(header.path),
+        "file_bytes": header.file_bytes,
+    }
+    about |= {
+        "header_bytes": header.data_start,
+        "component": "lora" if "lora" in found else (found[0] if len(found) == 1 else "unknown"),
+    }
+    about |= {
+        "dialect": _dialect(header),
+        "metadata": {key: value[:1000] for key, value in header.metadata.items()},
+    }
     return about | _contents(header.tensors.values())
 
 
 def _dialect(header: Header) -> str:
     """How the file's weights are stored, from the marks that each dialect leaves (formats.md 1)."""
     names = list(header.tensors)
-    if header.metadata.get("quantization_format") == "quanto" or any(name.endswith("._data") for name in names):
+    if header.metadata.get("quantization_format") == "quanto" or any(
+        name.endswith("._data") for name in names
+    ):
         return "quanto"
-    if "_quantization_metadata" in header.metadata or any(name.endswith(".comfy_quant") for name in names):
+    if "_quantization_metadata" in header.metadata or any(
+        name.endswith(".comfy_quant") for name in names
+    ):
         return "comfy_quant"
     if any(name.endswith(("scaled_fp8", ".scale_weight")) for name in names):
         return "comfy scaled_fp8"
@@ -172,4 +244,8 @@ def _contents(tensors: Iterable[TensorInfo]) -> dict[str, Any]:
         entry["tensors"] += 1
         entry["bytes"] += info.nbytes
     counts = list(dtypes.values())
-    return {"tensors": sum(item["tensors"] for item in counts), "bytes": sum(item["bytes"] for item in counts), "dtypes": dtypes}
+    return {
+        "tensors": sum(item["tensors"] for item in counts),
+        "bytes": sum(item["bytes"] for item in counts),
+        "dtypes": dtypes,
+    }

@@ -1,4 +1,6 @@
-"""Which tensors of an unfinished file are safely on disk: one JSON line each, appended after their data was synced."""
+"""Which tensors of an unfinished file are safely on disk: one JSON line each, appended after their
+data was synced.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class Journal:
 
     @classmethod
     def reopen(cls, path: Path, identity: dict[str, str]) -> Journal | None:
-        """The journal at `path` without a line that was cut off; None where there is none that can be used.
+        """The journal at `path` without a line that was cut off; None where there is none that can
+        be used.
 
         Raises `ResumeError` where it was begun with another identity.
         """
@@ -84,6 +87,11 @@ def _check_identity(path: Path, found: Any, wanted: dict[str, str]) -> None:
         raise ResumeError(f"{path} is damaged: start again without --resume")
     differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if differing:
-        texts = [f"{key} was {found.get(key)!r} and is now {wanted.get(key)!r}" for key in differing]
+        texts = [
+            f"{key} was {found.get(key)!r} and is now {wanted.get(key)!r}" for key in differing
+        ]
         name = path.name.removesuffix(".partial.journal")
-        raise ResumeError(f"cannot resume {name}: {'; '.join(texts)}: use the same, or start again without --resume")
+        raise ResumeError(
+            f"cannot resume {name}: {'; '.join(texts)}: use the same, or start again without "
+            f"--resume"
+        )

@@ -1,8 +1,9 @@
 """Which tensors a store file holds, in which order, dtype and shape: pure arithmetic on names.
 
-A file is `rest`, then block 0, block 1, ...: each block is one byte range. Inside a block the matrices come first, those
-that are multiplied together side by side, then their scales, their biases, the small tensors and the `comfy_quant` markers,
-every one on a multiple of 256 bytes from the block's start (design section 4).
+A file is `rest`, then block 0, block 1, ...: each block is one byte range. Inside a block the
+matrices come first, those that are multiplied together side by side, then their scales, their
+biases, the small tensors and the `comfy_quant` markers, every one on a multiple of 256 bytes from
+the block's start (design section 4).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ ALIGNMENT_BYTES = 256
 ROTATION_GROUP = 256
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 
-# Linears of a block in the order of their matrices: q, k, v of the same input are one fused product.
+# Linears of a block in the order of their matrices: q, k, v of the same input are one fused
+# product.
 DIT_LINEARS = (
     *(f"self_attn.{part}" for part in "qkvo"),
     *(f"cross_attn.{part}" for part in "qkvo"),
@@ -30,13 +32,16 @@ DIT_LINEARS = (
     "ffn.2",
 )
 TEXT_LINEARS = (*(f"attn.{part}" for part in "qkvo"), "ffn.gate.0", "ffn.fc1", "ffn.fc2")
-# Outside the blocks everything is fp32 but these, which the official code multiplies in bf16 (spec section 7).
+# Outside the blocks everything is fp32 but these, which the official code multiplies in bf16 (spec
+# section 7).
 BF16_REST = ("patch_embedding.", "text_embedding.", "token_embedding.")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a store file. `role`: weight (quantized), scale, marker (`comfy_quant` JSON) or copy; `source`: what it is made of."""
+    """One tensor of a store file. `role`: weight (quantized), scale, marker (`comfy_quant` JSON) or
+    copy; `source`: what it is made of.
+    """
 
     name: str
     dtype: str
@@ -77,10 +82,16 @@ class ComponentLayout:
         return self.rest_bytes + self.block_bytes * len(self.blocks)
 
     def metadata(self) -> dict[str, str]:
-        """The header metadata that ComfyUI reads: `_quantization_metadata`, where anything is quantized."""
+        """The header metadata that ComfyUI reads: `_quantization_metadata`, where anything is
+        quantized.
+        """
         if self.format not in MARKERS:
             return {}
-        layers = {t.name.removesuffix(".comfy_quant"): MARKERS[self.format] for t in self.tensors if t.role == "marker"}
+        layers = {
+            t.name.removesuffix(".comfy_quant"): MARKERS[self.format]
+            for t in self.tensors
+            if t.role == "marker"
+        }
         return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
 
 
@@ -97,7 +108,9 @@ def marker_bytes(format: str) -> bytes:
 
 
 def component_format(component: str, format: str) -> str:
-    """What a recipe of `format` makes of a component: the text encoder is int8 without rotation, the VAE stays fp32."""
+    """What a recipe of `format` makes of a component: the text encoder is int8 without rotation,
+    the VAE stays fp32.
+    """
     if component == "vae":
         return "fp32"
     if component == "text_encoder" and format in MARKERS:
@@ -107,27 +120,47 @@ def component_format(component: str, format: str) -> str:
 
 @cache
 def component_layout(component: str, config: ModelConfig, format: str) -> ComponentLayout:
-    """The file of `component` in a store of `format`. Raises `UsageError` where widths do not allow the format."""
+    """The file of `component` in a store of `format`. Raises `UsageError` where widths do not allow
+    the format.
+    """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
     kind = component_format(component, format)
     if component in EXPERTS:
         return _blocked(component, kind, dit_shapes(config.dit), DIT_LINEARS, config.dit.num_layers)
     if component == "text_encoder":
-        return _blocked(component, kind, text_encoder_shapes(config.text_encoder), TEXT_LINEARS, config.text_encoder.num_layers)
+        return _blocked(
+            component,
+            kind,
+            text_encoder_shapes(config.text_encoder),
+            TEXT_LINEARS,
+            config.text_encoder.num_layers,
+        )
     shapes = vae_shapes(config.vae)
-    return ComponentLayout(component, kind, tuple(_copy(name, shape, "F32") for name, shape in shapes.items()), ())
+    return ComponentLayout(
+        component, kind, tuple(_copy(name, shape, "F32") for name, shape in shapes.items()), ()
+    )
 
 
 def _copy(name: str, shape: tuple[int, ...], dtype: str) -> StoredTensor:
     return StoredTensor(name, dtype, shape, "copy", name)
 
 
-def _blocked(component: str, format: str, shapes: dict[str, tuple[int, ...]], linears: tuple[str, ...], num_layers: int) -> ComponentLayout:
+def _blocked(
+    component: str,
+    format: str,
+    shapes: dict[str, tuple[int, ...]],
+    linears: tuple[str, ...],
+    num_layers: int,
+) -> ComponentLayout:
     rest_dtype = "F32" if format == "fp32" else "BF16"
     rest = [name for name in shapes if not name.startswith("blocks.")]
-    stored_rest = [_copy(name, shapes[name], rest_dtype if name.startswith(BF16_REST) else "F32") for name in rest]
-    stored_rest.sort(key=lambda tensor: -tensor.nbytes)  # large first, so that no odd size misaligns another
+    stored_rest = [
+        _copy(name, shapes[name], rest_dtype if name.startswith(BF16_REST) else "F32")
+        for name in rest
+    ]
+    # large first, so that no odd size misaligns another
+    stored_rest.sort(key=lambda tensor: -tensor.nbytes)
     own: dict[str, list[str]] = {f"blocks.{index}.": [] for index in range(num_layers)}
     for name in shapes:
         if name.startswith("blocks."):
@@ -135,12 +168,19 @@ def _blocked(component: str, format: str, shapes: dict[str, tuple[int, ...]], li
     blocks = tuple(_block(prefix, names, format, shapes, linears) for prefix, names in own.items())
     for tensor in blocks[0]:
         if tensor.nbytes % ALIGNMENT_BYTES:
-            raise UsageError(f"{component} {tensor.name} {list(tensor.shape)}: a store needs widths that are multiples of 64")
+            raise UsageError(
+                f"{component} {tensor.name} {list(tensor.shape)}: a store needs widths that are "
+                f"multiples of 64"
+            )
     return ComponentLayout(component, format, tuple(stored_rest), blocks)
 
 
 def _block(
-    prefix: str, own: list[str], format: str, shapes: dict[str, tuple[int, ...]], linears: tuple[str, ...]
+    prefix: str,
+    own: list[str],
+    format: str,
+    shapes: dict[str, tuple[int, ...]],
+    linears: tuple[str, ...],
 ) -> tuple[StoredTensor, ...]:
     """own: the names of all tensors of the block."""
     weights = [f"{prefix}{linear}.weight" for linear in linears]
@@ -152,11 +192,26 @@ def _block(
         return (*(_copy(name, shapes[name], dtype) for name in weights), *copies)
     for name in weights:
         if format == "int8" and shapes[name][1] % ROTATION_GROUP:
-            raise UsageError(f"{name} {list(shapes[name])}: format int8 rotates groups of {ROTATION_GROUP} inputs; use int8-plain or fp8")
+            raise UsageError(
+                f"{name} {list(shapes[name])}: format int8 rotates groups of {ROTATION_GROUP} "
+                f"inputs; use int8-plain or fp8"
+            )
     dtype = "F8_E4M3" if format == "fp8" else "I8"
     return (
         *(StoredTensor(name, dtype, shapes[name], "weight", name) for name in weights),
-        *(StoredTensor(f"{name}_scale", "F32", (shapes[name][0], 1), "scale", name) for name in weights),
+        *(
+            StoredTensor(f"{name}_scale", "F32", (shapes[name][0], 1), "scale", name)
+            for name in weights
+        ),
         *copies,
-        *(StoredTensor(f"{prefix}{name}.comfy_quant", "U8", (ALIGNMENT_BYTES,), "marker", f"{prefix}{name}.weight") for name in linears),
+        *(
+            StoredTensor(
+                f"{prefix}{name}.comfy_quant",
+                "U8",
+                (ALIGNMENT_BYTES,),
+                "marker",
+                f"{prefix}{name}.weight",
+            )
+            for name in linears
+        ),
     )

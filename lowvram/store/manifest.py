@@ -51,8 +51,13 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
-        """Replaces the manifest in `folder` in one step: it is what makes a store complete, so write it last."""
-        replace_file(folder / MANIFEST_NAME, json.dumps(self.to_dict(), indent=1, ensure_ascii=False).encode())
+        """Replaces the manifest in `folder` in one step: it is what makes a store complete, so
+        write it last.
+        """
+        replace_file(
+            folder / MANIFEST_NAME,
+            json.dumps(self.to_dict(), indent=1, ensure_ascii=False).encode(),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         data = {"variant": self.config.variant, **asdict(self)}
@@ -64,18 +69,30 @@ def component_file(component: str) -> str:
 
 
 # What a store holds beside its manifest.
-STORE_FILES = (*(component_file(component) for component in COMPONENTS), TOKENIZER_NAME, REPORT_NAME)
+STORE_FILES = (
+    *(component_file(component) for component in COMPONENTS),
+    TOKENIZER_NAME,
+    REPORT_NAME,
+)
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What an unfinished run left in `folder`: names of lowvram alone, for a folder may hold a user's own `*.partial`."""
-    files = [name + suffix for name in (*STORE_FILES, MANIFEST_NAME) for suffix in (PARTIAL, JOURNAL)]
-    found = [folder / name for name in files if (folder / name).is_file() or (folder / name).is_symlink()]
+    """What an unfinished run left in `folder`: names of lowvram alone, for a folder may hold a
+    user's own `*.partial`.
+    """
+    files = [
+        name + suffix for name in (*STORE_FILES, MANIFEST_NAME) for suffix in (PARTIAL, JOURNAL)
+    ]
+    found = [
+        folder / name for name in files if (folder / name).is_file() or (folder / name).is_symlink()
+    ]
     return [folder / STAGING_NAME, *found] if (folder / STAGING_NAME).exists() else found
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the store in `folder`. Raises `CheckpointError`, and `IntegrityError` where it was changed after it was written."""
+    """The manifest of the store in `folder`. Raises `CheckpointError`, and `IntegrityError` where
+    it was changed after it was written.
+    """
     path = folder / MANIFEST_NAME
     if not path.exists():
         raise _not_a_store(folder)
@@ -83,7 +100,8 @@ def read_manifest(folder: Path) -> Manifest:
     if data.get("format_version") != FORMAT_VERSION:
         found = str(data.get("format_version"))[:40]
         raise CheckpointError(
-            f"{path} has the format version {found}, this lowvram reads {FORMAT_VERSION}: update lowvram or quantize again"
+            f"{path} has the format version {found}, this lowvram reads {FORMAT_VERSION}: "
+            f"update lowvram or quantize again"
         )
     if data.pop("sha256", None) != _own_hash(data):
         raise IntegrityError(f"{path} was changed or damaged after it was written: {_RESTORE}")
@@ -97,9 +115,14 @@ def _not_a_store(folder: Path) -> CheckpointError:
     if leftovers(folder):
         return CheckpointError(f"{folder} is unfinished: go on with lowvram quantize --resume")
     if looks_official(folder) or looks_diffusers(folder):
-        return CheckpointError(f"{folder} is a model that is not quantized yet: make a store of it with `lowvram quantize {folder} MODEL`")
+        return CheckpointError(
+            f"{folder} is a model that is not quantized yet: make a store of it with `lowvram "
+            f"quantize {folder} MODEL`"
+        )
     text = f"{folder} holds no {MANIFEST_NAME}: it is not a store that lowvram quantize finished"
-    return CheckpointError(f"{text}: give the folder of one, or make it with `lowvram quantize SOURCE MODEL`")
+    return CheckpointError(
+        f"{text}: give the folder of one, or make it with `lowvram quantize SOURCE MODEL`"
+    )
 
 
 def _own_hash(data: dict[str, Any]) -> str:
@@ -116,13 +139,25 @@ def _from_dict(data: dict[str, Any]) -> Manifest:
     components = {name: _component(name, data["components"][name]) for name in COMPONENTS}
     texts = {key: _text(data["source"][key]) for key in data["source"]}
     version = _text(data["lowvram_version"])
-    return Manifest(config, data["format"], dict(data["recipe"]), texts, components, _hash(data["tokenizer_sha256"]), version)
+    return Manifest(
+        config,
+        data["format"],
+        dict(data["recipe"]),
+        texts,
+        components,
+        _hash(data["tokenizer_sha256"]),
+        version,
+    )
 
 
 def _component(component: str, data: dict[str, Any]) -> ComponentManifest:
     if data["file"] != component_file(component):
         raise ValueError(f"the file of {component} is not {component_file(component)}")
-    return ComponentManifest(data["file"], _hash(data["header_sha256"]), {name: _hash(value) for name, value in data["tensors"].items()})
+    return ComponentManifest(
+        data["file"],
+        _hash(data["header_sha256"]),
+        {name: _hash(value) for name, value in data["tensors"].items()},
+    )
 
 
 def _hash(value: Any) -> str:
@@ -138,7 +173,9 @@ def _text(value: Any) -> str:
 
 
 def _check_sizes(value: Any, like: Any, where: str) -> None:
-    """Raises `ValueError` unless `value` has the types of `like`, with sizes that arithmetic on them can bear."""
+    """Raises `ValueError` unless `value` has the types of `like`, with sizes that arithmetic on
+    them can bear.
+    """
     if isinstance(like, dict):
         if not isinstance(value, dict) or set(value) != set(like):
             raise ValueError(f"{where} has other keys than {', '.join(like)}")
@@ -150,9 +187,15 @@ def _check_sizes(value: Any, like: Any, where: str) -> None:
         for item in value:
             _check_sizes(item, like[0], where)
     elif isinstance(like, float):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+        ):
             raise ValueError(f"{where} is not a finite number")
     elif type(value) is not type(like):
         raise ValueError(f"{where} is not of type {type(like).__name__}")
-    elif type(like) is int and not 1 <= value <= (1024 if where.endswith("num_layers") else _LARGEST):
+    elif type(like) is int and not 1 <= value <= (
+        1024 if where.endswith("num_layers") else _LARGEST
+    ):
         raise ValueError(f"{where} is outside its range")

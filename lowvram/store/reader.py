@@ -1,4 +1,6 @@
-"""Opens the store that `lowvram quantize` writes: block-contiguous files whose blocks are all alike."""
+"""Opens the store that `lowvram quantize` writes: block-contiguous files whose blocks are all
+alike.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,14 @@ from lowvram.store.layout import StoredTensor, component_layout
 from lowvram.store.manifest import TOKENIZER_NAME, Manifest, component_file, read_manifest
 from lowvram.variants import COMPONENTS, ModelConfig
 
-# A small tensor of each file that no two trained models share: reading it tells cheaply whether the file lies in its own place.
-_SAMPLES = {"high_noise": "head.modulation", "low_noise": "head.modulation", "text_encoder": "norm.weight", "vae": "decoder.conv1.bias"}
+# A small tensor of each file that no two trained models share: reading it tells cheaply whether the
+# file lies in its own place.
+_SAMPLES = {
+    "high_noise": "head.modulation",
+    "low_noise": "head.modulation",
+    "text_encoder": "norm.weight",
+    "vae": "decoder.conv1.bias",
+}
 _BLOCK_NAME = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 
@@ -42,9 +50,11 @@ class BlockTensor(NamedTuple):
 
 
 class StoreFile:
-    """One component: what belongs to no block in `rest`, and blocks that hold the same tensors at the same offsets.
+    """One component: what belongs to no block in `rest`, and blocks that hold the same tensors at
+    the same offsets.
 
-    `block_tensors` has the names without `blocks.i.`. Raises `CheckpointError` where the file is not block-contiguous.
+    `block_tensors` has the names without `blocks.i.`. Raises `CheckpointError` where the file is
+    not block-contiguous.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +69,12 @@ class StoreFile:
     def __enter__(self) -> StoreFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -67,7 +82,9 @@ class StoreFile:
         self._file.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor with the full `name`, copied: what runs work with stays theirs, whatever the disk does (see `TensorFile.read`)."""
+        """The tensor with the full `name`, copied: what runs work with stays theirs, whatever the
+        disk does (see `TensorFile.read`).
+        """
         return self._file.read(name, mapped=False)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
@@ -79,7 +96,9 @@ class StoreFile:
         position = self.header.data_start
         for name, info in self.header.tensors.items():
             if info.start != position:
-                raise self._foreign(f"tensor {quoted(name)} lies elsewhere than the order of the header says")
+                raise self._foreign(
+                    f"tensor {quoted(name)} lies elsewhere than the order of the header says"
+                )
             position = info.end
             match = _BLOCK_NAME.fullmatch(name)
             if match is None and not groups:
@@ -95,7 +114,10 @@ class StoreFile:
 
     def _add_block(self, index: int, group: list[TensorInfo]) -> None:
         start, prefix = group[0].start, f"blocks.{index}."
-        tensors = {info.name.removeprefix(prefix): BlockTensor(info.dtype, info.shape, info.start - start) for info in group}
+        tensors = {
+            info.name.removeprefix(prefix): BlockTensor(info.dtype, info.shape, info.start - start)
+            for info in group
+        }
         if index == 0:
             self.block_tensors = tensors
         elif list(tensors.items()) != list(self.block_tensors.items()):
@@ -104,7 +126,9 @@ class StoreFile:
 
     def _foreign(self, what: str) -> CheckpointError:
         self.close()
-        return CheckpointError(f"{self.path}: {what}: not a file that lowvram wrote, quantize again")
+        return CheckpointError(
+            f"{self.path}: {what}: not a file that lowvram wrote, quantize again"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +145,12 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -131,22 +160,30 @@ class Store:
 
 
 def open_store(path: Path, sample: bool = True) -> Store:
-    """The store in the folder `path`. Reads headers and, with `sample`, one small tensor per file, to notice a file in another's place;
-    `inspect --verify` checks all data.
+    """The store in the folder `path`. Reads headers and, with `sample`, one small tensor per file,
+    to notice a file in another's place; `inspect --verify` checks all data.
 
-    Raises `CheckpointError`; `MissingTensorsError` names what differs from the layout of config and format, in all files at once, and
-    `IntegrityError` the files whose sample has another hash than the manifest says.
+    Raises `CheckpointError`; `MissingTensorsError` names what differs from the layout of config and
+    format, in all files at once, and `IntegrityError` the files whose sample has another hash than
+    the manifest says.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: give the folder that lowvram quantize wrote")
+        raise CheckpointError(
+            f"{path} is not a folder: give the folder that lowvram quantize wrote"
+        )
     manifest = read_manifest(path)
-    missing = [component_file(name) for name in COMPONENTS if not (path / component_file(name)).exists()]
+    missing = [
+        component_file(name) for name in COMPONENTS if not (path / component_file(name)).exists()
+    ]
     missing += [] if (path / TOKENIZER_NAME).exists() else [TOKENIZER_NAME]
     if missing:
         raise CheckpointError(f"{path} lacks {named(missing)}: quantize again or restore it")
     tokenizer = read_bytes(path, path / TOKENIZER_NAME, advice="quantize again or restore it")
     if hashlib.sha256(tokenizer).hexdigest() != manifest.tokenizer_sha256:
-        raise IntegrityError(f"{path / TOKENIZER_NAME} differs from its hash in the manifest: quantize again or restore it")
+        raise IntegrityError(
+            f"{path / TOKENIZER_NAME} differs from its hash in the manifest: quantize again "
+            f"or restore it"
+        )
     store = Store(path, manifest, manifest.config, manifest.format, {}, tokenizer)
     try:
         _open_files(store)
@@ -174,30 +211,54 @@ def _check_samples(store: Store) -> None:
         data = store.files[component].read(name).reshape(-1).view(torch.uint8).numpy().data
         digest = hashlib.sha256(data).hexdigest()
         if digest != store.manifest.components[component].tensors[name]:
-            owners = [other for other in COMPONENTS if store.manifest.components[other].tensors.get(name) == digest]
+            owners = [
+                other
+                for other in COMPONENTS
+                if store.manifest.components[other].tensors.get(name) == digest
+            ]
             origin = f" (it is that of {owners[0]})" if owners else ""
-            texts.append(f"{store.files[component].path}: {name} differs from its hash in the manifest{origin}")
+            texts.append(
+                f"{store.files[component].path}: {name} differs from its hash in the "
+                f"manifest{origin}"
+            )
     if texts:
-        advice = f"quantize again or restore the file; `lowvram inspect {store.path} --verify` tells more"
+        advice = (
+            f"quantize again or restore the file; `lowvram inspect {store.path} --verify` "
+            f"tells more"
+        )
         raise IntegrityError(f"{'; '.join(texts)}: {advice}")
 
 
 def _differences(component: str, file: StoreFile, manifest: Manifest) -> list[str]:
-    """One text per kind of difference between a file and its layout, and between a file and the hashes in the manifest."""
+    """One text per kind of difference between a file and its layout, and between a file and the
+    hashes in the manifest.
+    """
     try:
-        wanted = {tensor.name: tensor for tensor in component_layout(component, manifest.config, manifest.format).tensors}
+        wanted = {
+            tensor.name: tensor
+            for tensor in component_layout(component, manifest.config, manifest.format).tensors
+        }
     except UsageError as error:
-        raise CheckpointError(f"{file.path.parent}: config and format of the manifest do not fit: {error}: quantize again") from error
+        raise CheckpointError(
+            f"{file.path.parent}: config and format of the manifest do not fit: {error}: "
+            f"quantize again"
+        ) from error
     found, hashes = file.header.tensors, manifest.components[component].tensors
     kinds = {
         "are missing": [name for name in wanted if name not in found],
         "are unexpected": [name for name in found if name not in wanted],
-        "have the wrong dtype or shape": [name for name in wanted if name in found and not _agrees(wanted[name], found[name])],
+        "have the wrong dtype or shape": [
+            name for name in wanted if name in found and not _agrees(wanted[name], found[name])
+        ],
         "have no hash in the manifest": [name for name in wanted if name not in hashes],
     }
     if not any(kinds.values()) and list(wanted) != list(found):
         kinds["are in the wrong order"] = _moved(list(wanted), list(found))
-    return [f"{file.path}: {len(names)} tensors {what}: {named(names)}" for what, names in kinds.items() if names]
+    return [
+        f"{file.path}: {len(names)} tensors {what}: {named(names)}"
+        for what, names in kinds.items()
+        if names
+    ]
 
 
 def _agrees(wanted: StoredTensor, found: TensorInfo) -> bool:

@@ -1,4 +1,6 @@
-"""Writes one safetensors file tensor by tensor, such that a final name exists only when complete and a killed run can go on."""
+"""Writes one safetensors file tensor by tensor, such that a final name exists only when complete
+and a killed run can go on.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,19 @@ _log = logging.getLogger(__name__)
 
 
 def header_bytes(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors header in data order, metadata first, padded with spaces so that data starts on a multiple of 256."""
-    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    """A safetensors header in data order, metadata first, padded with spaces so that data starts on
+    a multiple of 256.
+    """
+    entries: dict[str, object] = (
+        {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    )
     position = 0
     for tensor in tensors:
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
         position += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
@@ -38,9 +48,11 @@ def header_bytes(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> b
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Removes the journals of `StoreWriter` in `folder` and the partial files beside them, and returns the names.
+    """Removes the journals of `StoreWriter` in `folder` and the partial files beside them, and
+    returns the names.
 
-    A `*.partial` without a journal is not a writer's and stays. Only while the folder's `OutputLock` is held.
+    A `*.partial` without a journal is not a writer's and stays. Only while the folder's
+    `OutputLock` is held.
     """
     journals = sorted(path for path in folder.glob(f"*{JOURNAL}") if path.is_file())
     pairs = [(path.with_name(path.name.removesuffix(JOURNAL) + PARTIAL), path) for path in journals]
@@ -53,9 +65,10 @@ def remove_leftovers(folder: Path) -> list[str]:
 class StoreWriter:
     """Appends `tensors` in order to `path.partial`; `finish` gives it its name.
 
-    `identity` says what the bytes depend on (recipe, source, version): a run can be resumed only with the same. The journal stays
-    beside the finished file, so that resuming a longer run finds it done, until the manifest is written (`remove_leftovers`).
-    Raises `DiskFullError` before it writes where there is too little room, `ResumeError` where it cannot go on.
+    `identity` says what the bytes depend on (recipe, source, version): a run can be resumed only
+    with the same. The journal stays beside the finished file, so that resuming a longer run finds
+    it done, until the manifest is written (`remove_leftovers`). Raises `DiskFullError` before it
+    writes where there is too little room, `ResumeError` where it cannot go on.
     """
 
     def __init__(
@@ -70,7 +83,10 @@ class StoreWriter:
         self.path = path
         self.tensors = tuple(tensors)
         self.hashes: dict[str, str] = {}
-        self._partial, self._journal_path = path.with_name(path.name + PARTIAL), path.with_name(path.name + JOURNAL)
+        self._partial, self._journal_path = (
+            path.with_name(path.name + PARTIAL),
+            path.with_name(path.name + JOURNAL),
+        )
         self._header = header_bytes(self.tensors, metadata)
         self._identity = identity | {"header": hashlib.sha256(self._header).hexdigest()}
         self._sync_bytes, self._unsynced_bytes = sync_bytes, 0
@@ -106,11 +122,18 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.abort()
 
     def write(self, tensor: torch.Tensor) -> str:
-        """Appends the next tensor and returns the sha256 of its bytes. Raises `CheckpointError` where it is not the one expected."""
+        """Appends the next tensor and returns the sha256 of its bytes. Raises `CheckpointError`
+        where it is not the one expected.
+        """
         wanted = self._next(tensor)
         fd = self._open_fd()
         digest = hashlib.sha256()
@@ -129,9 +152,13 @@ class StoreWriter:
         return digest.hexdigest()
 
     def finish(self) -> dict[str, str]:
-        """Syncs, renames and returns name -> sha256. Raises `CheckpointError` where tensors are missing."""
+        """Syncs, renames and returns name -> sha256. Raises `CheckpointError` where tensors are
+        missing.
+        """
         if self.remaining:
-            raise CheckpointError(f"{self.path} lacks {len(self.remaining)} tensors, first {self.remaining[0].name}")
+            raise CheckpointError(
+                f"{self.path} lacks {len(self.remaining)} tensors, first {self.remaining[0].name}"
+            )
         if not self._finished:
             try:
                 self._sync()
@@ -144,20 +171,28 @@ class StoreWriter:
         return dict(self.hashes)
 
     def abort(self) -> None:
-        """Leaves the partial file and its journal, with all that is known to be written, for a later resume."""
+        """Leaves the partial file and its journal, with all that is known to be written, for a
+        later resume.
+        """
         if self._fd is not None:
-            with contextlib.suppress(OSError):  # what cannot be synced is not journalled, and will be written again
+            # what cannot be synced is not journalled, and will be written again
+            with contextlib.suppress(OSError):
                 self._sync()
         self._close()
 
     def _next(self, tensor: torch.Tensor) -> StoredTensor:
         remaining = self.remaining
         if not remaining:
-            raise CheckpointError(f"{self.path}: all {len(self.tensors)} tensors are written already")
+            raise CheckpointError(
+                f"{self.path}: all {len(self.tensors)} tensors are written already"
+            )
         wanted = remaining[0]
         if tensor.dtype != TORCH_DTYPES[wanted.dtype] or tuple(tensor.shape) != wanted.shape:
             found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise CheckpointError(f"{self.path}: {wanted.name} must be {wanted.dtype} {list(wanted.shape)}, not {found}")
+            raise CheckpointError(
+                f"{self.path}: {wanted.name} must be {wanted.dtype} {list(wanted.shape)}, not "
+                f"{found}"
+            )
         return wanted
 
     def _open_fd(self) -> int:
@@ -203,7 +238,10 @@ class StoreWriter:
         end = len(self._header) + self.written_bytes
         size = os.fstat(self._fd).st_size
         if size < end or not self._has_header(self._fd):
-            text = f"{self._partial} does not hold the {end} bytes that its journal lists ({size} found)"
+            text = (
+                f"{self._partial} does not hold the {end} bytes that its journal lists "
+                f"({size} found)"
+            )
             raise ResumeError(f"{text}: start again without --resume")
         check_room(self.path, sum(tensor.nbytes for tensor in self.remaining) - (size - end))
         os.ftruncate(self._fd, end)
@@ -211,11 +249,17 @@ class StoreWriter:
         return True
 
     def _continue_finished(self, journal: Journal) -> bool:
-        """The file has its name already: it is the journal's where header, length and number of tensors agree."""
+        """The file has its name already: it is the journal's where header, length and number of
+        tensors agree.
+        """
         fd = os.open(self.path, os.O_RDONLY | BINARY)
         try:
             total = len(self._header) + sum(tensor.nbytes for tensor in self.tensors)
-            done = len(journal.hashes) == len(self.tensors) and os.fstat(fd).st_size == total and self._has_header(fd)
+            done = (
+                len(journal.hashes) == len(self.tensors)
+                and os.fstat(fd).st_size == total
+                and self._has_header(fd)
+            )
         finally:
             os.close(fd)
         if done:
@@ -230,7 +274,10 @@ class StoreWriter:
 
     def _check_order(self, journal: Journal) -> None:
         if list(journal.hashes) != [tensor.name for tensor in self.tensors[: len(journal.hashes)]]:
-            raise ResumeError(f"{journal.path} lists tensors that the file does not begin with: start again without --resume")
+            raise ResumeError(
+                f"{journal.path} lists tensors that the file does not begin with: start again "
+                f"without --resume"
+            )
 
     def _close(self) -> None:
         if self._fd is not None:

@@ -1,1 +1,3 @@
-"""Blocks of weights on their way from disk and RAM into the device, ahead of the computation that needs them."""
+"""Blocks of weights on their way from disk and RAM into the device, ahead of the computation that
+needs them.
+"""

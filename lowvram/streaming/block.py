@@ -1,4 +1,6 @@
-"""A block of weights as it lies in its slot: typed views, and one view over neighbours that are multiplied together."""
+"""A block of weights as it lies in its slot: typed views, and one view over neighbours that are
+multiplied together.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class BlockView:
         return self[name] if name in self._tensors else None
 
     def fused(self, names: Sequence[str]) -> Tensor:
-        """Neighbouring tensors of equal trailing shape as one, stacked along their first dimension, no copy."""
+        """Neighbouring tensors of equal trailing shape as one, stacked along their first dimension,
+        no copy.
+        """
         return self._span(names[0], names)
 
     def linear(self, *names: str) -> LinearWeights:
@@ -62,7 +66,9 @@ class BlockView:
             parts = [f"{name}.{suffix}" for name in names]
             return self.fused(parts) if parts[0] in self._tensors else None
 
-        return LinearWeights(self.fused([f"{name}.weight" for name in names]), part("weight_scale"), part("bias"))
+        return LinearWeights(
+            self.fused([f"{name}.weight" for name in names]), part("weight_scale"), part("bias")
+        )
 
     def close(self) -> None:
         """Lets go of the slot, whoever still holds this view."""
@@ -74,7 +80,10 @@ class BlockView:
         for name in names:
             other_dtype, other_shape, other_offset = self._tensors[name]
             if (other_dtype, other_shape[1:], other_offset) != (dtype, shape[1:], end):
-                raise CheckpointError(f"{', '.join(names)} do not lie side by side in the store: quantize the model again")
+                raise CheckpointError(
+                    f"{', '.join(names)} do not lie side by side in the store: quantize the "
+                    f"model again"
+                )
             rows += other_shape[0]
             end += math.prod(other_shape) * dtype.itemsize
         return self._data[offset:end].view(dtype).view(rows, *shape[1:])

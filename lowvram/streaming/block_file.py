@@ -1,4 +1,6 @@
-"""Where a block's bytes come from: the store's file, read in parts by a few threads, past the page cache where the system allows."""
+"""Where a block's bytes come from: the store's file, read in parts by a few threads, past the page
+cache where the system allows.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ class DirectReadRefused(Exception):
 
 
 class Readers:
-    """A few threads that run tasks in turn. Daemons, unlike those of `concurrent.futures`: a read that never returns may not keep the
-    process from ending.
+    """A few threads that run tasks in turn. Daemons, unlike those of `concurrent.futures`: a read
+    that never returns may not keep the process from ending.
     """
 
     def __init__(self, count: int) -> None:
@@ -43,7 +45,9 @@ class Readers:
     def submit(self, task: Callable[[], None]) -> None:
         """task: keeps its errors to itself."""
         if len(self._threads) < self._count:
-            thread = threading.Thread(target=self._work, name=f"lowvram-reader-{len(self._threads)}", daemon=True)
+            thread = threading.Thread(
+                target=self._work, name=f"lowvram-reader-{len(self._threads)}", daemon=True
+            )
             thread.start()
             self._threads.append(thread)
         self._tasks.put(task)
@@ -54,7 +58,9 @@ class Readers:
             self._tasks.put(None)
 
     def close(self, patience_s: float) -> bool:
-        """Waits until the threads have ended; False where one is still at work after `patience_s`."""
+        """Waits until the threads have ended; False where one is still at work after
+        `patience_s`.
+        """
         self.end()
         until_s = time.monotonic() + patience_s
         for thread in self._threads:
@@ -68,13 +74,19 @@ class Readers:
 
 
 class BlockFile:
-    """Reads byte ranges of one store file straight into buffers; one open file, no mapping, so nothing counts as resident.
+    """Reads byte ranges of one store file straight into buffers; one open file, no mapping, so
+    nothing counts as resident.
 
-    `direct`: reads go past the page cache (O_DIRECT). Elsewhere they are buffered, and the cache is told to drop what was read.
+    `direct`: reads go past the page cache (O_DIRECT). Elsewhere they are buffered, and the cache is
+    told to drop what was read.
     """
 
-    def __init__(self, path: Path, ranges: list[tuple[int, int]], part_bytes: int = PART_BYTES) -> None:
-        """ranges: (start, bytes) of each block in the file; part_bytes: what one thread reads at a time, a multiple of a page."""
+    def __init__(
+        self, path: Path, ranges: list[tuple[int, int]], part_bytes: int = PART_BYTES
+    ) -> None:
+        """ranges: (start, bytes) of each block in the file; part_bytes: what one thread reads at a
+        time, a multiple of a page.
+        """
         self.path = path
         self.ranges = ranges
         self._part_bytes = part_bytes
@@ -87,10 +99,13 @@ class BlockFile:
         self._fd, self.direct = _open(path)
 
     def read_into(self, block: int, buffer: Tensor) -> Tensor:
-        """The block as a view [nbytes] into `buffer`: [>= nbytes + READ_SLACK_BYTES] uint8 on the CPU.
+        """The block as a view [nbytes] into `buffer`: [>= nbytes + READ_SLACK_BYTES] uint8 on the
+        CPU.
 
-        A part that fails or comes short is tried again after short growing delays. Raises `CheckpointError` naming file, block and byte;
-        the same where no byte comes for `HANGING_READ_S`, and such a read may still write into `buffer`. `OSError` is about memory alone.
+        A part that fails or comes short is tried again after short growing delays. Raises
+        `CheckpointError` naming file, block and byte; the same where no byte comes for
+        `HANGING_READ_S`, and such a read may still write into `buffer`. `OSError` is about memory
+        alone.
         """
         with self._one_block:
             if self.direct:
@@ -104,7 +119,9 @@ class BlockFile:
             return self._read(block, buffer)
 
     def stop(self) -> None:
-        """Ends a read that is under way in another thread, at its next part or pause, or after `STOP_GRACE_S`."""
+        """Ends a read that is under way in another thread, at its next part or pause, or after
+        `STOP_GRACE_S`.
+        """
         self._stopped.set()
 
     def close(self) -> None:
@@ -123,39 +140,54 @@ class BlockFile:
         length = -(-(lead + nbytes) // page) * page
         if at + length > buffer.numel():
             raise InternalLimitError(
-                f"a buffer of {buffer.numel()} bytes has no room for block {block} of {nbytes} and the slack of its read"
+                f"a buffer of {buffer.numel()} bytes has no room for block {block} of {nbytes} "
+                f"and the slack of its read"
             )
         target = buffer.numpy().data[at : at + length]
         parts = []
         for first in range(0, length, self._part_bytes):
             needed = min(self._part_bytes, lead + nbytes - first)
             if needed > 0:
-                parts.append((target[first : first + self._part_bytes], start - lead + first, needed))
+                parts.append(
+                    (target[first : first + self._part_bytes], start - lead + first, needed)
+                )
         self._read_parts(block, parts)
         if not self.direct and hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # advice: where it is refused, the cache keeps what it likes
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # the whole file: what was read ahead, too
+            # advice: where it is refused, the cache keeps what it likes
+            with contextlib.suppress(OSError):
+                # the whole file: what was read ahead, too
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return buffer[at + lead : at + lead + nbytes]
 
     def _read_parts(self, block: int, parts: list[tuple[memoryview, int, int]]) -> None:
         """parts: (target, offset, bytes needed)."""
         if self._hangs:
-            raise CheckpointError(f"{self.path}: block {block} is not read: the disk hangs: {CHECK_DISK}")
+            raise CheckpointError(
+                f"{self.path}: block {block} is not read: the disk hangs: {CHECK_DISK}"
+            )
         reading = Reading(f"{self.path}: block {block}", len(parts), self._stopped)
         for number, part in enumerate(parts):
-            self._readers.submit(partial(reading.run, number, partial(self._read_part, reading, block, *part)))
+            self._readers.submit(
+                partial(reading.run, number, partial(self._read_part, reading, block, *part))
+            )
         try:
             reading.wait()
         finally:
             self._hangs = not reading.over.is_set()
 
-    def _read_part(self, reading: Reading, block: int, target: memoryview, offset: int, needed: int) -> None:
-        """Fills target[:needed] from `offset`; what lies behind `needed` only makes the read a whole number of pages."""
+    def _read_part(
+        self, reading: Reading, block: int, target: memoryview, offset: int, needed: int
+    ) -> None:
+        """Fills target[:needed] from `offset`; what lies behind `needed` only makes the read a
+        whole number of pages.
+        """
         page = PAGE_BYTES if self.direct else 1
         done = failures = 0
         while done < needed:
             if self._stopped.is_set():
-                raise CheckpointError(f"{self.path}: reading block {block} was stopped at byte {offset + done}")
+                raise CheckpointError(
+                    f"{self.path}: reading block {block} was stopped at byte {offset + done}"
+                )
             try:
                 count = self._pread(target[done:], offset + done)
                 reading.moved()
@@ -165,7 +197,12 @@ class BlockFile:
                 reading.moved()
                 if self.direct and error.errno == errno.EINVAL:
                     raise DirectReadRefused from error
-                before_next_try(f"{self.path}: reading block {block} at byte {offset + done}", error, failures, self._stopped.wait)
+                before_next_try(
+                    f"{self.path}: reading block {block} at byte {offset + done}",
+                    error,
+                    failures,
+                    self._stopped.wait,
+                )
                 failures += 1
                 continue
             done += count // page * page if done + count < needed else count
@@ -174,12 +211,15 @@ class BlockFile:
         return read_at(self._fd, target, offset, self._seek)
 
     def _shortage(self, block: int, count: int) -> OSError:
-        """What it means that fewer bytes came than were asked for. Raises `CheckpointError` where the file ends too early."""
+        """What it means that fewer bytes came than were asked for. Raises `CheckpointError` where
+        the file ends too early.
+        """
         start, nbytes = self.ranges[block]
         size = os.fstat(self._fd).st_size
         if size < start + nbytes:
             raise CheckpointError(
-                f"{self.path}: block {block} ends at byte {size}, expected {start + nbytes}: truncated; quantize again or restore it"
+                f"{self.path}: block {block} ends at byte {size}, expected {start + nbytes}: "
+                f"truncated; quantize again or restore it"
             )
         return OSError(errno.EIO, f"only {count} bytes came")
 
@@ -207,4 +247,7 @@ def _opened(path: Path, flags: int) -> int:
 def _cannot_open(path: Path, error: OSError) -> Exception:
     if error.errno == errno.ENOMEM:
         return error
-    return CheckpointError(f"{path} cannot be opened: {error.strerror or error}: check the disk, and that the model is still there")
+    return CheckpointError(
+        f"{path} cannot be opened: {error.strerror or error}: check the disk, and that "
+        f"the model is still there"
+    )

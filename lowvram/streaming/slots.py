@@ -1,4 +1,6 @@
-"""The device memory that blocks land in, and the host memory that they pass through: equal buffers, made and handed back together."""
+"""The device memory that blocks land in, and the host memory that they pass through: equal buffers,
+made and handed back together.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,13 @@ class Pinner(Protocol):
 class Slots:
     """`count` buffers of `slot_bytes` each, taken from one budget at once and handed back together.
 
-    `pinned`: numbers of the buffers that are page-locked. Raises `OutOfMemoryError` and keeps nothing where one cannot be had.
+    `pinned`: numbers of the buffers that are page-locked. Raises `OutOfMemoryError` and keeps
+    nothing where one cannot be had.
     """
 
-    def __init__(self, label: str, count: int, slot_bytes: int, ledger: Ledger, device: torch.device) -> None:
+    def __init__(
+        self, label: str, count: int, slot_bytes: int, ledger: Ledger, device: torch.device
+    ) -> None:
         self._ledger = ledger
         self._label = label
         self._buffers: list[Tensor] = []
@@ -47,7 +52,9 @@ class Slots:
         return self._buffers[number]
 
     def pin(self, count: int, pinner: Pinner) -> None:
-        """Page-locks the first `count` buffers; where the driver refuses one, it and those after it stay pageable."""
+        """Page-locks the first `count` buffers; where the driver refuses one, it and those after it
+        stay pageable.
+        """
         self._pinner = pinner
         for number, buffer in enumerate(self._buffers[:count]):
             try:
@@ -56,7 +63,12 @@ class Slots:
                 locked, reason = False, str(error)
             if not locked:
                 refused = f"{self._label} {number} to {count - 1}"
-                _log.warning("page-locking %s was refused (%s): pageable now, slower and with the same result", refused, reason)
+                _log.warning(
+                    "page-locking %s was refused (%s): pageable now, slower and with the "
+                    "same result",
+                    refused,
+                    reason,
+                )
                 return
             self.pinned.add(number)
 

@@ -1,4 +1,6 @@
-"""Slots, buffers, files and workers for one schedule of blocks: opened together, handed back together however it ends."""
+"""Slots, buffers, files and workers for one schedule of blocks: opened together, handed back
+together however it ends.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ from lowvram.streaming.transport import Transport
 class Buffers(NamedTuple):
     """How many buffers of `slot_bytes` each there are.
 
-    resident and ring: slots on the device; host: blocks kept in RAM, the first `pinned` of them page-locked; staging: buffers in RAM,
-    page-locked wherever the driver allows.
+    resident and ring: slots on the device; host: blocks kept in RAM, the first `pinned` of them
+    page-locked; staging: buffers in RAM, page-locked wherever the driver allows.
     """
 
     slot_bytes: int
@@ -43,7 +45,8 @@ def open_stream(
     device: torch.device,
     transport: Transport,
 ) -> Iterator[Streamer]:
-    """A streamer of `schedule`, whose memory is charged to the two budgets. files: the store's, by component.
+    """A streamer of `schedule`, whose memory is charged to the two budgets. files: the store's, by
+    component.
 
     Raises `OutOfMemoryError` where the machine has less memory than planned.
     """
@@ -55,19 +58,31 @@ def open_stream(
             stack.callback(made.close)
             return made
 
-        components = {name: streamed(files[name]) for name in sorted({component for component, _ in schedule})}
+        components = {
+            name: streamed(files[name]) for name in sorted({component for component, _ in schedule})
+        }
         for component in components.values():
             stack.callback(component.file.close)
         on_device = slots("block slot", buffers.resident + buffers.ring, vram, device)
-        stages, cached = slots("staging buffer", buffers.staging, ram, cpu), slots("cached block", buffers.host, ram, cpu)
+        stages, cached = (
+            slots("staging buffer", buffers.staging, ram, cpu),
+            slots("cached block", buffers.host, ram, cpu),
+        )
         stages.pin(buffers.staging, transport)
         cached.pin(buffers.pinned, transport)
-        visits = assign_slots(schedule, buffers.resident, buffers.ring, buffers.host, buffers.staging, cached.pinned)
-        yield stack.enter_context(Streamer(components, visits, on_device, cached, stages, transport))
+        visits = assign_slots(
+            schedule, buffers.resident, buffers.ring, buffers.host, buffers.staging, cached.pinned
+        )
+        yield stack.enter_context(
+            Streamer(components, visits, on_device, cached, stages, transport)
+        )
 
 
 def streamed(file: StoreFile) -> StreamedComponent:
     """Opens one component's file for block reads."""
     ranges = [(block.start, block.nbytes) for block in file.blocks]
-    tensors = {name: (TORCH_DTYPES[dtype], shape, offset) for name, (dtype, shape, offset) in file.block_tensors.items()}
+    tensors = {
+        name: (TORCH_DTYPES[dtype], shape, offset)
+        for name, (dtype, shape, offset) in file.block_tensors.items()
+    }
     return StreamedComponent(BlockFile(file.path, ranges), tensors)

@@ -1,4 +1,6 @@
-"""Walks the schedule of blocks ahead of the computation, through steps and the expert switch; every hop in its own thread or stream."""
+"""Walks the schedule of blocks ahead of the computation, through steps and the expert switch; every
+hop in its own thread or stream.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Stopped(Exception):
 
 
 class Hops:
-    """What has happened so far: (hop, visit) -> the event of its end, or the failure that came instead of it."""
+    """What has happened so far: (hop, visit) -> the event of its end, or the failure that came
+    instead of it.
+    """
 
     def __init__(self) -> None:
         self._over: dict[tuple[str, int], object | None] = {}
@@ -47,7 +51,9 @@ class Hops:
             self._changed.notify_all()
 
     def wait(self, hop: str, number: int) -> object | None:
-        """Blocks until the hop was issued and returns its event. Raises its failure, or `Stopped`."""
+        """Blocks until the hop was issued and returns its event. Raises its failure, or
+        `Stopped`.
+        """
         with self._changed:
             while not (self._stopped or (hop, number) in self._over):
                 self._changed.wait(WAIT_S)
@@ -71,11 +77,13 @@ class Hops:
 
 
 class Streamer:
-    """Three workers bring the block of every visit into its slot, each as far ahead as its buffers allow: disk -> RAM, RAM -> staging
-    (only for blocks in pageable RAM), RAM -> device. Each walks the schedule in order and waits only for earlier visits.
+    """Three workers bring the block of every visit into its slot, each as far ahead as its buffers
+    allow: disk -> RAM, RAM -> staging (only for blocks in pageable RAM), RAM -> device. Each walks
+    the schedule in order and waits only for earlier visits.
 
-    `with streamer.block(component, index) as view:` gives the next block of the schedule; asking for another one is an error.
-    A worker's failure is raised in the thread that asks for the block that failed. Use as a context manager: leaving it stops the workers.
+    `with streamer.block(component, index) as view:` gives the next block of the schedule; asking
+    for another one is an error. A worker's failure is raised in the thread that asks for the block
+    that failed. Use as a context manager: leaving it stops the workers.
     """
 
     def __init__(
@@ -88,27 +96,41 @@ class Streamer:
         transport: Transport,
     ) -> None:
         """host, staging: the RAM buffers and staging buffers that `visits` were assigned to."""
-        if transport.staged and any(visit.load and visit.host is None and visit.stage is None for visit in visits):
-            raise InternalLimitError("this device is reached through staging buffers, but the schedule was made without any")
+        if transport.staged and any(
+            visit.load and visit.host is None and visit.stage is None for visit in visits
+        ):
+            raise InternalLimitError(
+                "this device is reached through staging buffers, but the schedule was made "
+                "without any"
+            )
         self._components = components
         self._visits = visits
         self._slots, self._host, self._staging = slots, host, staging
         self._transport = transport
         self._hops = Hops()
-        # Where the bytes of a block begin in a buffer depends on where they lie in the file: what each buffer holds now.
+        # Where the bytes of a block begin in a buffer depends on where they lie in the file: what
+        # each buffer holds now.
         self._in_slot: dict[int, Tensor] = {}
         self._in_host: dict[int, Tensor] = {}
         self._in_stage: dict[int, Tensor] = {}
         self._awaited = {visit.after for visit in visits if visit.load}
         # No visit asks for what happened longer ago than this many visits.
-        former = ((number, before) for number, visit in enumerate(visits) for before in (visit.after, visit.stage_after, visit.host_after))
-        self._look_back = max((number - before for number, before in former if before != NEVER), default=0)
+        former = (
+            (number, before)
+            for number, visit in enumerate(visits)
+            for before in (visit.after, visit.stage_after, visit.host_after)
+        )
+        self._look_back = max(
+            (number - before for number, before in former if before != NEVER), default=0
+        )
         self._last_copy: object | None = None
         self._next = 0
         self._counting = threading.Lock()
         self.read_bytes = 0
         self._workers = [
-            threading.Thread(target=self._walk, args=(hop, takes, carry), name=f"lowvram-{hop}", daemon=True)
+            threading.Thread(
+                target=self._walk, args=(hop, takes, carry), name=f"lowvram-{hop}", daemon=True
+            )
             for hop, takes, carry in (
                 (DISK, self._reads_ahead, self._from_disk),
                 (STAGE, self._copies_on_the_host, self._to_staging),
@@ -133,20 +155,29 @@ class Streamer:
 
     @contextmanager
     def block(self, component: str, index: int) -> Iterator[BlockView]:
-        """The next visit's block, ready on the computing stream; its slot is free again when the context ends."""
+        """The next visit's block, ready on the computing stream; its slot is free again when the
+        context ends.
+        """
         number = self._next
         if number >= len(self._visits) or self._visits[number].block != (component, index):
             expected = self._visits[number].block if number < len(self._visits) else None
-            raise InternalLimitError(f"block {(component, index)} asked for, but the schedule's visit {number} is {expected}")
+            raise InternalLimitError(
+                f"block {(component, index)} asked for, but the schedule's visit {number} is "
+                f"{expected}"
+            )
         visit = self._visits[number]
         if visit.load:
             self._transport.wait(self._hops.wait(LINK, number))
         yield BlockView(self._in_slot[visit.slot], self._components[component].tensors)
         self._next += 1
-        self._hops.done(COMPUTE, number, self._transport.mark() if number in self._awaited else None)
+        self._hops.done(
+            COMPUTE, number, self._transport.mark() if number in self._awaited else None
+        )
         self._hops.forget(number - self._look_back - 1)
 
-    def _walk(self, hop: str, takes: Callable[[Visit], bool], carry: Callable[[int, Visit], object | None]) -> None:
+    def _walk(
+        self, hop: str, takes: Callable[[Visit], bool], carry: Callable[[int, Visit], object | None]
+    ) -> None:
         for number, visit in enumerate(self._visits):
             if not takes(visit):
                 continue
@@ -154,7 +185,9 @@ class Streamer:
                 self._hops.done(hop, number, carry(number, visit))
             except Stopped:
                 return
-            except BaseException as error:  # handed on, hop by hop, to the thread that asks for this block
+            except (
+                BaseException
+            ) as error:  # handed on, hop by hop, to the thread that asks for this block
                 self._hops.done(hop, number, error)
                 return
 

@@ -1,4 +1,6 @@
-"""The hops in memory, from RAM through staging into a device slot, ordered by events and never by a device-wide synchronisation."""
+"""The hops in memory, from RAM through staging into a device slot, ordered by events and never by a
+device-wide synchronisation.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,24 @@ _log = logging.getLogger(__name__)
 
 
 class Transport(Protocol):
-    """How bytes reach a device. `staged`: they pass through host buffers; otherwise the disk is read into the slot itself."""
+    """How bytes reach a device. `staged`: they pass through host buffers; otherwise the disk is
+    read into the slot itself.
+    """
 
     staged: bool
 
     def pin(self, buffer: Tensor) -> bool:
-        """Page-locks host memory for copies that run beside everything else; False where the driver refuses."""
+        """Page-locks host memory for copies that run beside everything else; False where the driver
+        refuses.
+        """
 
     def unpin(self, buffer: Tensor) -> None:
         """Undoes `pin`; no copy from the buffer may be under way."""
 
     def begin(self) -> None:
-        """Copies issued from now on wait for the work issued so far on the computing stream: it may still use the slots' memory."""
+        """Copies issued from now on wait for the work issued so far on the computing stream: it may
+        still use the slots' memory.
+        """
 
     def stage(self, source: Tensor, staging: Tensor) -> None:
         """staging = source, both in host memory, in the calling thread."""
@@ -36,14 +44,18 @@ class Transport(Protocol):
         """An event after all work issued so far on the computing stream."""
 
     def wait(self, event: object | None) -> None:
-        """Makes the computing stream wait for `event`, without blocking the host where the device allows."""
+        """Makes the computing stream wait for `event`, without blocking the host where the device
+        allows.
+        """
 
     def settle(self, event: object | None) -> None:
         """Blocks the host until `event` has happened: its buffer may then be written again."""
 
 
 class HostTransport:
-    """A device that is the host: copies happen in line and every event is already over. Nothing needs locked pages."""
+    """A device that is the host: copies happen in line and every event is already over. Nothing
+    needs locked pages.
+    """
 
     staged = False
 
@@ -76,15 +88,19 @@ class HostTransport:
 class CudaTransport:
     """A CUDA device: its own stream for copies, events between it and the computing stream.
 
-    Pages are locked in place (cudaHostRegister), not taken from torch's pinned allocator, which rounds sizes up to powers of two and
+    Pages are locked in place (cudaHostRegister), not taken from torch's pinned allocator, which
+    rounds sizes up to powers of two and
     keeps what is freed: the RAM budget counts the bytes that are really held.
     """
 
     staged = True
 
     def __init__(self, device: torch.device) -> None:
-        # The streamer's threads begin on device 0, where a call that does not name its device would make a context.
-        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        # The streamer's threads begin on device 0, where a call that does not name its device would
+        # make a context.
+        self._device = torch.device(
+            "cuda", torch.cuda.current_device() if device.index is None else device.index
+        )
         self._stream = torch.cuda.Stream(self._device)
         self._computing = torch.cuda.current_stream(self._device)
 
@@ -100,10 +116,16 @@ class CudaTransport:
             code = int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
             if code != 0:
                 self._clear_error()
-                _log.warning("the driver did not unlock %d bytes of host memory (CUDA error %d)", buffer.numel(), code)
+                _log.warning(
+                    "the driver did not unlock %d bytes of host memory (CUDA error %d)",
+                    buffer.numel(),
+                    code,
+                )
 
     def _clear_error(self) -> None:
-        """A refusal stays the thread's last error until a launch's check takes it off: left there, an innocent kernel would raise it."""
+        """A refusal stays the thread's last error until a launch's check takes it off: left there,
+        an innocent kernel would raise it.
+        """
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=self._device)
 

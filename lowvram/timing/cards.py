@@ -1,8 +1,11 @@
-"""Cards that people have, from their data sheets, and what is predicted of their peaks from the machine code of lowvram's kernels.
+"""Cards that people have, from their data sheets, and what is predicted of their peaks from the
+machine code of lowvram's kernels.
 
-Data sheets give peaks; nothing here was measured by lowvram. Peaks of GeForce cards follow from cores and boost clock, as in NVIDIA's
-architecture papers: dense tensor rates with exact accumulation are 2 (bf16), 4 (fp8) and 8 (int8) times the fp32 rate of 2 operations per
-core and clock, which gives the peaks of `docs/facts/kernels.md` section 5 (3090: 71 and 284; 4090: 165, 330 and 660; 5090: 209 and 838).
+Data sheets give peaks; nothing here was measured by lowvram. Peaks of GeForce cards follow from
+cores and boost clock, as in NVIDIA's
+architecture papers: dense tensor rates with exact accumulation are 2 (bf16), 4 (fp8) and 8 (int8)
+times the fp32 rate of 2 operations per core and clock, which gives the peaks of
+`docs/facts/kernels.md` section 5 (3090: 71 and 284; 4090: 165, 330 and 660; 5090: 209 and 838).
 """
 
 from __future__ import annotations
@@ -18,24 +21,30 @@ from lowvram.units import parse_bytes
 GIB = 2**30
 # Whose times are predicted where nobody names a card and none was measured (`card_with`).
 REFERENCE_CARD = "RTX 4090"
-# Host to device, bytes per second and lane from pinned memory: 12, 25 and 50 GB/s over 16 lanes (kernels 5).
+# Host to device, bytes per second and lane from pinned memory: 12, 25 and 50 GB/s over 16 lanes
+# (kernels 5).
 LANE_BYTES_S = {2: 0.375e9, 3: 0.75e9, 4: 1.5625e9, 5: 3.125e9}
-# An NVMe disk of 3.5 GB/s (design section 1), a copy within host memory by one thread, and the host's memory where nobody names it.
+# An NVMe disk of 3.5 GB/s (design section 1), a copy within host memory by one thread, and the
+# host's memory where nobody names it.
 DISK_BYTES_S = 3.5e9
 HOST_COPY_BYTES_S = 10e9
 RAM_BYTES = 32 * GIB
 ELEMENTWISE_SHARE = 0.9  # of the memory bandwidth (kernels 5)
-# cuDNN's 3-D convolutions run in TF32, whose peak is half of bf16's, and reach half of that: an assumption without a source.
+# cuDNN's 3-D convolutions run in TF32, whose peak is half of bf16's, and reach half of that: an
+# assumption without a source.
 CONV_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Achievable:
-    """Shares of a card's dense peaks that lowvram's kernels and the libraries' are expected to reach. Nothing here was measured.
+    """Shares of a card's dense peaks that lowvram's kernels and the libraries' are expected to
+    reach. Nothing here was measured.
 
-    gemm_int8, gemm_fp8: linears, each of its own peak; attention: of the int8 peak; bf16, attention_bf16: the libraries' kernels, of the
-    bf16 peak. basis: of the first three, `PREDICTED` where they follow from the machine code (docs/benchmarks/kernels.md, "Bounds from
-    machine code"), `TABLE` where they are assumed; source: of the rest, by section of docs/facts/kernels.md.
+    gemm_int8, gemm_fp8: linears, each of its own peak; attention: of the int8 peak; bf16,
+    attention_bf16: the libraries' kernels, of the bf16 peak. basis: of the first three, `PREDICTED`
+    where they follow from the machine code (docs/benchmarks/kernels.md, "Bounds from machine
+    code"), `TABLE` where they are assumed; source: of the rest, by section of
+    docs/facts/kernels.md.
     """
 
     gemm_int8: float
@@ -49,18 +58,28 @@ class Achievable:
 
 # The first three of each row are `scripts/static_bound.py`'s `shares`; a test holds them together.
 ACHIEVABLE = {
-    "ampere": Achievable(0.644, None, 0.524, 0.85, 0.95, PREDICTED, "2.7: FA2 68-71 of 71 on a 3090"),
+    "ampere": Achievable(
+        0.644, None, 0.524, 0.85, 0.95, PREDICTED, "2.7: FA2 68-71 of 71 on a 3090"
+    ),
     "ada": Achievable(0.643, 0.671, 0.539, 0.85, 0.95, PREDICTED, "2.7: FA2 164 of 165 on a 4090"),
-    "blackwell": Achievable(0.651, 0.688, 0.505, 0.85, 0.95, PREDICTED, "2.7: FA2 214 of 209 on a 5090"),
+    "blackwell": Achievable(
+        0.651, 0.688, 0.505, 0.85, 0.95, PREDICTED, "2.7: FA2 214 of 209 on a 5090"
+    ),
     "a100": Achievable(0.575, None, 0.401, 0.85, 0.65, PREDICTED, "2.7: FA2 204 of 312 on an A100"),
-    "hopper": Achievable(0.59, 0.471, 0.209, 0.85, 0.47, PREDICTED, "2.7: attention in Triton 465 of 989 on an H100"),
-    "rdna3": Achievable(0.4, None, 0.3, 0.5, 0.3, TABLE, "no published number: an assumption without a source"),
+    "hopper": Achievable(
+        0.59, 0.471, 0.209, 0.85, 0.47, PREDICTED, "2.7: attention in Triton 465 of 989 on an H100"
+    ),
+    "rdna3": Achievable(
+        0.4, None, 0.3, 0.5, 0.3, TABLE, "no published number: an assumption without a source"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Card:
-    """One card by its data sheet: dense peaks with exact accumulation; fp8_ops_s is None where its tensor cores have no fp8."""
+    """One card by its data sheet: dense peaks with exact accumulation; fp8_ops_s is None where its
+    tensor cores have no fp8.
+    """
 
     name: str
     architecture: str
@@ -76,8 +95,15 @@ class Card:
     def link_bytes_s(self) -> float:
         return LANE_BYTES_S[self.pcie_generation] * self.pcie_lanes
 
-    def profile(self, ram_bytes: int = RAM_BYTES, link_bytes_s: float | None = None, disk_bytes_s: float | None = None) -> MachineProfile:
-        """What a machine with this card is predicted to do; the last two replace the table's own where the user names them."""
+    def profile(
+        self,
+        ram_bytes: int = RAM_BYTES,
+        link_bytes_s: float | None = None,
+        disk_bytes_s: float | None = None,
+    ) -> MachineProfile:
+        """What a machine with this card is predicted to do; the last two replace the table's own
+        where the user names them.
+        """
         share = ACHIEVABLE[self.architecture]
         profile = MachineProfile(
             name=self.name,
@@ -86,7 +112,9 @@ class Card:
             disk_bytes_s=disk_bytes_s or DISK_BYTES_S,
             host_copy_bytes_s=HOST_COPY_BYTES_S,
             gemm_int8_ops_s=self.int8_ops_s * share.gemm_int8,
-            gemm_fp8_ops_s=self.fp8_ops_s * share.gemm_fp8 if self.fp8_ops_s and share.gemm_fp8 else None,
+            gemm_fp8_ops_s=self.fp8_ops_s * share.gemm_fp8
+            if self.fp8_ops_s and share.gemm_fp8
+            else None,
             gemm_bf16_ops_s=self.bf16_ops_s * share.bf16,
             attention_ops_s=self.int8_ops_s * share.attention,
             attention_bf16_ops_s=self.bf16_ops_s * share.attention_bf16,
@@ -97,19 +125,40 @@ class Card:
             ram_total_bytes=ram_bytes,
             pinned_limit_bytes=int(ram_bytes * PINNED_SHARE),
         )
-        sources = dict.fromkeys((name for name in profile.to_dict() if name.endswith(("_s", "_bytes"))), TABLE)
-        sources |= dict.fromkeys(("gemm_int8_ops_s", "gemm_fp8_ops_s", "attention_ops_s"), share.basis)
+        sources = dict.fromkeys(
+            (name for name in profile.to_dict() if name.endswith(("_s", "_bytes"))), TABLE
+        )
+        sources |= dict.fromkeys(
+            ("gemm_int8_ops_s", "gemm_fp8_ops_s", "attention_ops_s"), share.basis
+        )
         sources |= {"link_bytes_s": GIVEN} if link_bytes_s else {}
         sources |= {"disk_bytes_s": GIVEN} if disk_bytes_s else {}
         return replace(profile, sources=sources)
 
 
 def _geforce(
-    name: str, architecture: str, gib: int, cores: int, boost_mhz: int, bandwidth_gb_s: float, generation: int, lanes: int
+    name: str,
+    architecture: str,
+    gib: int,
+    cores: int,
+    boost_mhz: int,
+    bandwidth_gb_s: float,
+    generation: int,
+    lanes: int,
 ) -> Card:
     fp32 = 2.0 * cores * boost_mhz * 1e6
     fp8 = None if architecture == "ampere" else 4 * fp32
-    return Card(name, architecture, gib * GIB, 8 * fp32, fp8, 2 * fp32, bandwidth_gb_s * 1e9, generation, lanes)
+    return Card(
+        name,
+        architecture,
+        gib * GIB,
+        8 * fp32,
+        fp8,
+        2 * fp32,
+        bandwidth_gb_s * 1e9,
+        generation,
+        lanes,
+    )
 
 
 CARDS = (
@@ -129,8 +178,10 @@ CARDS = (
     _geforce("RTX 4080", "ada", 16, 9728, 2505, 716.8, 4, 16),
     _geforce("RTX 4080 Super", "ada", 16, 10240, 2550, 736, 4, 16),
     _geforce("RTX 4090", "ada", 24, 16384, 2520, 1008, 4, 16),
-    _geforce("RTX 4060 Laptop", "ada", 8, 3072, 2370, 256, 4, 8),  # boost at 115 W; 1470 MHz at 35 W
-    _geforce("RTX 4070 Laptop", "ada", 8, 4608, 2175, 256, 4, 8),  # boost at 115 W; 1230 MHz at 35 W
+    # boost at 115 W; 1470 MHz at 35 W
+    _geforce("RTX 4060 Laptop", "ada", 8, 3072, 2370, 256, 4, 8),
+    # boost at 115 W; 1230 MHz at 35 W
+    _geforce("RTX 4070 Laptop", "ada", 8, 4608, 2175, 256, 4, 8),
     _geforce("RTX 5060 Ti 8GB", "blackwell", 8, 4608, 2572, 448, 5, 8),
     _geforce("RTX 5060 Ti 16GB", "blackwell", 16, 4608, 2572, 448, 5, 8),
     _geforce("RTX 5070", "blackwell", 12, 6144, 2512, 672, 5, 16),
@@ -146,9 +197,11 @@ CARDS = (
 
 
 def find_card(name: str) -> Card:
-    """The card of this name; case, spaces, hyphens, makers' names and a memory size that need not be told apart do not matter.
+    """The card of this name; case, spaces, hyphens, makers' names and a memory size that need not
+    be told apart do not matter.
 
-    Raises `UsageError` with close names where there is none, and with all that it may mean where there are several.
+    Raises `UsageError` with close names where there is none, and with all that it may mean where
+    there are several.
     """
     wanted = _plain(name)
     for of in (_plain, _family):
@@ -157,29 +210,46 @@ def find_card(name: str) -> Card:
             return found[0]
         if found:
             raise UsageError(f"{name!r} may be {_listed(found)}: name its memory too")
-    close = difflib.get_close_matches(wanted, [_plain(card.name) for card in CARDS], n=4, cutoff=0.5)
+    close = difflib.get_close_matches(
+        wanted, [_plain(card.name) for card in CARDS], n=4, cutoff=0.5
+    )
     near = [card for card in CARDS if _plain(card.name) in close]
     raise UsageError(f"no card {name!r} in the table: use {_listed(near or CARDS)}")
 
 
 def card_with(vram_bytes: int) -> Card:
-    """`REFERENCE_CARD` where it has this much VRAM, else the smallest card that has, else the largest of the table."""
+    """`REFERENCE_CARD` where it has this much VRAM, else the smallest card that has, else the
+    largest of the table.
+    """
     having = [card for card in CARDS if card.vram_bytes >= vram_bytes]
     reference = find_card(REFERENCE_CARD)
     if reference in having:
         return reference
-    return min(having, key=lambda card: card.vram_bytes) if having else max(CARDS, key=lambda card: card.vram_bytes)
+    return (
+        min(having, key=lambda card: card.vram_bytes)
+        if having
+        else max(CARDS, key=lambda card: card.vram_bytes)
+    )
 
 
 def parse_link(text: str) -> float:
-    """A link: `PCIe 4.0 x16` (or `4.0x8`, `gen3 x16`) or a speed such as `12GB` or `12GB/s` -> bytes per second. Raises `UsageError`."""
-    match = re.fullmatch(r"\s*(?:pcie|pci-e|gen)?\s*(?:gen)?\s*(\d)(?:\.0)?\s*x\s*(\d+)\s*", text.lower())
+    """A link: `PCIe 4.0 x16` (or `4.0x8`, `gen3 x16`) or a speed such as `12GB` or `12GB/s` ->
+    bytes per second. Raises `UsageError`.
+    """
+    match = re.fullmatch(
+        r"\s*(?:pcie|pci-e|gen)?\s*(?:gen)?\s*(\d)(?:\.0)?\s*x\s*(\d+)\s*", text.lower()
+    )
     if match is None:
-        return _speed(text, 'name a link like "PCIe 4.0 x8", or its speed like 12GB, what it carries in a second')
+        return _speed(
+            text,
+            'name a link like "PCIe 4.0 x8", or its speed like 12GB, what it carries in a second',
+        )
     generation, lanes = int(match[1]), int(match[2])
     if generation not in LANE_BYTES_S or lanes not in (1, 2, 4, 8, 16):
         known = ", ".join(f"{number}.0" for number in LANE_BYTES_S)
-        raise UsageError(f'no link {text!r}: PCIe {known} with 1, 2, 4, 8 or 16 lanes, such as "PCIe 4.0 x8"')
+        raise UsageError(
+            f'no link {text!r}: PCIe {known} with 1, 2, 4, 8 or 16 lanes, such as "PCIe 4.0 x8"'
+        )
     return LANE_BYTES_S[generation] * lanes
 
 

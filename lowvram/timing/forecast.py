@@ -1,4 +1,6 @@
-"""What a plan is predicted to cost in seconds: the computing time of its blocks, run through the model of the streamer. No torch."""
+"""What a plan is predicted to cost in seconds: the computing time of its blocks, run through the
+model of the streamer. No torch.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,21 @@ FIRST_SIGMA = 0.999  # of the official schedule (spec 5.1)
 
 
 def high_noise_steps(steps: int, shift: float, boundary: float) -> int:
-    """How many of the steps the high-noise expert works: those whose integer timestep is >= boundary * 1000 (spec 5.1, 5.4)."""
+    """How many of the steps the high-noise expert works: those whose integer timestep is >=
+    boundary * 1000 (spec 5.1, 5.4).
+    """
     sigmas = (FIRST_SIGMA * (1 - index / steps) for index in range(steps))
-    return sum(int(1000 * shift * sigma / (1 + (shift - 1) * sigma)) >= boundary * 1000 for sigma in sigmas)
+    return sum(
+        int(1000 * shift * sigma / (1 + (shift - 1) * sigma)) >= boundary * 1000 for sigma in sigmas
+    )
 
 
 class Forecast:
-    """Predicts plans of one request on one machine: `forecast(plan)` is what `planner.plan.choose_plan` asks.
+    """Predicts plans of one request on one machine: `forecast(plan)` is what
+    `planner.plan.choose_plan` asks.
 
-    branches: guidance branches of the high- and the low-noise expert; None where the format's rates are unknown.
+    branches: guidance branches of the high- and the low-noise expert; None where the format's rates
+    are unknown.
     """
 
     def __init__(
@@ -47,9 +55,13 @@ class Forecast:
         self._config, self._format, self._profile = config, format, profile
         self._steps, self._branches = (high, steps - high), branches
         self._block_s: dict[tuple[int, int], float | None] = {}
-        expert, text = (component_layout(name, config, format) for name in (EXPERTS[0], "text_encoder"))
+        expert, text = (
+            component_layout(name, config, format) for name in (EXPERTS[0], "text_encoder")
+        )
         self._rest_bytes = 2 * sum(tensor.nbytes for tensor in expert.rest)
-        self._text_parameters = sum(math.prod(tensor.shape) for tensor in text.blocks[0] if tensor.name.endswith(".weight"))
+        self._text_parameters = sum(
+            math.prod(tensor.shape) for tensor in text.blocks[0] if tensor.name.endswith(".weight")
+        )
 
     @property
     def pinned_limit_bytes(self) -> int:
@@ -70,9 +82,13 @@ class Forecast:
         timeline, lengths = self._timeline(plan, block_s, steps)
         ends = [timeline.visits[last].compute_end_s for last in _running(lengths)]
         durations = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
-        repeated = [0 if not count else count - done for count, done in zip(self._steps, steps, strict=True)]
+        repeated = [
+            0 if not count else count - done for count, done in zip(self._steps, steps, strict=True)
+        ]
         steady = [durations[steps[0] - 1] if steps[0] else 0.0, durations[-1] if steps[1] else 0.0]
-        denoise_s = sum(durations) + sum(count * seconds for count, seconds in zip(repeated, steady, strict=True))
+        denoise_s = sum(durations) + sum(
+            count * seconds for count, seconds in zip(repeated, steady, strict=True)
+        )
         longest = max(range(2), key=lambda expert: self._steps[expert])
         moved = self._bytes(plan, timeline, lengths, steps, repeated)
         switch_s = max(0.0, durations[steps[0]] - steady[1]) if all(steps) else 0.0
@@ -85,11 +101,15 @@ class Forecast:
             compute_step_s=block_s * plan.num_blocks * self._branches[longest],
             compute_s=block_s
             * plan.num_blocks
-            * sum(count * branches for count, branches in zip(self._steps, self._branches, strict=True)),
+            * sum(
+                count * branches
+                for count, branches in zip(self._steps, self._branches, strict=True)
+            ),
             resident_step_s=unbounded_s * plan.num_blocks * self._branches[longest],
             switch_stall_s=switch_s,
             text_s=self._text_seconds(plan),
-            conditioning_s=self._rest_bytes * (1 / self._profile.disk_bytes_s + 1 / self._profile.link_bytes_s),
+            conditioning_s=self._rest_bytes
+            * (1 / self._profile.disk_bytes_s + 1 / self._profile.link_bytes_s),
             denoise_s=denoise_s,
             decode_s=decode_seconds(self._config, latents, plan.vae_tile_pixels, self._profile),
             read_bytes=moved[0],
@@ -104,7 +124,9 @@ class Forecast:
             self._block_s[key] = block_seconds(self._config.dit, self._format, *key, self._profile)
         return self._block_s[key]
 
-    def _timeline(self, plan: MemoryPlan, block_s: float, steps: Sequence[int]) -> tuple[Timeline, list[int]]:
+    def _timeline(
+        self, plan: MemoryPlan, block_s: float, steps: Sequence[int]
+    ) -> tuple[Timeline, list[int]]:
         """The first steps of each expert, and how many visits each of them makes."""
         schedule: list[BlockId] = []
         compute_s: list[float] = []
@@ -112,17 +134,28 @@ class Forecast:
         for expert, count, branches in zip(EXPERTS, steps, self._branches, strict=True):
             rounds, shared = (1, branches) if plan.choice.joint_guidance else (branches, 1)
             for _ in range(count):
-                schedule += [(expert, index) for _ in range(rounds) for index in range(plan.num_blocks)]
+                schedule += [
+                    (expert, index) for _ in range(rounds) for index in range(plan.num_blocks)
+                ]
                 compute_s += [block_s * shared] * (rounds * plan.num_blocks)
                 lengths.append(rounds * plan.num_blocks)
         speeds = self.speeds(plan.staging_buffers > 0)
-        timeline = simulate_choice(schedule, plan.choice, plan.slot_bytes, compute_s, speeds, plan.staging_buffers, lengths)
+        timeline = simulate_choice(
+            schedule, plan.choice, plan.slot_bytes, compute_s, speeds, plan.staging_buffers, lengths
+        )
         return timeline, lengths
 
     def _bytes(
-        self, plan: MemoryPlan, timeline: Timeline, lengths: list[int], steps: list[int], repeated: list[int]
+        self,
+        plan: MemoryPlan,
+        timeline: Timeline,
+        lengths: list[int],
+        steps: list[int],
+        repeated: list[int],
     ) -> tuple[int, int, int]:
-        """(read, copied within the host, sent over the link) of all steps: those simulated, and the repeated ones like the last of each."""
+        """(read, copied within the host, sent over the link) of all steps: those simulated, and the
+        repeated ones like the last of each.
+        """
         total = [timeline.read_bytes, timeline.host_copy_bytes, timeline.link_bytes]
         ends = [0, *(last + 1 for last in _running(lengths))]
         for count, last in zip(repeated, (steps[0] - 1, len(lengths) - 1), strict=True):
@@ -133,7 +166,10 @@ class Forecast:
                     sum(visit.stage_end_s > visit.stage_start_s for visit in times),
                     sum(visit.copy_end_s > visit.copy_start_s for visit in times),
                 )
-                total = [amount + count * blocks * plan.slot_bytes for amount, blocks in zip(total, moved, strict=True)]
+                total = [
+                    amount + count * blocks * plan.slot_bytes
+                    for amount, blocks in zip(total, moved, strict=True)
+                ]
         return total[0], total[1], total[2]
 
     def _text_seconds(self, plan: MemoryPlan) -> float:
@@ -141,8 +177,16 @@ class Forecast:
         text = self._config.text_encoder
         tokens = max(self._branches) * self._config.dit.text_len
         compute_s = text_seconds(text, tokens, self._text_parameters, self._profile)
-        visits = assign_slots([("text_encoder", index) for index in range(text.num_layers)], 0, 2, 0, plan.staging_buffers)
-        return simulate(visits, plan.text_slot_bytes, compute_s, self.speeds(plan.staging_buffers > 0)).seconds
+        visits = assign_slots(
+            [("text_encoder", index) for index in range(text.num_layers)],
+            0,
+            2,
+            0,
+            plan.staging_buffers,
+        )
+        return simulate(
+            visits, plan.text_slot_bytes, compute_s, self.speeds(plan.staging_buffers > 0)
+        ).seconds
 
 
 def simulate_choice(
@@ -154,10 +198,25 @@ def simulate_choice(
     staging_buffers: int = 2,
     step_lengths: Sequence[int] = (),
 ) -> Timeline:
-    """The timeline of a schedule under a choice; step_lengths: visits of each step, at whose end the host waits."""
+    """The timeline of a schedule under a choice; step_lengths: visits of each step, at whose end
+    the host waits.
+    """
     pinned = range(choice.pinned_blocks)
-    visits = assign_slots(schedule, choice.resident_blocks, choice.ring_slots, choice.host_blocks, staging_buffers, pinned)
-    return simulate(visits, block_bytes, compute_s, speeds, frozenset(last + 1 for last in _running(step_lengths)))
+    visits = assign_slots(
+        schedule,
+        choice.resident_blocks,
+        choice.ring_slots,
+        choice.host_blocks,
+        staging_buffers,
+        pinned,
+    )
+    return simulate(
+        visits,
+        block_bytes,
+        compute_s,
+        speeds,
+        frozenset(last + 1 for last in _running(step_lengths)),
+    )
 
 
 def _running(lengths: Sequence[int]) -> list[int]:

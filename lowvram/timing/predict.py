@@ -1,4 +1,6 @@
-"""How long a plan's computations are predicted to take on a machine of known rates: pure arithmetic, no torch, nothing measured."""
+"""How long a plan's computations are predicted to take on a machine of known rates: pure
+arithmetic, no torch, nothing measured.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,20 @@ from lowvram.planner.workspace import element_bytes
 from lowvram.request import LatentShape
 from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 
-# Rows of a GEMM's and queries of attention's tile: a chunk that ends inside one computes the rest of it in vain.
+# Rows of a GEMM's and queries of attention's tile: a chunk that ends inside one computes the rest
+# of it in vain.
 TILE_ROWS = 128
-# Kernels that a quantized block starts for every chunk of tokens, and once per visit: the ops, and what torch computes between them, above
-# all the angles of a chunk's tokens, twice. A test counts them.
+# Kernels that a quantized block starts for every chunk of tokens, and once per visit: the ops, and
+# what torch computes between them, above all the angles of a chunk's tokens, twice. A test counts
+# them.
 LAUNCHES_PER_CHUNK = 46
 LAUNCHES_PER_VISIT = 47
 
 
 def linear_ops(config: DiTConfig, rows: int) -> int:
-    """Operations of a block's linears over `rows` tokens; those of the text's keys and values are `text_ops`."""
+    """Operations of a block's linears over `rows` tokens; those of the text's keys and values are
+    `text_ops`.
+    """
     return 2 * rows * (6 * config.dim**2 + 2 * config.dim * config.ffn_dim)
 
 
@@ -33,31 +39,48 @@ def attention_ops(config: DiTConfig, queries: int, keys: int) -> int:
     return 4 * queries * keys * config.dim
 
 
-def block_seconds(config: DiTConfig, format: str, num_tokens: int, chunk_tokens: int, profile: MachineProfile) -> float | None:
-    """Computing one block for one branch in chunks; None where the profile has no rate for the format.
+def block_seconds(
+    config: DiTConfig, format: str, num_tokens: int, chunk_tokens: int, profile: MachineProfile
+) -> float | None:
+    """Computing one block for one branch in chunks; None where the profile has no rate for the
+    format.
 
-    Per chunk: every linear is bound by its operations or by reading its weights, attention by its operations, the fused element-wise
-    kernels by the bytes that they read and write; on a GPU the launches run beside all this and bound it only where chunks are small.
+    Per chunk: every linear is bound by its operations or by reading its weights, attention by its
+    operations, the fused element-wise kernels by the bytes that they read and write; on a GPU the
+    launches run beside all this and bound it only where chunks are small.
     """
     gemm, attend = profile.gemm_ops_s(format), profile.attention_rate(format)
     if gemm is None or attend is None:
         return None
     whole, rest = divmod(num_tokens, chunk_tokens)
     chunks = whole + (rest > 0)
-    seconds = whole * _chunk_seconds(config, format, chunk_tokens, num_tokens, gemm, attend, profile.elementwise_bytes_s)
+    seconds = whole * _chunk_seconds(
+        config, format, chunk_tokens, num_tokens, gemm, attend, profile.elementwise_bytes_s
+    )
     if rest:
-        seconds += _chunk_seconds(config, format, rest, num_tokens, gemm, attend, profile.elementwise_bytes_s)
+        seconds += _chunk_seconds(
+            config, format, rest, num_tokens, gemm, attend, profile.elementwise_bytes_s
+        )
     seconds += text_ops(config) / gemm
     launching = (chunks * LAUNCHES_PER_CHUNK + LAUNCHES_PER_VISIT) * profile.launch_s
     return max(seconds, launching) if profile.device == "cuda" else seconds + launching
 
 
-def _chunk_seconds(config: DiTConfig, format: str, rows: int, keys: int, gemm: float, attend: float, bandwidth: float) -> float:
+def _chunk_seconds(
+    config: DiTConfig,
+    format: str,
+    rows: int,
+    keys: int,
+    gemm: float,
+    attend: float,
+    bandwidth: float,
+) -> float:
     compute, code = element_bytes(format)
     dim, ffn = config.dim, config.ffn_dim
     padded = math.ceil(rows / TILE_ROWS) * TILE_ROWS
     added = 8 * dim  # x, fp32, read and written
-    # (inputs, outputs, bytes written per row): k and v together; q and o, twice; both of the feed-forward
+    # (inputs, outputs, bytes written per row): k and v together; q and o, twice; both of the
+    # feed-forward
     linears = (
         (dim, 2 * dim, 2 * dim * compute),
         *((dim, dim, dim * compute), (dim, dim, added)) * 2,
@@ -65,7 +88,10 @@ def _chunk_seconds(config: DiTConfig, format: str, rows: int, keys: int, gemm: f
         (ffn, dim, added),
     )
     seconds = sum(
-        max(2 * padded * inputs * outputs / gemm, (inputs * outputs * code + rows * (inputs * code + written)) / bandwidth)
+        max(
+            2 * padded * inputs * outputs / gemm,
+            (inputs * outputs * code + rows * (inputs * code + written)) / bandwidth,
+        )
         for inputs, outputs, written in linears
     )
     seconds += attention_ops(config, padded, keys + config.text_len) / attend
@@ -75,7 +101,8 @@ def _chunk_seconds(config: DiTConfig, format: str, rows: int, keys: int, gemm: f
 def elementwise_bytes(config: DiTConfig, format: str) -> int:
     """Bytes that a block's fused element-wise kernels read and write per token.
 
-    Four LayerNorms (x in fp32, codes out), k twice and q twice through RMSNorm and RoPE or their like, v, two inputs of o, and GELU.
+    Four LayerNorms (x in fp32, codes out), k twice and q twice through RMSNorm and RoPE or their
+    like, v, two inputs of o, and GELU.
     """
     compute, code = element_bytes(format)
     norms = 4 * config.dim * (4 + code)
@@ -84,15 +111,23 @@ def elementwise_bytes(config: DiTConfig, format: str) -> int:
     return norms + heads + rows + config.ffn_dim * (compute + code)
 
 
-def text_seconds(config: TextEncoderConfig, tokens: int, block_parameters: int, profile: MachineProfile) -> float:
-    """Computing one block of the text encoder for `tokens` of prompts: weights become floats, then bf16 products."""
+def text_seconds(
+    config: TextEncoderConfig, tokens: int, block_parameters: int, profile: MachineProfile
+) -> float:
+    """Computing one block of the text encoder for `tokens` of prompts: weights become floats, then
+    bf16 products.
+    """
     rate = profile.gemm_bf16_ops_s
     attention = 4 * tokens * tokens * config.num_heads * config.head_dim
-    return (2 * tokens * block_parameters + attention) / rate + 3 * block_parameters / profile.elementwise_bytes_s
+    return (
+        2 * tokens * block_parameters + attention
+    ) / rate + 3 * block_parameters / profile.elementwise_bytes_s
 
 
 def decode_ops(config: VAEConfig) -> float:
-    """Operations of the VAE's decoder per pixel and frame of the output (spec 4.2): every convolution at its level's resolution."""
+    """Operations of the VAE's decoder per pixel and frame of the output (spec 4.2): every
+    convolution at its level's resolution.
+    """
     up = tuple(reversed(config.temporal_downsample))
     per_level = config.num_res_blocks + 2  # the residual blocks, then the resampler
 
@@ -102,18 +137,25 @@ def decode_ops(config: VAEConfig) -> float:
 
     total = 0.0
     for name, shape in vae_shapes(config).items():
-        if not name.startswith(("decoder.", "conv2.")) or not name.endswith(".weight") or len(shape) < 4:
+        if (
+            not name.startswith(("decoder.", "conv2."))
+            or not name.endswith(".weight")
+            or len(shape) < 4
+        ):
             continue
         parts = name.split(".")
         level = len(up) if parts[1] == "head" else 0
         if parts[1] == "upsamples":
             level, number = divmod(int(parts[2]), per_level)
-            level += number == per_level - 1 and "time_conv" not in parts  # a resampler's spatial convolution comes after it has grown
+            # a resampler's spatial convolution comes after it has grown
+            level += number == per_level - 1 and "time_conv" not in parts
         total += 2 * math.prod(shape) * share(level)
     return total
 
 
-def decode_seconds(config: ModelConfig, latents: LatentShape, tile_pixels: int, profile: MachineProfile) -> float:
+def decode_seconds(
+    config: ModelConfig, latents: LatentShape, tile_pixels: int, profile: MachineProfile
+) -> float:
     """Decoding the clip in overlapping tiles and copying it to the host as fp32."""
     vae = config.vae
     height, width = latents.height * vae.spatial_stride, latents.width * vae.spatial_stride
@@ -123,7 +165,9 @@ def decode_seconds(config: ModelConfig, latents: LatentShape, tile_pixels: int, 
 
 
 def _tiled(length: int, tile: int) -> int:
-    """Pixels along one side that tiles of `tile` pixels decode, overlaps counted twice; 0 is no tiling."""
+    """Pixels along one side that tiles of `tile` pixels decode, overlaps counted twice; 0 is no
+    tiling.
+    """
     if not tile or length <= tile:
         return length
     return (math.ceil((length - tile) / (tile - VAE_TILE_OVERLAP_PIXELS)) + 1) * tile

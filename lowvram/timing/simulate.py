@@ -1,8 +1,10 @@
-"""A model of time: when every read, copy and computation of a schedule begins and ends, by the streamer's own rules. No torch.
+"""A model of time: when every read, copy and computation of a schedule begins and ends, by the
+streamer's own rules. No torch.
 
-Disk, copies within the host and the link each have a worker that walks the visits in order, as in `streaming.streamer`; the link and
-computing are queues of the device. What waits for what is in the visits: `stage_after` and `host_after` for a buffer's last copy, `after`
-for the computation that used a slot. A computation waits for its block's copy and for the one before it.
+Disk, copies within the host and the link each have a worker that walks the visits in order, as in
+`streaming.streamer`; the link and computing are queues of the device. What waits for what is in the
+visits: `stage_after` and `host_after` for a buffer's last copy, `after` for the computation that
+used a slot. A computation waits for its block's copy and for the one before it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from lowvram.streaming.schedule import NEVER, Visit
 
 @dataclass(frozen=True)
 class Speeds:
-    """Bytes per second of every hop. staged: the device's memory is not the host's (as in `transport.Transport`)."""
+    """Bytes per second of every hop. staged: the device's memory is not the host's (as in
+    `transport.Transport`).
+    """
 
     disk_bytes_s: float
     host_copy_bytes_s: float
@@ -27,8 +31,9 @@ class Speeds:
 class VisitTimes(NamedTuple):
     """One visit, in seconds from the start. Where a hop is not used, its start equals its end.
 
-    read: from the disk; stage: from pageable RAM into staging; copy: into the slot, issued at `issued_s` and under way between the next
-    two; compute; `released_s`: when the host goes on, which lets the link's worker issue the next copy into the slot.
+    read: from the disk; stage: from pageable RAM into staging; copy: into the slot, issued at
+    `issued_s` and under way between the next two; compute; `released_s`: when the host goes on,
+    which lets the link's worker issue the next copy into the slot.
     """
 
     read_start_s: float
@@ -45,7 +50,9 @@ class VisitTimes(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """All visits in order, and what they moved. `stall_s`: how long computing stood still before each visit."""
+    """All visits in order, and what they moved. `stall_s`: how long computing stood still before
+    each visit.
+    """
 
     visits: tuple[VisitTimes, ...]
     stall_s: tuple[float, ...]
@@ -65,11 +72,14 @@ def simulate(
     speeds: Speeds,
     step_starts: frozenset[int] = frozenset(),
 ) -> Timeline:
-    """Runs the schedule. compute_s: of every visit, or of each; step_starts: numbers of the visits before which the host waits for the
-    device, as it does after every denoising step.
+    """Runs the schedule. compute_s: of every visit, or of each; step_starts: numbers of the visits
+    before which the host waits for the device, as it does after every denoising step.
     """
     every_s = [float(compute_s)] * len(visits) if isinstance(compute_s, (int, float)) else compute_s
-    read_s, stage_s, link_s = (block_bytes / rate for rate in (speeds.disk_bytes_s, speeds.host_copy_bytes_s, speeds.link_bytes_s))
+    read_s, stage_s, link_s = (
+        block_bytes / rate
+        for rate in (speeds.disk_bytes_s, speeds.host_copy_bytes_s, speeds.link_bytes_s)
+    )
     times: list[VisitTimes] = []
     disk = staging = linking = link_free = issuing = compute_free = 0.0
     stalls: list[float] = []
@@ -115,12 +125,37 @@ def simulate(
         compute_free = start + every_s[number]
         if not speeds.staged:
             issuing = compute_free
-        times.append(VisitTimes(read_start, read_end, stage_start, stage_end, issued, copy_start, copy_end, start, compute_free, issuing))
-    return Timeline(tuple(times), tuple(stalls), reads * block_bytes, stagings * block_bytes, copies * block_bytes)
+        times.append(
+            VisitTimes(
+                read_start,
+                read_end,
+                stage_start,
+                stage_end,
+                issued,
+                copy_start,
+                copy_end,
+                start,
+                compute_free,
+                issuing,
+            )
+        )
+    return Timeline(
+        tuple(times),
+        tuple(stalls),
+        reads * block_bytes,
+        stagings * block_bytes,
+        copies * block_bytes,
+    )
 
 
 def _host_free(visits: Sequence[Visit], times: Sequence[VisitTimes], host_after: int) -> float:
-    """When the block that a RAM buffer held before has left it: into staging where it is pageable, else into its slot."""
+    """When the block that a RAM buffer held before has left it: into staging where it is pageable,
+    else into its slot.
+    """
     if host_after == NEVER:
         return 0.0
-    return times[host_after].copy_end_s if visits[host_after].stage is None else times[host_after].stage_end_s
+    return (
+        times[host_after].copy_end_s
+        if visits[host_after].stage is None
+        else times[host_after].stage_end_s
+    )

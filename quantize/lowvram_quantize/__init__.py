@@ -1,1 +1,3 @@
-"""The offline quantizer: any checkpoint that `lowvram.checkpoint` reads becomes a store, in bounded memory and resumable."""
+"""The offline quantizer: any checkpoint that `lowvram.checkpoint` reads becomes a store, in bounded
+memory and resumable.
+"""

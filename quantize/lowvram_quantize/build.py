@@ -1,4 +1,6 @@
-"""Builds a store inside a staging folder, continuing what is there, and moves it to its final names."""
+"""Builds a store inside a staging folder, continuing what is there, and moves it to its final
+names.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from lowvram.checkpoint.source import Source
 from lowvram.errors import CheckpointError
 from lowvram.files.io import replace_file, sync_folder
 from lowvram.store.layout import ComponentLayout, StoredTensor
-from lowvram.store.manifest import MANIFEST_NAME, REPORT_NAME, STORE_FILES, TOKENIZER_NAME, ComponentManifest, Manifest, component_file
+from lowvram.store.manifest import (
+    MANIFEST_NAME,
+    REPORT_NAME,
+    STORE_FILES,
+    TOKENIZER_NAME,
+    ComponentManifest,
+    Manifest,
+    component_file,
+)
 from lowvram.store.writer import StoreWriter
 from lowvram_quantize.component import ComponentMaker
 from lowvram_quantize.progress import QUANTIZE, Meter, ProgressCallback
@@ -29,7 +39,9 @@ STATE_NAME = "run.jsonl"
 
 @dataclass(frozen=True)
 class Build:
-    """One run: what it reads, what it makes of it, and the folder it works in until all is complete."""
+    """One run: what it reads, what it makes of it, and the folder it works in until all is
+    complete.
+    """
 
     source: Source
     recipe: Recipe
@@ -38,24 +50,34 @@ class Build:
     staging: Path
 
     def run(self, engine: RowEngine, progress: ProgressCallback | None) -> None:
-        """Writes whatever of the store is still missing in the staging folder, its manifest last."""
+        """Writes whatever of the store is still missing in the staging folder, its manifest
+        last.
+        """
         self.staging.mkdir(exist_ok=True)
         with RunState(self.staging / STATE_NAME, self.identity) as state:
             if (self.staging / MANIFEST_NAME).exists():
                 return
-            meter = Meter(QUANTIZE, sum(layout.total_bytes for layout in self.layouts.values()), progress)
+            meter = Meter(
+                QUANTIZE, sum(layout.total_bytes for layout in self.layouts.values()), progress
+            )
             components = {name: self.component(name, engine, state, meter) for name in self.layouts}
             self._check_source_unchanged()
             replace_file(self.staging / TOKENIZER_NAME, self.source.tokenizer)
             replace_file(self.staging / REPORT_NAME, self._report(state).to_json().encode())
             self._manifest(components).write(self.staging)
 
-    def component(self, name: str, engine: RowEngine, state: RunState, meter: Meter) -> ComponentManifest:
+    def component(
+        self, name: str, engine: RowEngine, state: RunState, meter: Meter
+    ) -> ComponentManifest:
         """Writes the file of one component, from where an earlier run stopped."""
         layout = self.layouts[name]
-        run = ComponentRun(name, ComponentMaker(self.source.components[name], layout, engine), state, meter)
+        run = ComponentRun(
+            name, ComponentMaker(self.source.components[name], layout, engine), state, meter
+        )
         file = component_file(name)
-        with StoreWriter(self.staging / file, layout.tensors, layout.metadata(), self.identity, resume=True) as writer:
+        with StoreWriter(
+            self.staging / file, layout.tensors, layout.metadata(), self.identity, resume=True
+        ) as writer:
             return ComponentManifest(file, writer.header_sha256, run.write(writer))
 
     def _check_source_unchanged(self) -> None:
@@ -64,13 +86,28 @@ class Build:
         except OSError:  # a file of it is gone
             same = False
         if not same:
-            raise CheckpointError(f"{self.source.path} changed while it was read: start again without --resume")
+            raise CheckpointError(
+                f"{self.source.path} changed while it was read: start again without --resume"
+            )
 
     def _report(self, state: RunState) -> Report:
-        order = [(name, stored.name) for name, layout in self.layouts.items() for stored in layout.tensors]
+        order = [
+            (name, stored.name)
+            for name, layout in self.layouts.items()
+            for stored in layout.tensors
+        ]
         errors = tuple(state.errors[key] for key in order if key in state.errors)
-        source_bytes = sum(info.nbytes for component in self.source.components.values() for info in component.tensors.values())
-        return Report(self.recipe.to_dict(), source_bytes, sum(layout.total_bytes for layout in self.layouts.values()), errors)
+        source_bytes = sum(
+            info.nbytes
+            for component in self.source.components.values()
+            for info in component.tensors.values()
+        )
+        return Report(
+            self.recipe.to_dict(),
+            source_bytes,
+            sum(layout.total_bytes for layout in self.layouts.values()),
+            errors,
+        )
 
     def _manifest(self, components: dict[str, ComponentManifest]) -> Manifest:
         return Manifest(
@@ -85,7 +122,8 @@ class Build:
 
 
 def commit(staging: Path, model: Path) -> None:
-    """Moves a complete store from `staging` to `model`. While it is under way there is no manifest, so nothing opens a mixture.
+    """Moves a complete store from `staging` to `model`. While it is under way there is no manifest,
+    so nothing opens a mixture.
 
     Needs no room on the disk. Done again after a crash, it finishes what is left.
     """
@@ -102,9 +140,13 @@ def commit(staging: Path, model: Path) -> None:
 
 
 class ComponentRun:
-    """Writes one component's file: the next tensor is made while a thread hashes and writes the one before."""
+    """Writes one component's file: the next tensor is made while a thread hashes and writes the one
+    before.
+    """
 
-    def __init__(self, component: str, maker: ComponentMaker, state: RunState, meter: Meter) -> None:
+    def __init__(
+        self, component: str, maker: ComponentMaker, state: RunState, meter: Meter
+    ) -> None:
         self._component = component
         self._maker = maker
         self._state = state
@@ -126,7 +168,9 @@ class ComponentRun:
                 pending.result()
         return writer.finish()
 
-    def _write_one(self, writer: StoreWriter, stored: StoredTensor, tensor: Tensor, error: ErrorSums | None) -> None:
+    def _write_one(
+        self, writer: StoreWriter, stored: StoredTensor, tensor: Tensor, error: ErrorSums | None
+    ) -> None:
         writer.write(tensor)
         self._note(stored, error)
         self._meter.advance(self._component, stored.name, stored.nbytes)
@@ -134,7 +178,10 @@ class ComponentRun:
     def _restore_errors(self, written: tuple[StoredTensor, ...]) -> None:
         """Measures again what a crash took from the state."""
         for stored in written:
-            if self._maker.loses(stored) and (self._component, stored.name) not in self._state.errors:
+            if (
+                self._maker.loses(stored)
+                and (self._component, stored.name) not in self._state.errors
+            ):
                 self._note(stored, self._maker.make(stored)[1])
 
     def _note(self, stored: StoredTensor, error: ErrorSums | None) -> None:

@@ -14,7 +14,9 @@ from lowvram_quantize.rows import ErrorSums, RowEngine, cast_rows, quantize_rows
 
 
 class ComponentMaker:
-    """Any stored tensor in any order; the scales of a matrix are kept from its making until they are asked for."""
+    """Any stored tensor in any order; the scales of a matrix are kept from its making until they
+    are asked for.
+    """
 
     def __init__(self, source: ComponentSource, layout: ComponentLayout, engine: RowEngine) -> None:
         self._source = source
@@ -23,12 +25,19 @@ class ComponentMaker:
         self._scales: dict[str, Tensor] = {}
 
     def loses(self, stored: StoredTensor) -> bool:
-        """Whether `make` measures an error: what is stored cannot hold every value of its source."""
-        cast = stored.role == "copy" and stored.dtype not in ("F32", self._source.tensors[stored.source].dtype)
+        """Whether `make` measures an error: what is stored cannot hold every value of its
+        source.
+        """
+        cast = stored.role == "copy" and stored.dtype not in (
+            "F32",
+            self._source.tensors[stored.source].dtype,
+        )
         return cast or stored.role == "weight"
 
     def make(self, stored: StoredTensor) -> tuple[Tensor, ErrorSums | None]:
-        """The tensor as it is stored, and its error where it `loses`. Raises `NonFiniteError` where the rotation overflows."""
+        """The tensor as it is stored, and its error where it `loses`. Raises `NonFiniteError` where
+        the rotation overflows.
+        """
         if stored.role == "weight":
             codes, self._scales[stored.source], error = self._quantize(stored.source)
             return codes, error
@@ -38,7 +47,11 @@ class ComponentMaker:
         if stored.role == "marker":
             return torch.frombuffer(bytearray(marker_bytes(self._format)), dtype=torch.uint8), None
         tensor, dtype = self._source.read(stored.source), TORCH_DTYPES[stored.dtype]
-        return cast_rows(self._engine, tensor, dtype) if self.loses(stored) else (tensor.to(dtype), None)
+        return (
+            cast_rows(self._engine, tensor, dtype)
+            if self.loses(stored)
+            else (tensor.to(dtype), None)
+        )
 
     def _quantize(self, name: str) -> tuple[Tensor, Tensor, ErrorSums]:
         try:

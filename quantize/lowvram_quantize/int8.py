@@ -1,4 +1,6 @@
-"""Int8 weights per row: `scale = max|row| / 127`, `q = round(w / scale)`, with or without rotation of the inputs."""
+"""Int8 weights per row: `scale = max|row| / 127`, `q = round(w / scale)`, with or without rotation
+of the inputs.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,12 @@ INT8 = RowFormat(qint8, rotated=True, round_=_round_)
 INT8_PLAIN = RowFormat(qint8, rotated=False, round_=_round_)
 
 
-def quantize_int8(weight: Tensor, engine: RowEngine, rotated: bool = True) -> tuple[Tensor, Tensor, ErrorSums]:
-    """`W·R ≈ q * scale`: q [N, K] int8 in -127 .. 127, scale [N, 1] fp32, in fp32 arithmetic; K a multiple of 256 where rotated."""
+def quantize_int8(
+    weight: Tensor, engine: RowEngine, rotated: bool = True
+) -> tuple[Tensor, Tensor, ErrorSums]:
+    """`W·R ≈ q * scale`: q [N, K] int8 in -127 .. 127, scale [N, 1] fp32, in fp32 arithmetic; K a
+    multiple of 256 where rotated.
+    """
     return quantize_rows(engine, weight, INT8 if rotated else INT8_PLAIN)
 
 

@@ -12,7 +12,9 @@ QUANTIZE = "quantize"
 
 @dataclass(frozen=True)
 class Progress:
-    """One tensor is done. `phase`: `scan` counts bytes read in search of NaN, `quantize` bytes of the store written."""
+    """One tensor is done. `phase`: `scan` counts bytes read in search of NaN, `quantize` bytes of
+    the store written.
+    """
 
     phase: str
     component: str
@@ -27,7 +29,9 @@ ProgressCallback = Callable[[Progress], None]
 
 
 class Meter:
-    """Counts the bytes of one phase; what an earlier run did (`skip`) counts as done, but not as speed."""
+    """Counts the bytes of one phase; what an earlier run did (`skip`) counts as done, but not as
+    speed.
+    """
 
     def __init__(self, phase: str, total_bytes: int, callback: ProgressCallback | None) -> None:
         self._phase = phase
@@ -47,4 +51,6 @@ class Meter:
         done = self._skipped_bytes + self._done_bytes
         speed = self._done_bytes / max(time.monotonic() - self._start_s, 1e-9)
         left_s = (self._total_bytes - done) / speed if speed else 0.0
-        self._callback(Progress(self._phase, component, tensor, done, self._total_bytes, speed, left_s))
+        self._callback(
+            Progress(self._phase, component, tensor, done, self._total_bytes, speed, left_s)
+        )

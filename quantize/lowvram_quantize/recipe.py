@@ -1,4 +1,6 @@
-"""What a run makes of its source: the format, the rules behind its bytes, and the identity that a resumed run must share."""
+"""What a run makes of its source: the format, the rules behind its bytes, and the identity that a
+resumed run must share.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ ROW_FORMATS: dict[str, RowFormat] = {"int8": INT8, "int8-plain": INT8_PLAIN, "fp
 
 @dataclass(frozen=True)
 class Recipe:
-    """The format of the experts' block linears; `store_layout.component_format` derives that of the other components."""
+    """The format of the experts' block linears; `store_layout.component_format` derives that of the
+    other components.
+    """
 
     format: str = "int8"
     scale_optimizer: str = "absmax"
@@ -46,28 +50,53 @@ def lowvram_version() -> str:
 
 def source_record(source: Source) -> dict[str, str]:
     """Layout and one fingerprint per component, as the manifest keeps them."""
-    return {"layout": source.layout} | {name: component.fingerprint() for name, component in source.components.items()}
+    return {"layout": source.layout} | {
+        name: component.fingerprint() for name, component in source.components.items()
+    }
 
 
 def run_identity(recipe: Recipe, source: Source) -> dict[str, str]:
     """All that the bytes of the store depend on."""
-    return _identity(recipe.to_dict(), source_record(source), source.config, _sha256(source.tokenizer), lowvram_version())
+    return _identity(
+        recipe.to_dict(),
+        source_record(source),
+        source.config,
+        _sha256(source.tokenizer),
+        lowvram_version(),
+    )
 
 
 def manifest_identity(manifest: Manifest) -> dict[str, str]:
     """The identity of the run that made a finished store."""
-    return _identity(manifest.recipe, manifest.source, manifest.config, manifest.tokenizer_sha256, manifest.lowvram_version)
+    return _identity(
+        manifest.recipe,
+        manifest.source,
+        manifest.config,
+        manifest.tokenizer_sha256,
+        manifest.lowvram_version,
+    )
 
 
 def check_same(found: dict[str, str], wanted: dict[str, str], where: str) -> None:
-    """Raises `ResumeError` with both values of everything that differs between an interrupted run and this one."""
+    """Raises `ResumeError` with both values of everything that differs between an interrupted run
+    and this one.
+    """
     different = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if different:
         texts = "; ".join(f"{key} was {found.get(key)}, now {wanted.get(key)}" for key in different)
-        raise ResumeError(f"cannot continue the run in {where}: {texts}: repeat the old request, or start again without --resume")
+        raise ResumeError(
+            f"cannot continue the run in {where}: {texts}: repeat the old request, or start "
+            f"again without --resume"
+        )
 
 
-def _identity(recipe: dict[str, Any], source: dict[str, str], config: ModelConfig, tokenizer: str, version: str) -> dict[str, str]:
+def _identity(
+    recipe: dict[str, Any],
+    source: dict[str, str],
+    config: ModelConfig,
+    tokenizer: str,
+    version: str,
+) -> dict[str, str]:
     return {
         "lowvram_version": version,
         **{key: str(value) for key, value in recipe.items()},

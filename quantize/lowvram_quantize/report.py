@@ -1,4 +1,6 @@
-"""What quantization lost, tensor by tensor, as JSON beside the manifest and as one table for people."""
+"""What quantization lost, tensor by tensor, as JSON beside the manifest and as one table for
+people.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from lowvram_quantize.rows import ErrorSums
 
 @dataclass(frozen=True)
 class TensorError:
-    """Error of one tensor against its source; for a rotated one in the rotated space, where every error has the same length.
+    """Error of one tensor against its source; for a rotated one in the rotated space, where every
+    error has the same length.
 
     `sqnr_db` is None where nothing was lost (or all is zero).
     """
@@ -37,7 +40,9 @@ class TensorError:
     @classmethod
     def of(cls, component: str, name: str, dtype: str, sums: ErrorSums) -> TensorError:
         sqnr = round(sums.sqnr_db, 3) if math.isfinite(sums.sqnr_db) else None
-        return cls(component, name, dtype, sqnr, round(sums.cosine, 8), float(f"{sums.largest:.6g}"))
+        return cls(
+            component, name, dtype, sqnr, round(sums.cosine, 8), float(f"{sums.largest:.6g}")
+        )
 
     @property
     def kind(self) -> str:
@@ -48,7 +53,9 @@ class TensorError:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a run: its recipe, its bytes, and the error of every tensor whose values changed."""
+    """The result of a run: its recipe, its bytes, and the error of every tensor whose values
+    changed.
+    """
 
     recipe: dict[str, Any]
     source_bytes: int
@@ -56,7 +63,9 @@ class Report:
     tensors: tuple[TensorError, ...]
 
     def to_json(self) -> str:
-        """The same for the same source and recipe, wherever and however often the run was interrupted."""
+        """The same for the same source and recipe, wherever and however often the run was
+        interrupted.
+        """
         data = {
             "recipe": self.recipe,
             "source_bytes": self.source_bytes,
@@ -79,7 +88,9 @@ def read_report(model: Path) -> Report:
 
 
 def summarize(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
-    """Per component and kind of tensor: how many, mean and least SQNR in dB, least cosine, largest absolute error."""
+    """Per component and kind of tensor: how many, mean and least SQNR in dB, least cosine, largest
+    absolute error.
+    """
     groups: dict[tuple[str, str], list[TensorError]] = defaultdict(list)
     for error in errors:
         groups[error.component, error.kind].append(error)
@@ -102,13 +113,25 @@ def _group(component: str, kind: str, members: list[TensorError]) -> dict[str, A
 def summary_table(report: Report) -> Table:
     """One row per component and kind of linear."""
     sizes = f"{format_bytes(report.source_bytes)} -> {format_bytes(report.stored_bytes)}"
-    table = Table(title=f"{report.recipe['format']}: {sizes}", caption="SQNR in dB, mean and least", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{report.recipe['format']}: {sizes}",
+        caption="SQNR in dB, mean and least",
+        box=box.SIMPLE_HEAD,
+    )
     for name in ("component", "kind"):
         table.add_column(name, no_wrap=True)
     for name in ("n", "SQNR", "least", "min cosine", "max error"):
         table.add_column(name, justify="right", no_wrap=True)
     for group in summarize(report.tensors):
-        means = ["exact" if group[key] is None else f"{group[key]:.2f}" for key in ("mean_sqnr_db", "min_sqnr_db")]
-        values = (str(group["tensors"]), *means, f"{group['min_cosine']:.6f}", f"{group['max_abs_error']:.3g}")
+        means = [
+            "exact" if group[key] is None else f"{group[key]:.2f}"
+            for key in ("mean_sqnr_db", "min_sqnr_db")
+        ]
+        values = (
+            str(group["tensors"]),
+            *means,
+            f"{group['min_cosine']:.6f}",
+            f"{group['max_abs_error']:.3g}",
+        )
         table.add_row(group["component"], group["kind"], *values)
     return table

@@ -1,7 +1,9 @@
-"""ConvRot: the rotation by the regular Hadamard matrix of 256, which spreads outliers over a group of inputs.
+"""ConvRot: the rotation by the regular Hadamard matrix of 256, which spreads outliers over a group
+of inputs.
 
-`R = H4 ⊗ H4 ⊗ H4 ⊗ H4`, `H4 = [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]] / 2`: symmetric and orthogonal, so `R·R = I`
-and `(x·R)·(W·R)ᵀ = x·Wᵀ`. The source of the format is comfy-kitchen's `int8_tensorwise` with `convrot`.
+`R = H4 ⊗ H4 ⊗ H4 ⊗ H4`, `H4 = [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]] / 2`: symmetric and
+orthogonal, so `R·R = I` and `(x·R)·(W·R)ᵀ = x·Wᵀ`. The source of the format is comfy-kitchen's
+`int8_tensorwise` with `convrot`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ _STAGES = 4  # 4^4 = 256
 
 
 def rotation_matrix() -> Tensor:
-    """`R: [256, 256] fp32`, the dense definition that `rotate_` is tested against; its elements are ±1/16."""
+    """`R: [256, 256] fp32`, the dense definition that `rotate_` is tested against; its elements are
+    ±1/16.
+    """
     h4 = torch.tensor(_H4) / 2
     matrix = torch.ones(1, 1)
     for _ in range(_STAGES):
@@ -25,11 +29,13 @@ def rotation_matrix() -> Tensor:
 
 
 def rotate_(x: Tensor, other: Tensor, half: Tensor) -> None:
-    """`x <- x·R` in each group of 256 along the last axis, by elementwise fp32 adds in a fixed order and one scaling by 1/16.
+    """`x <- x·R` in each group of 256 along the last axis, by elementwise fp32 adds in a fixed
+    order and one scaling by 1/16.
 
-    x, other: fp32, contiguous, the same number of elements; half: fp32, half as many. `other` and `half` are overwritten.
-    Each stage transforms the leading base-4 digit of the index and moves it to the end, so that four stages restore the order.
-    No sum depends on threads, chunks or the machine.
+    x, other: fp32, contiguous, the same number of elements; half: fp32, half as many. `other` and
+    `half` are overwritten. Each stage transforms the leading base-4 digit of the index and moves it
+    to the end, so that four stages restore the order. No sum depends on threads, chunks or the
+    machine.
     """
     left, right = half.view(2, -1, ROTATION_GROUP // 4)
     for _ in range(_STAGES):

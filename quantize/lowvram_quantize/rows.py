@@ -1,4 +1,6 @@
-"""Quantizes a matrix in chunks of rows: each row's result depends on that row alone, so neither chunks nor threads change a bit."""
+"""Quantizes a matrix in chunks of rows: each row's result depends on that row alone, so neither
+chunks nor threads change a bit.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RowFormat:
-    """`W·R ≈ codes * scale` per row. `round_`: fp32 quotients, in place, to values that the dtype of `qtype` holds (or rounds itself)."""
+    """`W·R ≈ codes * scale` per row. `round_`: fp32 quotients, in place, to values that the dtype
+    of `qtype` holds (or rounds itself).
+    """
 
     qtype: qtype
     rotated: bool
@@ -64,26 +68,40 @@ class ErrorSums:
 
 
 class RowEngine:
-    """Runs a function over chunks of rows on its own threads, one core each. `device` does the arithmetic, threads feed it."""
+    """Runs a function over chunks of rows on its own threads, one core each. `device` does the
+    arithmetic, threads feed it.
+    """
 
     def __init__(self, threads: int | None = None, device: str = "cpu") -> None:
         self.device = torch.device(device)
         self.threads = threads or torch.get_num_threads()
         self._before = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self.threads, "lowvram-quantize", lambda: torch.set_num_threads(1))
+        self._pool = ThreadPoolExecutor(
+            self.threads, "lowvram-quantize", lambda: torch.set_num_threads(1)
+        )
         self._local = threading.local()
 
     def __enter__(self) -> RowEngine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._before)  # the workers' setting is also the default of later threads
+        # the workers' setting is also the default of later threads
+        torch.set_num_threads(self._before)
 
-    def over_rows(self, matrix: Tensor, work: Callable[[slice], Result], chunk_elements: int = CHUNK_ELEMENTS) -> Iterator[Result]:
+    def over_rows(
+        self, matrix: Tensor, work: Callable[[slice], Result], chunk_elements: int = CHUNK_ELEMENTS
+    ) -> Iterator[Result]:
         """`work` of each range of rows of `matrix`, results in the order of the rows."""
         step = max(1, chunk_elements // max(1, matrix.shape[1]))
-        return self._pool.map(work, [slice(start, start + step) for start in range(0, matrix.shape[0], step)])
+        return self._pool.map(
+            work, [slice(start, start + step) for start in range(0, matrix.shape[0], step)]
+        )
 
     def workspace(self, shape: torch.Size, halves: int) -> list[Tensor]:
         """Fp32 buffers of this thread: two of `shape` and, flat, `halves` halves of one more."""
@@ -97,23 +115,35 @@ class RowEngine:
 
 
 def row_scales(absmax: Tensor, kind: qtype) -> Tensor:
-    """`absmax / qmax: [N, 1] fp32`, by optimum-quanto's `AbsmaxOptimizer`, floored at `SMALLEST_SCALE`.
+    """`absmax / qmax: [N, 1] fp32`, by optimum-quanto's `AbsmaxOptimizer`, floored at
+    `SMALLEST_SCALE`.
 
-    absmax: [N, 1] fp32, max|w| of each row: it stands in for the row, whose scale it gives, so that no copy of |w| is made.
-    It is on the CPU, since a GPU divides by a number by multiplying with its rounded inverse.
-    Symmetric optimisers only: those of quanto that shift (`MaxOptimizer`, `HqqOptimizer`) need zero points, which
-    `int8_tensorwise` has not.
+    absmax: [N, 1] fp32, max|w| of each row: it stands in for the row, whose scale it gives, so that
+    no copy of |w| is made. It is on the CPU, since a GPU divides by a number by multiplying with
+    its rounded inverse.
+    Symmetric optimisers only: those of quanto that shift (`MaxOptimizer`, `HqqOptimizer`) need zero
+    points, which `int8_tensorwise` has not.
     """
     scales: Tensor = AbsmaxOptimizer()(absmax, kind, axis=0)
-    scales = scales.reshape(-1, 1).clamp_(min=SMALLEST_SCALE)  # quanto gives one row a scale without axes
+    # quanto gives one row a scale without axes
+    scales = scales.reshape(-1, 1).clamp_(min=SMALLEST_SCALE)
     if not torch.isfinite(scales).all():
-        raise NonFiniteError("weights are so large that their rotation overflows fp32: the checkpoint is damaged")
+        raise NonFiniteError(
+            "weights are so large that their rotation overflows fp32: the checkpoint is damaged"
+        )
     return scales
 
 
-def quantize_rows(engine: RowEngine, weight: Tensor, form: RowFormat) -> tuple[Tensor, Tensor, ErrorSums]:
-    """Codes [N, K] in the format's dtype, scales [N, 1] fp32, and the error of `codes * scale` against what was rounded."""
-    codes, scales = torch.empty(weight.shape, dtype=form.qtype.dtype), torch.empty(weight.shape[0], 1)
+def quantize_rows(
+    engine: RowEngine, weight: Tensor, form: RowFormat
+) -> tuple[Tensor, Tensor, ErrorSums]:
+    """Codes [N, K] in the format's dtype, scales [N, 1] fp32, and the error of `codes * scale`
+    against what was rounded.
+    """
+    codes, scales = (
+        torch.empty(weight.shape, dtype=form.qtype.dtype),
+        torch.empty(weight.shape[0], 1),
+    )
 
     def work(rows: slice) -> ErrorSums:
         x, y, half = engine.workspace(weight[rows].shape, 1)
@@ -147,16 +177,21 @@ def cast_rows(engine: RowEngine, tensor: Tensor, dtype: torch.dtype) -> tuple[Te
 
 
 def count_nonfinite(engine: RowEngine, tensor: Tensor) -> int:
-    """How many elements are NaN or infinite: one pass over the extremes, which NaN spreads into, where all are finite."""
+    """How many elements are NaN or infinite: one pass over the extremes, which NaN spreads into,
+    where all are finite.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return 0
     matrix = _as_matrix(tensor)
-    return sum(engine.over_rows(matrix, lambda rows: _count_nonfinite(matrix[rows]), 8 * CHUNK_ELEMENTS))
+    return sum(
+        engine.over_rows(matrix, lambda rows: _count_nonfinite(matrix[rows]), 8 * CHUNK_ELEMENTS)
+    )
 
 
 def _count_nonfinite(chunk: Tensor) -> int:
     if chunk.dtype.itemsize in (1, 8):
-        chunk = chunk.float()  # 8-bit floats have no comparisons; an fp64 must be finite as the fp32 that is made of it
+        # 8-bit floats have no comparisons; an fp64 must be finite as the fp32 that is made of it
+        chunk = chunk.float()
     if all(math.isfinite(extreme.item()) for extreme in torch.aminmax(chunk)):
         return 0
     return int((~torch.isfinite(chunk)).sum())
@@ -172,7 +207,9 @@ def _error(x: Tensor, dequantized: Tensor) -> ErrorSums:
     x = x.view(-1)
     signal, cross, noise = torch.dot(x, x), torch.dot(x, error), torch.dot(error, error)
     low, high = torch.aminmax(error)
-    return ErrorSums(x.numel(), signal.item(), noise.item(), cross.item(), max(-low.item(), high.item()))
+    return ErrorSums(
+        x.numel(), signal.item(), noise.item(), cross.item(), max(-low.item(), high.item())
+    )
 
 
 def _total(parts: Iterator[ErrorSums]) -> ErrorSums:

@@ -1,7 +1,8 @@
 """The journal of a run: its identity, and the error of every tensor that lost anything.
 
-JSON lines, the identity first. The identity is synced before anything else is written; the rest is a note (what is written,
-the writer's own journals say): a line that a crash took is made again from the source.
+JSON lines, the identity first. The identity is synced before anything else is written; the rest is
+a note (what is written, the writer's own journals say): a line that a crash took is made again from
+the source.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from lowvram_quantize.report import TensorError
 
 
 class RunState:
-    """Errors by (component, tensor). Its file's existence says that the source was searched for NaN and found clean."""
+    """Errors by (component, tensor). Its file's existence says that the source was searched for NaN
+    and found clean.
+    """
 
     def __init__(self, path: Path, identity: dict[str, str]) -> None:
-        """Starts the journal, or continues the one at `path`. Raises `ResumeError` where that has another identity."""
+        """Starts the journal, or continues the one at `path`. Raises `ResumeError` where that has
+        another identity.
+        """
         self.path = path
         self.errors: dict[tuple[str, str], TensorError] = {}
         kept = _whole_lines(path)
@@ -42,7 +47,12 @@ class RunState:
     def __enter__(self) -> RunState:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         os.close(self._fd)
 
     def add(self, error: TensorError) -> None:

@@ -1,4 +1,6 @@
-"""Promise 11: random valid files round-trip; random damage raises only `LowvramError`, soon and within bounded memory."""
+"""Promise 11: random valid files round-trip; random damage raises only `LowvramError`, soon and
+within bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,29 @@ from lowvram.store.reader import open_store
 from lowvram.store.writer import StoreWriter
 from tests.helpers.checkpoints import tiny_config, write_official, write_store
 
-QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda name: name != "__metadata__")
+QUICK = settings(
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(
+    lambda name: name != "__metadata__"
+)
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 CODES = st.sampled_from(sorted(set(DTYPE_BYTES) - {"BOOL"}))
 STORED = ("F32", "BF16", "I8", "U8", "F8_E4M3")
 VALUES: Any = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([2**63, -1, 2**31, "F32", "I8"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from([2**63, -1, 2**31, "F32", "I8"]),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), inner, max_size=4)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["dtype", "shape", "data_offsets", "x"]), inner, max_size=4
+        )
     ),
     max_leaves=6,
 )
@@ -41,7 +57,13 @@ VALUES: Any = st.recursive(
 def filled(code: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     dtype = TORCH_DTYPES[code]
     count = int(torch.Size(shape).numel())
-    raw = torch.randint(0, 256, (count * dtype.itemsize,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    raw = torch.randint(
+        0,
+        256,
+        (count * dtype.itemsize,),
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.uint8,
+    )
     return raw.view(dtype).reshape(shape)
 
 
@@ -63,7 +85,9 @@ def read_all(path: Path) -> None:
 
 
 def survives(path: Path) -> None:
-    """Reading every tensor works or raises a `LowvramError`, within 1 s of this thread's time and 256 MB."""
+    """Reading every tensor works or raises a `LowvramError`, within 1 s of this thread's time and
+    256 MB.
+    """
     began = time.thread_time()
     read_all(path)
     assert time.thread_time() - began < 1
@@ -77,10 +101,16 @@ def survives(path: Path) -> None:
 
 @QUICK
 @given(
-    st.dictionaries(NAMES, st.tuples(CODES, SHAPES), max_size=6), st.dictionaries(NAMES, st.text(st.characters(exclude_categories=["Cs"])))
+    st.dictionaries(NAMES, st.tuples(CODES, SHAPES), max_size=6),
+    st.dictionaries(NAMES, st.text(st.characters(exclude_categories=["Cs"]))),
 )
-def test_p11_valid_file_of_the_safetensors_library_is_read(tmp_path: Path, kinds: dict[str, Any], metadata: dict[str, str]) -> None:
-    tensors = {name: filled(code, shape, index) for index, (name, (code, shape)) in enumerate(kinds.items())}
+def test_p11_valid_file_of_the_safetensors_library_is_read(
+    tmp_path: Path, kinds: dict[str, Any], metadata: dict[str, str]
+) -> None:
+    tensors = {
+        name: filled(code, shape, index)
+        for index, (name, (code, shape)) in enumerate(kinds.items())
+    }
     path = tmp_path / "x.safetensors"
     path.write_bytes(save(tensors, metadata or None))  # for {} and {} the library writes no JSON
     with TensorFile(path) as file:
@@ -90,12 +120,19 @@ def test_p11_valid_file_of_the_safetensors_library_is_read(tmp_path: Path, kinds
 
 
 @QUICK
-@given(st.dictionaries(NAMES, st.tuples(st.sampled_from(STORED), SHAPES), max_size=6), st.dictionaries(NAMES, NAMES), st.booleans())
+@given(
+    st.dictionaries(NAMES, st.tuples(st.sampled_from(STORED), SHAPES), max_size=6),
+    st.dictionaries(NAMES, NAMES),
+    st.booleans(),
+)
 def test_p11_written_file_is_read_by_the_safetensors_library(
     tmp_path: Path, kinds: dict[str, Any], metadata: dict[str, str], cut: bool
 ) -> None:
     path = tmp_path / "x.safetensors"
-    tensors = {name: filled(code, shape, index) for index, (name, (code, shape)) in enumerate(kinds.items())}
+    tensors = {
+        name: filled(code, shape, index)
+        for index, (name, (code, shape)) in enumerate(kinds.items())
+    }
     plan = [StoredTensor(name, code, shape, "copy", "") for name, (code, shape) in kinds.items()]
     if cut:
         with StoreWriter(path, plan, metadata, {}, resume=False) as writer:
@@ -116,7 +153,9 @@ def test_p11_written_file_is_read_by_the_safetensors_library(
 @QUICK
 @given(st.data())
 def test_p11_random_damage_raises_only_lowvram_errors(tmp_path: Path, data: st.DataObject) -> None:
-    content = bytearray(save({"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.int8)}, {"key": "value"}))
+    content = bytearray(
+        save({"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.int8)}, {"key": "value"})
+    )
     for _ in range(data.draw(st.integers(1, 4))):
         position = data.draw(st.integers(0, len(content)))
         kind = data.draw(st.sampled_from(["flip", "cut", "insert", "remove", "number"]))
@@ -129,15 +168,24 @@ def test_p11_random_damage_raises_only_lowvram_errors(tmp_path: Path, data: st.D
         elif kind == "remove":
             del content[position : position + data.draw(st.integers(1, 40))]
         else:
-            content[:8] = data.draw(st.integers(0, 2**64 - 1) | st.integers(0, len(content))).to_bytes(8, "little").ljust(len(content[:8]))
+            content[:8] = (
+                data.draw(st.integers(0, 2**64 - 1) | st.integers(0, len(content)))
+                .to_bytes(8, "little")
+                .ljust(len(content[:8]))
+            )
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     survives(path)
 
 
 @QUICK
-@given(st.dictionaries(st.sampled_from(["__metadata__", "a", "b", ""]), VALUES, max_size=4) | VALUES, st.integers(0, 64))
-def test_p11_any_json_as_a_header_raises_only_lowvram_errors(tmp_path: Path, entries: Any, data_bytes: int) -> None:
+@given(
+    st.dictionaries(st.sampled_from(["__metadata__", "a", "b", ""]), VALUES, max_size=4) | VALUES,
+    st.integers(0, 64),
+)
+def test_p11_any_json_as_a_header_raises_only_lowvram_errors(
+    tmp_path: Path, entries: Any, data_bytes: int
+) -> None:
     text = json.dumps(entries).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data_bytes))
@@ -147,15 +195,21 @@ def test_p11_any_json_as_a_header_raises_only_lowvram_errors(tmp_path: Path, ent
 ENTRY = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from([*DTYPE_BYTES, "F4", ""]),
-        "shape": st.lists(st.integers(0, 4) | st.sampled_from([2**62, 2**63, 2**64, True]), max_size=70),
-        "data_offsets": st.lists(st.integers(-1, 70) | st.sampled_from([2**63, 2**64]), min_size=1, max_size=3),
+        "shape": st.lists(
+            st.integers(0, 4) | st.sampled_from([2**62, 2**63, 2**64, True]), max_size=70
+        ),
+        "data_offsets": st.lists(
+            st.integers(-1, 70) | st.sampled_from([2**63, 2**64]), min_size=1, max_size=3
+        ),
     }
 )
 
 
 @QUICK
 @given(st.dictionaries(st.sampled_from("abc"), ENTRY, max_size=3), st.integers(0, 64))
-def test_p11_plausible_entries_raise_only_lowvram_errors(tmp_path: Path, entries: Any, data_bytes: int) -> None:
+def test_p11_plausible_entries_raise_only_lowvram_errors(
+    tmp_path: Path, entries: Any, data_bytes: int
+) -> None:
     text = json.dumps(entries).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data_bytes))
@@ -164,7 +218,11 @@ def test_p11_plausible_entries_raise_only_lowvram_errors(tmp_path: Path, entries
 
 def test_p11_large_hostile_header_is_refused_soon(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    for text in (b'{"a":' + b"[" * 10**6, b'{"a":"' + b"x" * 10**6 + b'"}', b"{" + b",".join(b'"%d":0' % n for n in range(10**5)) + b"}"):
+    for text in (
+        b'{"a":' + b"[" * 10**6,
+        b'{"a":"' + b"x" * 10**6 + b'"}',
+        b"{" + b",".join(b'"%d":0' % n for n in range(10**5)) + b"}",
+    ):
         path.write_bytes(len(text).to_bytes(8, "little") + text)
         survives(path)
 
@@ -186,8 +244,12 @@ JSON_FILES = [
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_p11_any_change_of_the_json_files_raises_only_lowvram_errors(folders: Path, data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from([f"source/{item}" for item in JSON_FILES] + [f"store/{MANIFEST_NAME}"]))
+def test_p11_any_change_of_the_json_files_raises_only_lowvram_errors(
+    folders: Path, data: st.DataObject
+) -> None:
+    name = data.draw(
+        st.sampled_from([f"source/{item}" for item in JSON_FILES] + [f"store/{MANIFEST_NAME}"])
+    )
     path = folders / name
     before = path.read_bytes()
     changed = json.loads(before)
@@ -201,7 +263,11 @@ def test_p11_any_change_of_the_json_files_raises_only_lowvram_errors(folders: Pa
     path.write_text(json.dumps(changed))
     text = ""
     try:
-        (open_source(folders / "source") if name.startswith("source") else open_store(folders / "store")).close()
+        (
+            open_source(folders / "source")
+            if name.startswith("source")
+            else open_store(folders / "store")
+        ).close()
     except LowvramError as error:
         text = str(error)
     finally:

@@ -19,11 +19,28 @@ CONFIG = tiny_config()
 VAE = "Wan2.1_VAE.safetensors"
 INDEX = "high_noise_model/diffusion_pytorch_model.safetensors.index.json"
 EVIL = [
-    "../x.safetensors", "a/../../x.safetensors", "/etc/passwd", "//server/share/x.safetensors", "\\\\server\\share\\x", "C:\\x", "C:x",
-    "..\\x", "..", ".", "", "a/b.safetensors", "x\x00.safetensors", "x\n.safetensors", "x:stream",
-    "x\u202e.safetensors", "x ", "x.", "a" * 256,
-    "~/x|y", "\ud800",
-]  # fmt: skip
+    "../x.safetensors",
+    "a/../../x.safetensors",
+    "/etc/passwd",
+    "//server/share/x.safetensors",
+    "\\\\server\\share\\x",
+    "C:\\x",
+    "C:x",
+    "..\\x",
+    "..",
+    ".",
+    "",
+    "a/b.safetensors",
+    "x\x00.safetensors",
+    "x\n.safetensors",
+    "x:stream",
+    "x\u202e.safetensors",
+    "x ",
+    "x.",
+    "a" * 256,
+    "~/x|y",
+    "\ud800",
+]
 
 
 @pytest.fixture
@@ -38,7 +55,15 @@ def test_p14_name_that_is_not_plain_is_refused(name: str) -> None:
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "diffusion_pytorch_model-00001-of-00006.safetensors", "..a", "模型.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.safetensors",
+        "diffusion_pytorch_model-00001-of-00006.safetensors",
+        "..a",
+        "模型.safetensors",
+    ],
+)
 def test_p14_plain_name_passes(name: str) -> None:
     assert check_plain_name(name, Path("index.json")) == name
 
@@ -50,14 +75,25 @@ def test_p14_index_cannot_name_a_shard_outside(name: str, model: Path, tmp_path:
     outside = model / "outside.safetensors"
     shutil.copy(model / "high_noise_model" / shard, outside)
     evil = name.format(outside=outside)
-    index["weight_map"] = {key: evil if value == shard else value for key, value in index["weight_map"].items()}
+    index["weight_map"] = {
+        key: evil if value == shard else value for key, value in index["weight_map"].items()
+    }
     write_json(model / INDEX, index)
     (model / "high_noise_model" / shard).unlink()
     with pytest.raises(UnsafeFileError, match="not a plain file name"):
         open_source(model)
 
 
-@pytest.mark.parametrize("name", [VAE, "google/umt5-xxl/tokenizer.json", "low_noise_model/config.json", "low_noise_model", INDEX])
+@pytest.mark.parametrize(
+    "name",
+    [
+        VAE,
+        "google/umt5-xxl/tokenizer.json",
+        "low_noise_model/config.json",
+        "low_noise_model",
+        INDEX,
+    ],
+)
 def test_p14_link_out_of_the_folder_is_refused(name: str, model: Path, tmp_path: Path) -> None:
     path, outside = model / name, tmp_path / "outside"
     path.rename(outside)
@@ -78,7 +114,9 @@ def test_p14_model_folder_may_be_a_link(model: Path, tmp_path: Path) -> None:
 
 
 def as_hub_cache(model: Path, cache: Path) -> Path:
-    """Moves every file into `blobs`, with relative links from `snapshots/<revision>`, as huggingface_hub does."""
+    """Moves every file into `blobs`, with relative links from `snapshots/<revision>`, as
+    huggingface_hub does.
+    """
     snapshot = cache / "snapshots" / "0123abcd"
     (cache / "blobs").mkdir(parents=True)
     for number, path in enumerate(sorted(item for item in model.rglob("*") if item.is_file())):

@@ -79,7 +79,11 @@ def test_p13_pages_of_a_pickle_are_given_back_with_the_tensor(tmp_path: Path) ->
 @pytest.mark.parametrize("allow", [False, True], ids=["refused", "allowed"])
 def test_p13_payload_does_not_run(allow: bool, legacy: bool, tmp_path: Path) -> None:
     path, trace = tmp_path / "model.pth", tmp_path / "ran"
-    torch.save({"weight": torch.ones(2), "evil": Payload(trace)}, path, _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"weight": torch.ones(2), "evil": Payload(trace)},
+        path,
+        _use_new_zipfile_serialization=not legacy,
+    )
     with pytest.raises(LowvramError):
         PickleFile(path, allow)
     assert not trace.exists()
@@ -98,7 +102,14 @@ def test_p13_bare_pickle_does_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [[torch.ones(1)], {"a": 1}, {1: torch.ones(1)}, {"a": {"b": torch.ones(1)}}, {"a": torch.ones(2).to_sparse()}]
+    "content",
+    [
+        [torch.ones(1)],
+        {"a": 1},
+        {1: torch.ones(1)},
+        {"a": {"b": torch.ones(1)}},
+        {"a": torch.ones(2).to_sparse()},
+    ],
 )
 def test_p13_what_is_no_flat_dict_of_tensors_is_refused(content: object, tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
@@ -117,7 +128,14 @@ def test_p13_damaged_pickle_is_one_clear_error(damage: str, tmp_path: Path) -> N
             archive.writestr("archive/version", "3")
     else:
         content[200] ^= 255
-        path.write_bytes({"empty": b"", "text": b"hello", "cut": bytes(content[:-100]), "flipped": bytes(content)}[damage])
+        path.write_bytes(
+            {
+                "empty": b"",
+                "text": b"hello",
+                "cut": bytes(content[:-100]),
+                "flipped": bytes(content),
+            }[damage]
+        )
     with pytest.raises(CheckpointError) as caught:
         PickleFile(path, True)
     assert "\n" not in str(caught.value)
@@ -132,7 +150,11 @@ def test_p13_old_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_p13_torch_load_occurs_in_one_file_and_restricted() -> None:
     pattern = re.compile(r"torch\.load\(|pickle\.loads?\(|Unpickler\(|allow_pickle=True")
-    sources = [path for folder in ("lowvram", "kernels", "quantize") for path in (ROOT / folder).rglob("*.py")]
+    sources = [
+        path
+        for folder in ("lowvram", "kernels", "quantize")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     users = [path for path in sources if pattern.search(path.read_text(encoding="utf-8"))]
     assert users == [Path(pickle_import.__file__)]
     calls = re.findall(r"torch\.load\(.*\)", users[0].read_text(encoding="utf-8"))

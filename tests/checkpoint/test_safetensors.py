@@ -1,4 +1,6 @@
-"""Tensors are views of their own pages or copies, given back when they die; writing into one changes nothing on disk."""
+"""Tensors are views of their own pages or copies, given back when they die; writing into one
+changes nothing on disk.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowvram.checkpoint.readers.safetensors import ALIGNMENT, DTYPE_CODES, SMALL_BYTES, TORCH_DTYPES, TensorFile
+from lowvram.checkpoint.readers.safetensors import (
+    ALIGNMENT,
+    DTYPE_CODES,
+    SMALL_BYTES,
+    TORCH_DTYPES,
+    TensorFile,
+)
 from lowvram.checkpoint.readers.safetensors_header import TruncatedFileError
 from lowvram.errors import CheckpointError
 from lowvram.files import io as disk
@@ -38,13 +46,22 @@ def mapped_bytes(path: Path) -> int:
 @pytest.fixture
 def big_file(tmp_path: Path) -> Path:
     path = tmp_path / "big.safetensors"
-    save_file({"first": torch.arange(BIG // 4, dtype=torch.int32), "second": torch.randn(BIG // 8, 2), "small": torch.ones(3)}, path)
+    save_file(
+        {
+            "first": torch.arange(BIG // 4, dtype=torch.int32),
+            "second": torch.randn(BIG // 8, 2),
+            "small": torch.ones(3),
+        },
+        path,
+    )
     return path
 
 
 @pytest.mark.parametrize("code", TORCH_DTYPES)
 def test_every_dtype_reads_back_bit_for_bit(code: str, tmp_path: Path) -> None:
-    raw = torch.randint(0, 2 if code == "BOOL" else 256, (6 * TORCH_DTYPES[code].itemsize,), dtype=torch.uint8)
+    raw = torch.randint(
+        0, 2 if code == "BOOL" else 256, (6 * TORCH_DTYPES[code].itemsize,), dtype=torch.uint8
+    )
     tensor = raw.view(TORCH_DTYPES[code]).reshape(2, 3)
     save_file({"x": tensor}, tmp_path / "x.safetensors")
     with TensorFile(tmp_path / "x.safetensors") as file:
@@ -119,7 +136,10 @@ def test_threads_read_the_same(big_file: Path) -> None:
 
         def read() -> None:
             for _ in range(50):
-                if not torch.equal(file.read("small"), torch.ones(3)) or int(file.read("first")[7]) != 7:
+                if (
+                    not torch.equal(file.read("small"), torch.ones(3))
+                    or int(file.read("first")[7]) != 7
+                ):
                     wrong.append(1)
 
         threads = [threading.Thread(target=read) for _ in range(4)]
@@ -144,7 +164,9 @@ def test_unknown_name_is_refused(big_file: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of maps")
 def test_what_a_run_reads_from_a_store_is_its_own(tmp_path: Path) -> None:
-    """A disk that fails under a map ends the process, and a file that is written over changes one: copies know neither."""
+    """A disk that fails under a map ends the process, and a file that is written over changes one:
+    copies know neither.
+    """
     path = tmp_path / "store.safetensors"
     values = torch.randn(BIG // 4)
     save_file({"weight": values}, path)
@@ -189,27 +211,43 @@ def fail(code: int, times: int) -> Callable[[int], int | None]:
 
 
 @pytest.mark.parametrize(
-    "fault", [fail(errno.EIO, 3), lambda number: 0 if number < 3 else None, lambda number: 300_000], ids=["EIO", "nothing", "short"]
+    "fault",
+    [fail(errno.EIO, 3), lambda number: 0 if number < 3 else None, lambda number: 300_000],
+    ids=["EIO", "nothing", "short"],
 )
 def test_copies_of_a_disk_that_fails_are_read_again(
-    big_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Callable[[int], int | None]
+    big_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: Callable[[int], int | None],
 ) -> None:
     with TensorFile(big_file) as file, caplog.at_level(logging.WARNING):
         expected, rows = file.read("second"), file.read("second")[[5, 0, 5]]
-        for read, wanted in ((lambda: file.read("second", mapped=False), expected), (lambda: file.read_rows("second", [5, 0, 5]), rows)):
+        for read, wanted in (
+            (lambda: file.read("second", mapped=False), expected),
+            (lambda: file.read_rows("second", [5, 0, 5]), rows),
+        ):
             caplog.clear()
             with monkeypatch.context() as patch:
                 faults = Faults(patch, fault)
                 assert torch.equal(read(), wanted)
             assert faults.reads > 1
             assert len(caplog.records) in (0, 3)
-            assert all("big.safetensors: reading 'second' at byte" in record.getMessage() for record in caplog.records)
+            assert all(
+                "big.safetensors: reading 'second' at byte" in record.getMessage()
+                for record in caplog.records
+            )
 
 
 @pytest.mark.parametrize("name", ["first", "small"])
-def test_a_tensor_that_the_disk_does_not_give_is_named(big_file: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_tensor_that_the_disk_does_not_give_is_named(
+    big_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     Faults(monkeypatch, fail(errno.EIO, 10**6))
-    said = rf"big.safetensors: reading '{name}' at byte \d+ failed: Input/output error, 4 times: check the disk"
+    said = (
+        rf"big.safetensors: reading '{name}' at byte \d+ failed: Input/output error, 4 "
+        rf"times: check the disk"
+    )
     with TensorFile(big_file) as file:
         with pytest.raises(CheckpointError, match=said) as failed:
             file.read(name, mapped=False)
@@ -218,28 +256,39 @@ def test_a_tensor_that_the_disk_does_not_give_is_named(big_file: Path, monkeypat
             file.read_rows(name, [2])
 
 
-def test_a_read_without_memory_is_no_fault_of_the_disk(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_without_memory_is_no_fault_of_the_disk(
+    big_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faults = Faults(monkeypatch, fail(errno.ENOMEM, 1))
     with TensorFile(big_file) as file, pytest.raises(OSError, match="Cannot allocate memory"):
         file.read("small")
     assert faults.reads == 1
 
 
-def test_a_file_cut_while_it_is_copied_is_refused(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_cut_while_it_is_copied_is_refused(
+    big_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def cut(number: int) -> int | None:
         if number == 1:
             os.truncate(big_file, BIG // 2)
         return 4096
 
     Faults(monkeypatch, cut)
-    with TensorFile(big_file) as file, pytest.raises(TruncatedFileError, match=r"expected \d+ bytes of '(first|second)', found \d+"):
+    with (
+        TensorFile(big_file) as file,
+        pytest.raises(
+            TruncatedFileError, match=r"expected \d+ bytes of '(first|second)', found \d+"
+        ),
+    ):
         file.read("first", mapped=False)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send to oneself")
 @pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("ends", ["by itself", "with Ctrl-C"])
-def test_a_disk_that_hangs_is_named_and_hears_ctrl_c(big_file: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+def test_a_disk_that_hangs_is_named_and_hears_ctrl_c(
+    big_file: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
     begun, released, real = threading.Event(), threading.Event(), disk.read_at
 
     def read_at(fd: int, target: memoryview, offset: int, seeking: threading.Lock) -> int:
@@ -255,7 +304,11 @@ def test_a_disk_that_hangs_is_named_and_hears_ctrl_c(big_file: Path, monkeypatch
     monkeypatch.setattr(disk, "HANGING_READ_S", 0.5 if ends == "by itself" else 300.0)
     with TensorFile(big_file) as file:
         if ends == "by itself":
-            with pytest.raises(CheckpointError, match=r"big.safetensors: 'first' cannot be read: .* no byte for 0 s: check the disk"):
+            with pytest.raises(
+                CheckpointError,
+                match=r"big.safetensors: 'first' cannot be read: .* no byte for 0 s: check "
+                r"the disk",
+            ):
                 file.read("first", mapped=False)
         else:
             presser = threading.Thread(target=press)
@@ -278,7 +331,9 @@ def test_windows_has_no_preadv(big_file: Path, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(file.read_rows("second", [7, 3]), expected[[7, 3]])
 
 
-def test_a_file_that_is_gone_or_cannot_be_asked_is_named(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_gone_or_cannot_be_asked_is_named(
+    big_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stale(*_: object) -> object:
         raise OSError(errno.ESTALE, "Stale file handle")
 

@@ -1,4 +1,6 @@
-"""Promise 10: every malformed kind of header raises its own error, without allocating what it claims."""
+"""Promise 10: every malformed kind of header raises its own error, without allocating what it
+claims.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,15 @@ MALFORMED: dict[str, tuple[Any, type[HeaderError]]] = {
     "7 bytes": (b"RAW1234567", header.FileTooShortError),
     "length 0": (b"RAW" + bytes(8), header.EmptyHeaderError),
     "over the cap": (b"RAW" + (2**62).to_bytes(8, "little") + b"{}", header.HeaderTooLongError),
-    "just over the cap": (b"RAW" + (header.HEADER_CAP_BYTES + 1).to_bytes(8, "little"), header.HeaderTooLongError),
+    "just over the cap": (
+        b"RAW" + (header.HEADER_CAP_BYTES + 1).to_bytes(8, "little"),
+        header.HeaderTooLongError,
+    ),
     "over the file": (b"RAW" + (3).to_bytes(8, "little") + b"{}", header.HeaderBeyondFileError),
-    "claims the cap": (b"RAW" + header.HEADER_CAP_BYTES.to_bytes(8, "little") + b"{}", header.HeaderBeyondFileError),
+    "claims the cap": (
+        b"RAW" + header.HEADER_CAP_BYTES.to_bytes(8, "little") + b"{}",
+        header.HeaderBeyondFileError,
+    ),
     "not UTF-8": (b'{"\xff":1}', header.HeaderEncodingError),
     "lone surrogate in a name": (b'{"\\ud800":1}', header.HeaderEncodingError),
     "lone surrogate in metadata": (b'{"__metadata__":{"a":"\\ud800"}}', header.HeaderEncodingError),
@@ -56,11 +64,17 @@ MALFORMED: dict[str, tuple[Any, type[HeaderError]]] = {
     "nested too deeply": (b'{"a":' * 100_000, header.HeaderJsonError),
     "a number of 5000 digits": (b'{"a":' + b"9" * 5000 + b"}", header.HeaderJsonError),
     "duplicate tensor": (b'{"a":1,"a":2}', header.DuplicateKeyError),
-    "duplicate key in a tensor": (b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', header.DuplicateKeyError),
+    "duplicate key in a tensor": (
+        b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        header.DuplicateKeyError,
+    ),
     "metadata is a list": ({"__metadata__": []}, header.MetadataError),
     "metadata holds a number": ({"__metadata__": {"a": 1}}, header.MetadataError),
     "entry is a number": ({"a": 1}, header.TensorEntryError),
-    "entry lacks the dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, header.TensorEntryError),
+    "entry lacks the dtype": (
+        {"a": {"shape": [2], "data_offsets": [0, 8]}},
+        header.TensorEntryError,
+    ),
     "entry has one key more": (changed(stride=[1]), header.TensorEntryError),
     "unknown dtype": (changed(dtype="F33"), header.UnknownDtypeError),
     "dtype is a list": (changed(dtype=["F32"]), header.UnknownDtypeError),
@@ -76,7 +90,10 @@ MALFORMED: dict[str, tuple[Any, type[HeaderError]]] = {
     "offsets backwards": (changed(data_offsets=[8, 0]), header.OffsetsError),
     "size overflow": (changed(shape=[2**62, 2]), header.SizeOverflowError),
     "size overflow that wraps to 8": (changed(shape=[2**63 + 1, 2]), header.SizeOverflowError),
-    "size overflow beside a zero": (changed(shape=[0, 2**40, 2**40], data_offsets=[0, 0]), header.SizeOverflowError),
+    "size overflow beside a zero": (
+        changed(shape=[0, 2**40, 2**40], data_offsets=[0, 0]),
+        header.SizeOverflowError,
+    ),
     "offset overflow": (changed(data_offsets=[2**64, 2**64 + 8]), header.SizeOverflowError),
     "size mismatch": (changed(shape=[3]), header.SizeMismatchError),
     "overlap": (pair([0, 5], [4, 8]), header.OverlapError),
@@ -86,8 +103,11 @@ MALFORMED: dict[str, tuple[Any, type[HeaderError]]] = {
     "trailing bytes": (pair([0, 3], [3, 7]), header.TrailingBytesError),
     "no tensors but bytes": ({}, header.TrailingBytesError),
     "truncated": (pair([0, 3], [3, 9]), header.TruncatedFileError),
-    "claims 2^60 bytes": (changed(shape=[2**58], data_offsets=[0, 2**60]), header.TruncatedFileError),
-}  # fmt: skip
+    "claims 2^60 bytes": (
+        changed(shape=[2**58], data_offsets=[0, 2**60]),
+        header.TruncatedFileError,
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
@@ -119,7 +139,11 @@ def test_p10_each_kind_is_told_apart() -> None:
 
 def test_p10_tiny_file_cut_at_every_byte(tmp_path: Path) -> None:
     whole = tmp_path / "whole.safetensors"
-    save_file({"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.int8)}, whole, metadata={"key": "value"})
+    save_file(
+        {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.int8)},
+        whole,
+        metadata={"key": "value"},
+    )
     content = whole.read_bytes()
     read_header(whole)
     cut = tmp_path / "cut.safetensors"
@@ -138,13 +162,23 @@ def test_truncated_file_names_expected_and_actual_bytes(tmp_path: Path) -> None:
 
 def test_header_agrees_with_the_safetensors_library(tmp_path: Path) -> None:
     path = tmp_path / "good.safetensors"
-    tensors = {"w": torch.randn(3, 5), "scalar": torch.tensor(2.0), "none": torch.empty(0, 4), "half": torch.ones(7).half()}
+    tensors = {
+        "w": torch.randn(3, 5),
+        "scalar": torch.tensor(2.0),
+        "none": torch.empty(0, 4),
+        "half": torch.ones(7).half(),
+    }
     save_file(tensors, path, metadata={"b": "2", "a": "1"})
     found = read_header(path)
     assert found.metadata == {"b": "2", "a": "1"}
     assert found.file_bytes == path.stat().st_size
-    assert {name: info.shape for name, info in found.tensors.items()} == {name: tuple(value.shape) for name, value in tensors.items()}
-    assert all(info.nbytes == tensors[name].nbytes and info.start >= found.data_start for name, info in found.tensors.items())
+    assert {name: info.shape for name, info in found.tensors.items()} == {
+        name: tuple(value.shape) for name, value in tensors.items()
+    }
+    assert all(
+        info.nbytes == tensors[name].nbytes and info.start >= found.data_start
+        for name, info in found.tensors.items()
+    )
 
 
 def test_header_keeps_its_own_order_where_data_order_differs(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Sources: both layouts give the same model; what does not fit is refused at once and by name (promise 12)."""
+"""Sources: both layouts give the same model; what does not fit is refused at once and by name
+(promise 12).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from lowvram.checkpoint.source import open_source
 from lowvram.checkpoint.validate import QuantizedSourceError, WrongExpertError
 from lowvram.errors import CheckpointError, MissingTensorsError
 from lowvram.variants import COMPONENTS, T2V_A14B, ModelConfig, SamplingDefaults, VAEConfig
-from tests.helpers.checkpoints import tiny_config, tiny_weights, write_diffusers, write_json, write_official
+from tests.helpers.checkpoints import (
+    tiny_config,
+    tiny_weights,
+    write_diffusers,
+    write_json,
+    write_official,
+)
 
 CONFIG = tiny_config()
 T5 = "models_t5_umt5-xxl-enc-bf16.safetensors"
@@ -51,7 +59,11 @@ def diffusers(pristine: Path, tmp_path: Path) -> Path:
     return shutil.copytree(pristine / "diffusers", tmp_path / "model")
 
 
-def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], object], metadata: dict[str, str] | None = None) -> None:
+def edit_tensors(
+    path: Path,
+    edit: Callable[[dict[str, torch.Tensor]], object],
+    metadata: dict[str, str] | None = None,
+) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     edit(tensors)
     save_file(tensors, path, metadata=metadata)
@@ -80,7 +92,16 @@ def test_layouts_give_the_same_config_names_and_weights(layout: str, pristine: P
 def test_sizes_of_the_demo_model_are_inferred(tmp_path: Path) -> None:
     vae = VAEConfig(base_dim=16, dim_mult=(1, 2, 3, 3), num_res_blocks=1)
     text = replace(CONFIG.text_encoder, num_layers=1)
-    sampling = SamplingDefaults(width=64, height=48, num_frames=17, fps=8, steps=12, shift=3.5, guidance_high=2.0, guidance_low=1.5)
+    sampling = SamplingDefaults(
+        width=64,
+        height=48,
+        num_frames=17,
+        fps=8,
+        steps=12,
+        shift=3.5,
+        guidance_high=2.0,
+        guidance_low=1.5,
+    )
     config = ModelConfig("t2v-custom", CONFIG.dit, text, vae, sampling)
     write_official(tmp_path, config, shards=1)
     with open_source(tmp_path) as source:
@@ -96,7 +117,10 @@ def test_boundary_of_diffusers_is_read(diffusers: Path) -> None:
 def test_settings_of_the_real_model_are_recognised() -> None:
     from lowvram.checkpoint.layouts.parts import model_config
 
-    assert model_config(T2V_A14B.dit, T2V_A14B.text_encoder, T2V_A14B.vae, SamplingDefaults()) == T2V_A14B
+    assert (
+        model_config(T2V_A14B.dit, T2V_A14B.text_encoder, T2V_A14B.vae, SamplingDefaults())
+        == T2V_A14B
+    )
 
 
 def test_fingerprint_changes_with_the_file_and_only_then(model: Path) -> None:
@@ -116,7 +140,12 @@ def test_tied_embedding_may_be_stored_twice(diffusers: Path) -> None:
     path = diffusers / "text_encoder"
     index = json.loads((path / "model.safetensors.index.json").read_text())
     shard = index["weight_map"]["shared.weight"]
-    edit_tensors(path / shard, lambda tensors: tensors.update({"encoder.embed_tokens.weight": tensors["shared.weight"].clone()}))
+    edit_tensors(
+        path / shard,
+        lambda tensors: tensors.update(
+            {"encoder.embed_tokens.weight": tensors["shared.weight"].clone()}
+        ),
+    )
     index["weight_map"]["encoder.embed_tokens.weight"] = shard
     write_json(path / "model.safetensors.index.json", index)
     with open_source(diffusers) as source:
@@ -134,7 +163,13 @@ def test_p12_missing_extra_and_wrong_shape_are_named_all_at_once(model: Path) ->
     with pytest.raises(MissingTensorsError) as caught:
         open_source(model)
     message = str(caught.value)
-    for text in ("low_noise", "2 of 69 tensors are missing", "'blocks.1.ffn.2.bias'", "'head.modulation'", "'blocks.2.ffn.2.bias'"):
+    for text in (
+        "low_noise",
+        "2 of 69 tensors are missing",
+        "'blocks.1.ffn.2.bias'",
+        "'head.modulation'",
+        "'blocks.2.ffn.2.bias'",
+    ):
         assert text in message
     for text in ("blocks.0.norm3.weight is [255], expected [256]", "vae", "'decoder.head.2.bias'"):
         assert text in message
@@ -159,7 +194,13 @@ def test_p12_swapped_component_is_named(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "scale", ["blocks.0.self_attn.q.scale_weight", "blocks.0.self_attn.q.weight_scale", "scaled_fp8", "blocks.0.ffn.0.comfy_quant"]
+    "scale",
+    [
+        "blocks.0.self_attn.q.scale_weight",
+        "blocks.0.self_attn.q.weight_scale",
+        "scaled_fp8",
+        "blocks.0.ffn.0.comfy_quant",
+    ],
 )
 def test_p12_unconsumed_scale_is_an_error_of_its_own(scale: str, model: Path) -> None:
     edit_tensors(model / HIGH, lambda tensors: tensors.update({scale: torch.ones(())}))
@@ -169,14 +210,18 @@ def test_p12_unconsumed_scale_is_an_error_of_its_own(scale: str, model: Path) ->
 
 def test_p12_unconsumed_scale_under_diffusers_names(diffusers: Path) -> None:
     path = diffusers / "vae" / "diffusion_pytorch_model.safetensors"
-    edit_tensors(path, lambda tensors: tensors.update({"decoder.conv_in.weight_scale": torch.ones(())}))
+    edit_tensors(
+        path, lambda tensors: tensors.update({"decoder.conv_in.weight_scale": torch.ones(())})
+    )
     with pytest.raises(QuantizedSourceError, match=r"decoder\.conv_in\.weight_scale"):
         open_source(diffusers)
 
 
 def test_p12_eight_bit_weights_without_scales_are_refused(model: Path) -> None:
     name = "blocks.0.ffn.0.weight"
-    edit_tensors(model / HIGH, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    edit_tensors(
+        model / HIGH, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)})
+    )
     with pytest.raises(QuantizedSourceError, match=f"F8_E4M3.*{name}"):
         open_source(model)
 
@@ -208,7 +253,9 @@ def test_p12_one_file_for_both_experts_is_refused(model: Path) -> None:
 def test_missing_shard_is_named_with_its_index(sharded: Path) -> None:
     (sharded / "low_noise_model" / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
     with pytest.raises(
-        CheckpointError, match=r"1 of the 3 shards that diffusion_pytorch_model\.safetensors\.index\.json names: '.*-00002-of-00003"
+        CheckpointError,
+        match=r"1 of the 3 shards that diffusion_pytorch_model\.safetensors\.index\.json names: "
+        r"'.*-00002-of-00003",
     ):
         open_source(sharded)
 
@@ -226,13 +273,17 @@ def test_index_and_shards_that_disagree_are_refused(sharded: Path) -> None:
     data = json.loads(index.read_text())
     data["weight_map"]["head.modulation"] = "diffusion_pytorch_model-00001-of-00003.safetensors"
     write_json(index, data)
-    with pytest.raises(MissingTensorsError, match=r"1 tensors are not in the shard.*'head\.modulation'"):
+    with pytest.raises(
+        MissingTensorsError, match=r"1 tensors are not in the shard.*'head\.modulation'"
+    ):
         open_source(sharded)
 
 
 def test_stray_file_beside_the_shards_is_refused(sharded: Path) -> None:
     folder = sharded / "low_noise_model"
-    shutil.copy(folder / "diffusion_pytorch_model-00001-of-00003.safetensors", folder / "old.safetensors")
+    shutil.copy(
+        folder / "diffusion_pytorch_model-00001-of-00003.safetensors", folder / "old.safetensors"
+    )
     with pytest.raises(CheckpointError, match=r"old\.safetensors"):
         open_source(sharded)
 
@@ -258,7 +309,9 @@ def test_shards_without_index_are_refused(sharded: Path) -> None:
         ({"num_layers": 3}, "differ"),
     ],
 )
-def test_wrong_settings_are_refused_with_file_and_key(change: dict[str, object], text: str, model: Path) -> None:
+def test_wrong_settings_are_refused_with_file_and_key(
+    change: dict[str, object], text: str, model: Path
+) -> None:
     edit_json(model / "high_noise_model" / "config.json", **change)
     with pytest.raises(CheckpointError, match=text):
         open_source(model)
@@ -275,7 +328,9 @@ def test_wrong_settings_are_refused_with_file_and_key(change: dict[str, object],
         ("model_index.json", {"boundary_ratio": 2}, "boundary_ratio"),
     ],
 )
-def test_wrong_settings_of_diffusers_are_refused(file: str, change: dict[str, object], text: str, diffusers: Path) -> None:
+def test_wrong_settings_of_diffusers_are_refused(
+    file: str, change: dict[str, object], text: str, diffusers: Path
+) -> None:
     edit_json(diffusers / file, **change)
     with pytest.raises(CheckpointError, match=text):
         open_source(diffusers)
@@ -287,7 +342,9 @@ def test_unknown_sampling_default_is_refused(model: Path) -> None:
         open_source(model)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\udcff", "[" * 100_000], ids=["cut", "list", "not utf-8", "deep"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "\udcff", "[" * 100_000], ids=["cut", "list", "not utf-8", "deep"]
+)
 def test_broken_json_is_refused(content: str, model: Path) -> None:
     path = model / "high_noise_model" / "config.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -308,7 +365,10 @@ def test_wrong_folders_are_refused_with_what_was_looked_for(tmp_path: Path, mode
         open_source(model)
 
 
-@pytest.mark.parametrize("name", [VAE, "google/umt5-xxl/tokenizer.json", "low_noise_model/config.json", "low_noise_model"])
+@pytest.mark.parametrize(
+    "name",
+    [VAE, "google/umt5-xxl/tokenizer.json", "low_noise_model/config.json", "low_noise_model"],
+)
 def test_missing_part_is_named(name: str, model: Path) -> None:
     path = model / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -318,5 +378,7 @@ def test_missing_part_is_named(name: str, model: Path) -> None:
 
 def test_a_missing_folder_is_named_instead_of_a_file_in_it(model: Path) -> None:
     shutil.rmtree(model / "low_noise_model")
-    with pytest.raises(CheckpointError, match=r"the folder \S+/low_noise_model is missing: download it again"):
+    with pytest.raises(
+        CheckpointError, match=r"the folder \S+/low_noise_model is missing: download it again"
+    ):
         open_source(model)

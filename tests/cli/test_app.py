@@ -55,12 +55,18 @@ def model(tiny_store: StoreOf) -> Path:
 
 def test_generate_writes_a_playable_clip_that_says_what_it_is(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "clip.mp4"
-    result = run("generate", model, "--prompt", "a red circle", "--seed", 3, "--out", out, "--json", *CLIP)
+    result = run(
+        "generate", model, "--prompt", "a red circle", "--seed", 3, "--out", out, "--json", *CLIP
+    )
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["out"] == str(out)
     assert told["peak_bytes"]["vram"] <= told["plan"]["peak_vram_bytes"]
-    assert set(told["memory"]["planned"]) == set(told["memory"]["actual"]) == {"text", "conditioning", "denoise", "decode"}
+    assert (
+        set(told["memory"]["planned"])
+        == set(told["memory"]["actual"])
+        == {"text", "conditioning", "denoise", "decode"}
+    )
     metadata = read_metadata(out)
     assert metadata["ai_generated"] is True
     assert metadata["request"]["prompt"] == "a red circle"
@@ -73,7 +79,12 @@ def test_generate_writes_a_playable_clip_that_says_what_it_is(model: Path, tmp_p
 
 def test_the_same_command_gives_the_same_file(model: Path, tmp_path: Path) -> None:
     for name in ("one.mp4", "two.mp4"):
-        assert run("generate", model, "--prompt", "a circle", "--out", tmp_path / name, *CLIP).exit_code == 0
+        assert (
+            run(
+                "generate", model, "--prompt", "a circle", "--out", tmp_path / name, *CLIP
+            ).exit_code
+            == 0
+        )
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
 
 
@@ -98,21 +109,40 @@ def test_progress_names_every_phase(model: Path, tmp_path: Path) -> None:
         (["--out", "clip.gif"], 2, ("clip.gif", "use clip.mp4")),
         (["--out", "no/such/folder/clip.mp4"], 1, ("no/such/folder does not exist",)),
         (["--resume"], 1, ("nothing to resume", "run without --resume")),
-        (["--steps", "1001"], 2, ("steps 1001 is more than the 1000 timesteps", "use 1000 at most")),
+        (
+            ["--steps", "1001"],
+            2,
+            ("steps 1001 is more than the 1000 timesteps", "use 1000 at most"),
+        ),
         (["--vram", "0GiB"], 2, ("the VRAM budget is '0GiB'", "8GiB, or auto")),
         (["--device", "cuda:abc"], 2, ("unknown device 'cuda:abc'", "here are auto, cpu")),
         (["--device", "cuda:99"], 2, ("device cuda:99", "cpu")),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], code: int, texts: tuple[str, ...]
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: list[str],
+    code: int,
+    texts: tuple[str, ...],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(run("generate", model, "--prompt", "a circle", *CLIP, *changes), code, *texts)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("changes", [{"vram": -5}, {"vram": 1.5}, {"vram": 0}, {"ram": True}, {"device": "cuda:abc"}, {"model": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vram": -5},
+        {"vram": 1.5},
+        {"vram": 0},
+        {"ram": True},
+        {"device": "cuda:abc"},
+        {"model": None},
+    ],
+)
 def test_loading_from_python_raises_errors_of_lowvram(changes: dict[str, Any], model: Path) -> None:
     with pytest.raises(UsageError, match=r"budget is|unknown device|model is None"):
         lowvram.load(**{"model": model, "device": "cpu", **changes})
@@ -121,10 +151,26 @@ def test_loading_from_python_raises_errors_of_lowvram(changes: dict[str, Any], m
 def test_requests_from_python_raise_errors_of_lowvram(model: Path) -> None:
     pipeline = lowvram.load(model, device="cpu")
     with pipeline.store:
-        assert pipeline.request("a", size="64x48", frames=5) == pipeline.request("a", size=(64, 48), num_frames=5)
+        assert pipeline.request("a", size="64x48", frames=5) == pipeline.request(
+            "a", size=(64, 48), num_frames=5
+        )
         assert pipeline.request("a", size=[64, 48]).height == 48
-        wrong: list[dict[str, Any]] = [{"size": (64,)}, {"size": 64}, {"size": "64"}, {"size": (64, "48")}, {"frames": "5"}]
-        wrong += [{"seed": "a"}, {"seed": 1.5}, {"guidance_high": "a"}, {"steps": 2.5}, {"steps": True}, {"width": 64.0}, {"prompt": None}]
+        wrong: list[dict[str, Any]] = [
+            {"size": (64,)},
+            {"size": 64},
+            {"size": "64"},
+            {"size": (64, "48")},
+            {"frames": "5"},
+        ]
+        wrong += [
+            {"seed": "a"},
+            {"seed": 1.5},
+            {"guidance_high": "a"},
+            {"steps": 2.5},
+            {"steps": True},
+            {"width": 64.0},
+            {"prompt": None},
+        ]
         for changes in wrong:
             with pytest.raises(UsageError, match=r"expected|write it like"):
                 pipeline.request(**{"prompt": "a", **changes})
@@ -136,25 +182,56 @@ def test_prompts_come_from_text_or_from_a_file(model: Path, tmp_path: Path) -> N
     missing = run("generate", model, "--prompt-file", tmp_path / "none.txt", *CLIP)
     refused(missing, 1, "none.txt", "No such file", "check the name, or use --prompt TEXT")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    refused(run("generate", model, "--prompt-file", tmp_path / "binary.txt", *CLIP), 1, "binary.txt", "not UTF-8")
+    refused(
+        run("generate", model, "--prompt-file", tmp_path / "binary.txt", *CLIP),
+        1,
+        "binary.txt",
+        "not UTF-8",
+    )
     (tmp_path / "prompt.txt").write_text("a blue square\n", encoding="utf-8")
     out = tmp_path / "clip.mp4"
-    assert run("generate", model, "--prompt-file", tmp_path / "prompt.txt", "--out", out, *CLIP).exit_code == 0
+    assert (
+        run(
+            "generate", model, "--prompt-file", tmp_path / "prompt.txt", "--out", out, *CLIP
+        ).exit_code
+        == 0
+    )
     assert "a blue square" in read_metadata(out)["request"]["prompt"]
     (tmp_path / "notepad.txt").write_bytes("a blue square".encode("utf-8-sig"))
-    assert run("generate", model, "--prompt-file", tmp_path / "notepad.txt", "--out", out, "--overwrite", *CLIP).exit_code == 0
+    assert (
+        run(
+            "generate",
+            model,
+            "--prompt-file",
+            tmp_path / "notepad.txt",
+            "--out",
+            out,
+            "--overwrite",
+            *CLIP,
+        ).exit_code
+        == 0
+    )
     assert read_metadata(out)["request"]["prompt"] == "a blue square"
 
 
-@pytest.mark.parametrize("command", [["generate", "--prompt", "a circle", *CLIP], ["inspect"], ["quantize", "MODEL"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt", "a circle", *CLIP], ["inspect"], ["quantize", "MODEL"]]
+)
 def test_a_folder_that_may_not_be_read_is_refused_in_one_line(
     command: list[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system's answer is made up, because root may read everything; the next test asks the system itself."""
+    """The system's answer is made up, because root may read everything; the next test asks the
+    system itself.
+    """
     name, *rest = command
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode, **_: Path(path) != model)
-    refused(run(name, model, *rest), 1, f"cannot read {model}: Permission denied", "check its owner and its rights")
+    refused(
+        run(name, model, *rest),
+        1,
+        f"cannot read {model}: Permission denied",
+        "check its owner and its rights",
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,8 +244,17 @@ def test_the_system_is_asked_whether_a_folder_may_be_read(inner: str, tmp_path: 
         closed.chmod(0o700)
         pytest.skip("whoever runs this, such as root, may read every folder")
     try:
-        for name, *rest in (["generate", "--prompt", "a circle", *CLIP], ["inspect"], ["quantize", tmp_path / "new"]):
-            refused(run(name, closed / inner, *rest), 1, f"cannot read {closed / inner}: Permission denied", "rights")
+        for name, *rest in (
+            ["generate", "--prompt", "a circle", *CLIP],
+            ["inspect"],
+            ["quantize", tmp_path / "new"],
+        ):
+            refused(
+                run(name, closed / inner, *rest),
+                1,
+                f"cannot read {closed / inner}: Permission denied",
+                "rights",
+            )
     finally:
         closed.chmod(0o700)
 
@@ -180,18 +266,42 @@ def test_names_that_no_file_can_have_are_refused_in_one_line(tmp_path: Path) -> 
 def test_an_existing_output_stays(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "clip.mp4"
     out.write_bytes(b"precious")
-    refused(run("generate", model, "--prompt", "a circle", "--out", out, *CLIP), 1, "clip.mp4", "--overwrite")
+    refused(
+        run("generate", model, "--prompt", "a circle", "--out", out, *CLIP),
+        1,
+        "clip.mp4",
+        "--overwrite",
+    )
     assert out.read_bytes() == b"precious"
-    assert run("generate", model, "--prompt", "a circle", "--out", out, "--overwrite", *CLIP).exit_code == 0
+    assert (
+        run("generate", model, "--prompt", "a circle", "--out", out, "--overwrite", *CLIP).exit_code
+        == 0
+    )
     assert out.stat().st_size > 500
 
 
 def test_models_that_are_none_are_refused(tmp_path: Path) -> None:
-    refused(run("generate", tmp_path / "none", "--prompt", "a", *CLIP), 1, "does not exist", "lowvram quantize")
-    refused(run("generate", tmp_path, "--prompt", "a", *CLIP), 1, "lowvram.json", "lowvram quantize SOURCE MODEL")
+    refused(
+        run("generate", tmp_path / "none", "--prompt", "a", *CLIP),
+        1,
+        "does not exist",
+        "lowvram quantize",
+    )
+    refused(
+        run("generate", tmp_path, "--prompt", "a", *CLIP),
+        1,
+        "lowvram.json",
+        "lowvram quantize SOURCE MODEL",
+    )
     source = write_official(tmp_path / "source", tiny_config())
     for command in (["generate", source, "--prompt", "a", *CLIP], ["plan", source]):
-        refused(run(*command), 1, "source is a model that is not quantized yet", "lowvram quantize", "source MODEL")
+        refused(
+            run(*command),
+            1,
+            "source is a model that is not quantized yet",
+            "lowvram quantize",
+            "source MODEL",
+        )
     refused(run("inspect", tmp_path / "none"), 1, "none does not exist", "give a .safetensors file")
     refused(run("plan", "t2v-a15b"), 2, "neither a folder nor a variant", "t2v-a14b")
 
@@ -201,17 +311,30 @@ def test_damaged_sources_are_refused_before_anything_is_written(tmp_path: Path) 
     write_official(source, tiny_config())
     shard = next((source / "high_noise_model").glob("*-00002-*"))
     moved = shard.rename(tmp_path / "moved")
-    refused(run("quantize", source, model), 1, shard.name, "lacks 1 of the 2 shards", "download them")
+    refused(
+        run("quantize", source, model), 1, shard.name, "lacks 1 of the 2 shards", "download them"
+    )
     moved.rename(shard)
     shard.write_bytes(shard.read_bytes()[:-100])
     refused(run("quantize", source, model), 1, shard.name)
     config = source / "low_noise_model" / "config.json"
     config.write_text(config.read_text().replace('"dim": 256', '"dim": 512'))
-    refused(run("quantize", source, model), 1, str(source), "config.json of high_noise_model and low_noise_model differ", "from one model")
+    refused(
+        run("quantize", source, model),
+        1,
+        str(source),
+        "config.json of high_noise_model and low_noise_model differ",
+        "from one model",
+    )
     config.unlink()
     refused(run("quantize", source, model), 1, f"{config} is missing", "download it again")
     shutil.rmtree(config.parent)
-    refused(run("quantize", source, model), 1, f"the folder {config.parent} is missing", "download it again")
+    refused(
+        run("quantize", source, model),
+        1,
+        f"the folder {config.parent} is missing",
+        "download it again",
+    )
     assert not model.exists()
 
 
@@ -221,15 +344,27 @@ def test_a_wrong_shape_is_refused_with_what_to_do(tmp_path: Path) -> None:
     file = source / "low_noise_model" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     save_file(weights | {"head.modulation": torch.ones(1, 2, 128)}, file)
-    what = "low_noise", "1 tensors have the wrong shape", "head.modulation is [1, 2, 128], expected [1, 2, 256]"
+    what = (
+        "low_noise",
+        "1 tensors have the wrong shape",
+        "head.modulation is [1, 2, 128], expected [1, 2, 256]",
+    )
     refused(run("quantize", source, model), 1, *what, "download it again", "config.json")
     assert not model.exists()
 
 
-def test_places_that_cannot_be_written_are_refused_with_what_to_do(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_that_cannot_be_written_are_refused_with_what_to_do(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_official(tmp_path / "source", tiny_config())
     (tmp_path / "afile").write_text("mine")
-    refused(run("quantize", source, tmp_path / "afile"), 1, "cannot write", "afile", "it is a file: choose a folder that does not exist")
+    refused(
+        run("quantize", source, tmp_path / "afile"),
+        1,
+        "cannot write",
+        "afile",
+        "it is a file: choose a folder that does not exist",
+    )
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -246,11 +381,24 @@ def test_a_state_that_does_not_fit_is_refused_with_a_way_out(model: Path, tmp_pa
     asked = ["generate", model, "--prompt", "a circle", "--out", out, *CLIP]
     other = Request(prompt="a square", width=64, height=64, num_frames=5)
     save_state(state, RunState(other, "another model", "int8", 1, torch.zeros(1), {}))
-    refused(run(*asked, "--resume"), 1, "belongs to another run", "a square", "remove it and run without --resume")
+    refused(
+        run(*asked, "--resume"),
+        1,
+        "belongs to another run",
+        "a square",
+        "remove it and run without --resume",
+    )
     save_file({"latents": torch.zeros(1)}, state, metadata={"lowvram_state": "1"})
-    refused(run(*asked, "--resume"), 1, "is of state version 1", "remove it and run without --resume")
+    refused(
+        run(*asked, "--resume"), 1, "is of state version 1", "remove it and run without --resume"
+    )
     state.write_bytes(b"garbage")
-    refused(run(*asked, "--resume"), 1, "is not the state of an interrupted run", "remove it and run without --resume")
+    refused(
+        run(*asked, "--resume"),
+        1,
+        "is not the state of an interrupted run",
+        "remove it and run without --resume",
+    )
     state.unlink()
     assert run(*asked).exit_code == 0
 
@@ -273,10 +421,14 @@ def test_p12_one_expert_in_the_place_of_both_makes_no_video(model: Path, tmp_pat
         ({"shift": 0}, "shift 0.0 is not a positive number"),
     ],
 )
-def test_defaults_that_no_request_could_use_are_refused_at_once(defaults: dict[str, float], text: str, tmp_path: Path) -> None:
+def test_defaults_that_no_request_could_use_are_refused_at_once(
+    defaults: dict[str, float], text: str, tmp_path: Path
+) -> None:
     source = write_official(tmp_path / "source", tiny_config())
     (source / "lowvram_defaults.json").write_text(json.dumps(defaults))
-    refused(run("quantize", source, tmp_path / "model"), 1, str(source / "lowvram_defaults.json"), text)
+    refused(
+        run("quantize", source, tmp_path / "model"), 1, str(source / "lowvram_defaults.json"), text
+    )
     assert not (tmp_path / "model").exists()
 
 
@@ -298,7 +450,20 @@ def test_quantize_says_what_it_lost(tmp_path: Path) -> None:
 
 def test_plan_answers_for_a_card_of_the_table() -> None:
     card = ["--gpu", "rtx 3060", "--ram", "16GiB"]
-    plan = json.loads(run("plan", "t2v-a14b", "--size", "832x480", *card, "--link", "PCIe 3.0 x8", "--disk", "7GB", "--json").stdout)
+    plan = json.loads(
+        run(
+            "plan",
+            "t2v-a14b",
+            "--size",
+            "832x480",
+            *card,
+            "--link",
+            "PCIe 3.0 x8",
+            "--disk",
+            "7GB",
+            "--json",
+        ).stdout
+    )
     assert plan["prediction"]["machine"] == "RTX 3060 12GB"
     assert plan["prediction"]["basis"] == "predicted"
     assert plan["peak_vram_bytes"] <= 12 * 2**30
@@ -308,9 +473,22 @@ def test_plan_answers_for_a_card_of_the_table() -> None:
     refused(run("plan", "t2v-a14b", "--gpu", "RTX 3080"), 2, "RTX 3080 10GB, RTX 3080 12GB")
     refused(run("plan", "t2v-a14b", "--gpu", "RTX 3060", "--link", "PCIe 9 x16"), 2, "PCIe", "x8")
     for size in ([], ["--size", "832x480"]):
-        refused(run("plan", "t2v-a14b", *size, *card, "--disk", "PCIe 4.0 x4"), 2, "'PCIe 4.0 x4': write it like 3.5GB, what the disk")
-        refused(run("plan", "t2v-a14b", *size, *card, "--vram", "24GB"), 1, "VRAM of 24.00 GB", "RTX 3060 12GB has 12.88 GB")
-    refused(run("plan", "t2v-a14b", "--size", "832x480", "--link", "PCIe 3.0 x8"), 2, "there are none: name a card with --gpu")
+        refused(
+            run("plan", "t2v-a14b", *size, *card, "--disk", "PCIe 4.0 x4"),
+            2,
+            "'PCIe 4.0 x4': write it like 3.5GB, what the disk",
+        )
+        refused(
+            run("plan", "t2v-a14b", *size, *card, "--vram", "24GB"),
+            1,
+            "VRAM of 24.00 GB",
+            "RTX 3060 12GB has 12.88 GB",
+        )
+    refused(
+        run("plan", "t2v-a14b", "--size", "832x480", "--link", "PCIe 3.0 x8"),
+        2,
+        "there are none: name a card with --gpu",
+    )
 
 
 def test_plan_says_what_the_budgets_cost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +499,9 @@ def test_plan_says_what_the_budgets_cost(monkeypatch: pytest.MonkeyPatch) -> Non
     told = re.search(r"(\d+\.\d)% more than with all resident", table)
     assert told is not None, table
     assert 90 < float(told[1]) < 110
-    assert "0.0% more than with all resident" in " ".join(run(*hd, "--vram", "12GiB").stdout.split())
+    assert "0.0% more than with all resident" in " ".join(
+        run(*hd, "--vram", "12GiB").stdout.split()
+    )
 
 
 def test_plan_says_why_there_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,8 +519,12 @@ def test_plan_says_why_there_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("size", [[], ["--size", "640x384"]])
 def test_plan_says_that_image_to_video_does_not_run_yet(size: list[str]) -> None:
     for variant, told in (("i2v-a14b", True), ("t2v-a14b", False)):
-        table = " ".join(run("plan", variant, *size, "--frames", "33", "--gpu", "H200").stdout.split())
-        assert ("can be planned but not run yet; encoding the image is not counted" in table) == told
+        table = " ".join(
+            run("plan", variant, *size, "--frames", "33", "--gpu", "H200").stdout.split()
+        )
+        assert (
+            "can be planned but not run yet; encoding the image is not counted" in table
+        ) == told
 
 
 def test_plan_without_a_size_says_what_fits() -> None:
@@ -356,11 +540,18 @@ def test_plan_without_a_size_says_what_fits() -> None:
         assert text in table
 
 
-def test_generate_sets_predicted_beside_actual_times(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_sets_predicted_beside_actual_times(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The doctor's profile is found by the run that follows."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     asked = ["generate", model, "--prompt", "a circle", *CLIP]
-    assert json.loads(run(*asked, "--out", tmp_path / "a.mp4", "--json").stdout)["seconds"]["predicted"] is None
+    assert (
+        json.loads(run(*asked, "--out", tmp_path / "a.mp4", "--json").stdout)["seconds"][
+            "predicted"
+        ]
+        is None
+    )
     report = json.loads(run("doctor", "--path", tmp_path, "--json").stdout)
     assert report["profile"]["device"] == "cpu"
     told = json.loads(run(*asked, "--out", tmp_path / "b.mp4", "--json").stdout)
@@ -372,18 +563,35 @@ def test_generate_sets_predicted_beside_actual_times(model: Path, tmp_path: Path
     shown = run(*asked, "--out", tmp_path / "c.mp4").stderr
     for text in ("predicted:", "actual / predicted", "one denoising step"):
         assert text in shown
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()  # another plan perhaps, the same video
+    # another plan perhaps, the same video
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
 def test_plan_and_doctor_speak_json() -> None:
-    plan = json.loads(run("plan", "t2v-a14b", "--size", "1280x720", "--frames", "81", "--json").stdout)
+    plan = json.loads(
+        run("plan", "t2v-a14b", "--size", "1280x720", "--frames", "81", "--json").stdout
+    )
     assert plan["num_tokens"] == 75_600
     assert plan["peak_vram_bytes"] <= 8 * 2**30
     table = run("plan", "t2v-a14b", "--size", "1280x720", "--vram", "24GiB").stdout
-    for text in ("x, fp32", "1.55 GB", "K and V", "chunk workspace", "block slots", "peak of the decode phase"):
+    for text in (
+        "x, fp32",
+        "1.55 GB",
+        "K and V",
+        "chunk workspace",
+        "block slots",
+        "peak of the decode phase",
+    ):
         assert text in table
-    refused(run("plan", "t2v-a14b", "--size", "1280x720", "--vram", "2GiB"), 1, "use --vram", "MiB or more")
-    assert {finding["name"] for finding in json.loads(run("doctor", "--json").stdout)["findings"]} >= {"GPU", "Triton", "RAM"}
+    refused(
+        run("plan", "t2v-a14b", "--size", "1280x720", "--vram", "2GiB"),
+        1,
+        "use --vram",
+        "MiB or more",
+    )
+    assert {
+        finding["name"] for finding in json.loads(run("doctor", "--json").stdout)["findings"]
+    } >= {"GPU", "Triton", "RAM"}
 
 
 @pytest.mark.parametrize(
@@ -398,7 +606,9 @@ def test_plan_and_doctor_speak_json() -> None:
         (["--ram", "lots"], 2, ("'lots'", "8GiB")),
     ],
 )
-def test_plan_refuses_what_generate_refuses(changes: list[str], code: int, texts: tuple[str, ...]) -> None:
+def test_plan_refuses_what_generate_refuses(
+    changes: list[str], code: int, texts: tuple[str, ...]
+) -> None:
     for size in ([], ["--size", "832x480"]):
         refused(run("plan", "t2v-a14b", *size, *changes), code, *texts)
     refused(run("plan", "t2v-a14b", "--size", "70x64"), 2, "width 70", "use 64")
@@ -408,28 +618,61 @@ def test_plan_takes_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a card its share; of this machine what a run here would take, without a GPU on the CPU."""
     monkeypatch.setattr("lowvram.plans.api.free_ram_bytes", lambda: 32 * 2**30)
     asked = ["plan", "t2v-a14b", "--size", "832x480", "--gpu", "rtx 3060", "--json"]
-    told = [json.loads(run(*asked, *more).stdout) for more in (["--vram", "auto", "--ram", "auto"], ["--ram", f"{int(32 * 2**30 * 0.85)}"])]
+    told = [
+        json.loads(run(*asked, *more).stdout)
+        for more in (["--vram", "auto", "--ram", "auto"], ["--ram", f"{int(32 * 2**30 * 0.85)}"])
+    ]
     assert told[0] == told[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("lowvram.hardware.budgets._free_ram", lambda: 64 * 2**30)
     small = ["plan", "t2v-a14b", "--vram", "auto", "--ram", "auto", "--json"]
     plan = json.loads(run(*small, "--size", "64x64", "--frames", "5").stdout)
     assert plan["items"]["context of the driver"] == 0
-    assert {cell["vram_bytes"] for cell in json.loads(run(*small).stdout)["cells"]} == {int(64 * 2**30 * 0.85 / 2)}
+    assert {cell["vram_bytes"] for cell in json.loads(run(*small).stdout)["cells"]} == {
+        int(64 * 2**30 * 0.85 / 2)
+    }
 
 
 def test_doctor_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in ("nowhere", "file"):
-        refused(run("doctor", "--path", tmp_path / name, "--json"), 2, str(tmp_path / name), "give --path one that exists")
+        refused(
+            run("doctor", "--path", tmp_path / name, "--json"),
+            2,
+            str(tmp_path / name),
+            "give --path one that exists",
+        )
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
-    prompt = ["--prompt", "a red circle", "--size", "64x64", "--frames", "17", "--steps", "40", "--device", "cpu"]
-    return [sys.executable, "-m", "lowvram", "generate", str(model), *prompt, "--out", str(out), *more]
+    prompt = [
+        "--prompt",
+        "a red circle",
+        "--size",
+        "64x64",
+        "--frames",
+        "17",
+        "--steps",
+        "40",
+        "--device",
+        "cpu",
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "lowvram",
+        "generate",
+        str(model),
+        *prompt,
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120
+) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -439,7 +682,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
-def test_p20_an_interrupted_run_leaves_no_video_and_resumes(model: Path, tmp_path: Path, kill: signal.Signals) -> None:
+def test_p20_an_interrupted_run_leaves_no_video_and_resumes(
+    model: Path, tmp_path: Path, kill: signal.Signals
+) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, cut = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
     subprocess.run(command(model, whole), check=True, env=environment, capture_output=True)
@@ -449,7 +694,8 @@ def test_p20_an_interrupted_run_leaves_no_video_and_resumes(model: Path, tmp_pat
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        # a shell's background job ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     state = tmp_path / "cut.mp4.resume"
     wait_for(state.exists, process)
@@ -464,7 +710,9 @@ def test_p20_an_interrupted_run_leaves_no_video_and_resumes(model: Path, tmp_pat
     again = subprocess.run(command(model, cut), env=environment, capture_output=True, text=True)
     assert again.returncode == 1
     assert "continue it with --resume" in again.stderr
-    subprocess.run(command(model, cut, "--resume"), check=True, env=environment, capture_output=True)
+    subprocess.run(
+        command(model, cut, "--resume"), check=True, env=environment, capture_output=True
+    )
     assert cut.read_bytes() == whole.read_bytes()
     assert not state.exists()
 

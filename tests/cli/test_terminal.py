@@ -1,4 +1,6 @@
-"""What a person sees: bars on a terminal, lines in a log, planned and actual memory side by side."""
+"""What a person sees: bars on a terminal, lines in a log, planned and actual memory side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_log_gets_a_line_when_a_phase_begins_and_then_every_fifteen_seconds(clock: list[float]) -> None:
+def test_a_log_gets_a_line_when_a_phase_begins_and_then_every_fifteen_seconds(
+    clock: list[float],
+) -> None:
     log = StringIO()
     with terminal.generation_progress(Console(file=log)) as listen:
         for step in range(9):
@@ -40,7 +44,9 @@ def test_a_log_gets_a_line_when_a_phase_begins_and_then_every_fifteen_seconds(cl
 
 def test_a_terminal_gets_bars() -> None:
     screen = StringIO()
-    with terminal.generation_progress(Console(file=screen, force_terminal=True, width=100)) as listen:
+    with terminal.generation_progress(
+        Console(file=screen, force_terminal=True, width=100)
+    ) as listen:
         listen(Progress("denoise", 2, 2, 0.0))
     assert "2/2" in screen.getvalue()
 
@@ -49,7 +55,11 @@ def test_quantizing_and_verifying_tell_a_log_how_far_they_are(clock: list[float]
     log = StringIO()
     with terminal.quantize_progress(Console(file=log)) as listen:
         for done in range(3):
-            listen(QuantizeProgress("quantize", "high_noise", "x", done * 10**9, 4 * 10**9, 1e9, 4.0 - done))
+            listen(
+                QuantizeProgress(
+                    "quantize", "high_noise", "x", done * 10**9, 4 * 10**9, 1e9, 4.0 - done
+                )
+            )
             clock[0] += 15.0
     with terminal.verify_progress(Console(file=log)) as verify:
         for done in range(2):
@@ -67,14 +77,21 @@ def test_quantizing_and_verifying_tell_a_log_how_far_they_are(clock: list[float]
 @pytest.mark.parametrize(
     ("actual", "columns"),
     [
-        ({"denoise": PhaseUsage(3 * 10**9, 2 * 10**9)}, ["VRAM, planned", "VRAM, actual", "RAM, planned", "RAM, actual"]),
+        (
+            {"denoise": PhaseUsage(3 * 10**9, 2 * 10**9)},
+            ["VRAM, planned", "VRAM, actual", "RAM, planned", "RAM, actual"],
+        ),
         ({"denoise": PhaseUsage(None, 2 * 10**9)}, ["memory, planned", "memory, actual"]),
         ({}, ["memory, planned", "memory, actual"]),
     ],
     ids=["a device of its own", "a CPU", "a machine that cannot tell"],
 )
-def test_planned_and_actual_memory_stand_side_by_side(actual: dict[str, PhaseUsage], columns: list[str]) -> None:
-    plan = describe_plan(T2V_A14B, "int8", (832, 480), 81, 40, Choice(8192, 2, 0, 0, False), Host(False, 0))
+def test_planned_and_actual_memory_stand_side_by_side(
+    actual: dict[str, PhaseUsage], columns: list[str]
+) -> None:
+    plan = describe_plan(
+        T2V_A14B, "int8", (832, 480), 81, 40, Choice(8192, 2, 0, 0, False), Host(False, 0)
+    )
     peaks = terminal.compared_peaks(plan, actual)
     table = terminal.peaks_table(peaks)
     assert [str(column.header) for column in table.columns] == ["phase", *columns]
@@ -82,4 +99,6 @@ def test_planned_and_actual_memory_stand_side_by_side(actual: dict[str, PhaseUsa
     Console(file=screen, width=120).print(table)
     row = next(line for line in screen.getvalue().splitlines() if "denoising" in line)
     assert ("2.00 GB" in row) == bool(actual)
-    assert peaks["planned"]["denoise"]["vram_bytes"] == next(phase.vram_bytes for phase in plan.phases if phase.phase == "denoise")
+    assert peaks["planned"]["denoise"]["vram_bytes"] == next(
+        phase.vram_bytes for phase in plan.phases if phase.phase == "denoise"
+    )

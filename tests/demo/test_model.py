@@ -1,4 +1,6 @@
-"""The shipped demo model: its size, its layout, its tokenizer, and widths that every format takes."""
+"""The shipped demo model: its size, its layout, its tokenizer, and widths that every format
+takes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def test_is_a_checkpoint_in_the_official_layout() -> None:
         assert (defaults.num_frames, defaults.fps) == (scenes.NUM_FRAMES, scenes.FPS)
         assert defaults.boundary == 0.875
         assert dit.dim % 256 == dit.ffn_dim % 256 == dit.text_dim % 256 == 0
-        assert source.config.text_encoder.d_model % 256 == source.config.text_encoder.d_ff % 256 == 0
+        assert (
+            source.config.text_encoder.d_model % 256 == source.config.text_encoder.d_ff % 256 == 0
+        )
 
 
 def test_tokenizer_knows_every_caption_and_keeps_other_text_short() -> None:
@@ -33,7 +37,9 @@ def test_tokenizer_knows_every_caption_and_keeps_other_text_short() -> None:
     unknown = 3
     for color in scenes.COLORS:
         for motion in scenes.MOTIONS:
-            caption = scenes.Scene(((color, "circle"), ("white", "square")), "gray", motion).caption()
+            caption = scenes.Scene(
+                ((color, "circle"), ("white", "square")), "gray", motion
+            ).caption()
             ids = tokenizer.encode(caption, 32)
             assert unknown not in ids
             assert len(ids) == len(caption.split()) + 1

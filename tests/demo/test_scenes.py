@@ -19,7 +19,10 @@ def test_caption_agrees_in_number() -> None:
 
 
 def test_a_bounce_agrees_in_number_too() -> None:
-    assert Scene((("blue", "square"),), "white", "bounce").caption() == "a blue square bounces on a white background"
+    assert (
+        Scene((("blue", "square"),), "white", "bounce").caption()
+        == "a blue square bounces on a white background"
+    )
 
 
 def test_figures_differ_in_color_from_the_ground_and_from_each_other() -> None:
@@ -30,7 +33,9 @@ def test_figures_differ_in_color_from_the_ground_and_from_each_other() -> None:
 
 def test_render_is_reproducible_varied_and_in_range() -> None:
     scene = random.Random(3).choice(scenes.all_scenes())
-    first, second, other = (scenes.render(scene, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, second, other = (
+        scenes.render(scene, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert first.shape == (3, scenes.NUM_FRAMES, scenes.SIZE, scenes.SIZE)
@@ -48,11 +53,15 @@ def test_figures_stay_inside_and_never_overlap(motion: str) -> None:
         assert not ((red | green) & border).any()
         for frame in range(scenes.NUM_FRAMES):
             rows = [set(mask[frame].any(1).nonzero().flatten().tolist()) for mask in (red, green)]
-            columns = [set(mask[frame].any(0).nonzero().flatten().tolist()) for mask in (red, green)]
+            columns = [
+                set(mask[frame].any(0).nonzero().flatten().tolist()) for mask in (red, green)
+            ]
             assert not rows[0] & rows[1] or not columns[0] & columns[1]
 
 
 def test_collage_is_reproducible() -> None:
-    first, second = (scenes.render_collage(torch.Generator().manual_seed(1), 2, 5, 32) for _ in range(2))
+    first, second = (
+        scenes.render_collage(torch.Generator().manual_seed(1), 2, 5, 32) for _ in range(2)
+    )
     assert torch.equal(first, second)
     assert first.shape == (2, 3, 5, 32, 32)

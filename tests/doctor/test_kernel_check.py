@@ -1,4 +1,6 @@
-"""The check of the kernels: in processes of its own, remembered per GPU and versions, and what follows where a kernel is wrong."""
+"""The check of the kernels: in processes of its own, remembered per GPU and versions, and what
+follows where a kernel is wrong.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ from lowvram.planner.plan import Host
 GPU = torch.device("cuda", 0)
 KEY = KernelKey("RTX 4090", "8.9", "driver 1", "2.13.0", "3.7.1", "0123456789abcdef")
 GOOD = [Check(op, "int8") for op in OPS]
-WRONG = [replace(check, problem="out: relative error 3.1e-02") if check.op == "attention_int8" else check for check in GOOD]
+WRONG = [
+    replace(check, problem="out: relative error 3.1e-02") if check.op == "attention_int8" else check
+    for check in GOOD
+]
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +54,18 @@ def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[Check]
     return results
 
 
-def test_a_gpu_is_checked_once(checked: list[list[Check]], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_is_checked_once(
+    checked: list[list[Check]], caplog: pytest.LogCaptureFixture
+) -> None:
     checked.append(GOOD)
     first, second = kernel_check.trust_kernels(GPU), kernel_check.trust_kernels(GPU)
     assert first == KernelReport(tuple(GOOD), True)
     assert second == KernelReport(tuple(GOOD), False)
     assert first.summary == "7 of 7 agree with their references"
-    assert caplog.messages == ["checking the kernels on RTX 4090, once: some seconds, up to a minute where they must be compiled"]
+    assert caplog.messages == [
+        "checking the kernels on RTX 4090, once: some seconds, up to a minute where they "
+        "must be compiled"
+    ]
     assert dispatch.distrusted() == ()
     checked.append(WRONG)
     refreshed = kernel_check.trust_kernels(GPU, refresh=True)
@@ -69,14 +79,21 @@ def test_another_gpu_driver_torch_triton_or_kernel_is_checked_anew(
 ) -> None:
     checked += [GOOD, WRONG]
     kernel_check.trust_kernels(GPU)
-    monkeypatch.setattr(kernel_check, "kernel_key", lambda device: replace(KEY, **{part: "another"}))
+    monkeypatch.setattr(
+        kernel_check, "kernel_key", lambda device: replace(KEY, **{part: "another"})
+    )
     report = kernel_check.trust_kernels(GPU)
     assert report is not None
     assert report.checked_now
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 1, "key": {}, "checks": [{"op": "x"}]}'])
-def test_a_damaged_memory_is_made_anew(content: str, checked: list[list[Check]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"version": 1}', '{"version": 1, "key": {}, "checks": [{"op": "x"}]}'],
+)
+def test_a_damaged_memory_is_made_anew(
+    content: str, checked: list[list[Check]], tmp_path: Path
+) -> None:
     checked += [GOOD]
     (tmp_path / KEY.file_name).write_text(content)
     report = kernel_check.trust_kernels(GPU)
@@ -88,7 +105,10 @@ def test_a_damaged_memory_is_made_anew(content: str, checked: list[list[Check]],
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(
-    checked: list[list[Check]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    checked: list[list[Check]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(kernel_check, "cache_folder", lambda: tmp_path / "file")
@@ -101,7 +121,9 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
 def test_a_wrong_kernel_runs_on_its_reference_by_name(
     checked: list[list[Check]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process and the next; forced, it is refused; the other ops keep their kernels; plans count the reference."""
+    """In this process and the next; forced, it is refused; the other ops keep their kernels; plans
+    count the reference.
+    """
     checked.append(WRONG)
     for _ in range(2):
         dispatch.distrust({})
@@ -116,22 +138,41 @@ def test_a_wrong_kernel_runs_on_its_reference_by_name(
     monkeypatch.setattr(dispatch, "Tensor", SimpleNamespace)
     assert dispatch.choose("attention_int8", on_gpu) is OPS["attention_int8"].reference
     monkeypatch.setenv("LOWVRAM_BACKEND", "triton")
-    with pytest.raises(UnsupportedOpError, match=r"its kernel disagrees with its reference on this GPU \(int8: out: relative error"):
+    with pytest.raises(
+        UnsupportedOpError,
+        match=r"its kernel disagrees with its reference on this GPU \(int8: out: relative error",
+    ):
         dispatch.choose("attention_int8", on_gpu)
 
 
-def test_what_was_not_compared_is_said_and_not_remembered(checked: list[list[Check]], tmp_path: Path) -> None:
-    checked += [[Check(op, "int8", unchecked="CUDA out of memory") if op == "quantize_rows" else Check(op, "int8") for op in OPS]]
+def test_what_was_not_compared_is_said_and_not_remembered(
+    checked: list[list[Check]], tmp_path: Path
+) -> None:
+    checked += [
+        [
+            Check(op, "int8", unchecked="CUDA out of memory")
+            if op == "quantize_rows"
+            else Check(op, "int8")
+            for op in OPS
+        ]
+    ]
     report = kernel_check.trust_kernels(GPU)
     assert report is not None
-    assert report.summary == "6 of 7 agree with their references; quantize_rows was not checked (CUDA out of memory)"
+    assert (
+        report.summary
+        == "6 of 7 agree with their references; quantize_rows was not checked (CUDA out of memory)"
+    )
     assert dispatch.distrusted() == ()
     assert not list(tmp_path.iterdir())
 
 
-def test_where_no_kernel_runs_nothing_is_checked(checked: list[list[Check]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_kernel_runs_nothing_is_checked(
+    checked: list[list[Check]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert kernel_check.trust_kernels(torch.device("cpu")) is None
-    monkeypatch.setattr(constraints, "refused_gpu", lambda device: "the triton package is not installed")
+    monkeypatch.setattr(
+        constraints, "refused_gpu", lambda device: "the triton package is not installed"
+    )
     assert kernel_check.trust_kernels(GPU) is None
     monkeypatch.setattr(constraints, "refused_gpu", lambda device: None)
     monkeypatch.setenv("LOWVRAM_BACKEND", "reference")
@@ -151,29 +192,56 @@ def test_a_run_is_preceded_by_a_check_unless_a_backend_is_forced(
 def machine(**changes: Any) -> Machine:
     gpu = Gpu("RTX 4090", 24 << 30, 20 << 30, (8, 9), "sm_89", 20e9)
     values: dict[str, Any] = {
-        "system": "Linux x86_64", "python": "3.11", "cpu_count": 8, "ram_total_bytes": 32 << 30, "ram_free_bytes": 20 << 30,
-        "ram_limited_by": "machine", "gpu": gpu, "gpu_reason": "", "disk_free_bytes": 1 << 40, "disk_read_bytes_s": 3e9,
-        "triton_works": True, "triton_reason": "", "versions": {"torch": "2.13.0", "triton": "3.7.1"},
-    }  # fmt: skip
+        "system": "Linux x86_64",
+        "python": "3.11",
+        "cpu_count": 8,
+        "ram_total_bytes": 32 << 30,
+        "ram_free_bytes": 20 << 30,
+        "ram_limited_by": "machine",
+        "gpu": gpu,
+        "gpu_reason": "",
+        "disk_free_bytes": 1 << 40,
+        "disk_read_bytes_s": 3e9,
+        "triton_works": True,
+        "triton_reason": "",
+        "versions": {"torch": "2.13.0", "triton": "3.7.1"},
+    }
     return Machine(**{**values, **changes})
 
 
 @pytest.mark.parametrize(
     ("report", "status", "detail", "advice"),
     [
-        (KernelReport(tuple(GOOD), True), "ok", "7 of 7 agree with their references; checked now", ""),
-        (KernelReport(tuple(GOOD), False), "ok", "7 of 7 agree with their references; checked before", "--refresh"),
+        (
+            KernelReport(tuple(GOOD), True),
+            "ok",
+            "7 of 7 agree with their references; checked now",
+            "",
+        ),
+        (
+            KernelReport(tuple(GOOD), False),
+            "ok",
+            "7 of 7 agree with their references; checked before",
+            "--refresh",
+        ),
         (
             KernelReport(tuple(WRONG), False),
             "warn",
             "6 of 7 agree with their references; attention_int8 does not (int8: out: rel",
             "driver",
         ),
-        (KernelReport((*GOOD[:6], Check("attention_int8", "", unchecked="busy")), True), "warn", "was not checked (busy)", "close what"),
+        (
+            KernelReport((*GOOD[:6], Check("attention_int8", "", unchecked="busy")), True),
+            "warn",
+            "was not checked (busy)",
+            "close what",
+        ),
         (None, "ok", "not needed where no kernel runs", ""),
     ],
 )
-def test_the_doctor_says_how_many_agree(report: KernelReport | None, status: str, detail: str, advice: str) -> None:
+def test_the_doctor_says_how_many_agree(
+    report: KernelReport | None, status: str, detail: str, advice: str
+) -> None:
     found = doctor_report(Path(), machine(), None, report)
     (finding,) = [finding for finding in found["findings"] if finding["name"] == "kernels"]
     assert finding["status"] == status
@@ -193,18 +261,27 @@ def test_the_doctor_checks_where_kernels_can_run(checked: list[list[Check]]) -> 
 
 
 def test_the_first_problem_of_an_op_is_named() -> None:
-    assert problems([Check("a", "x"), Check("a", "y", "bad"), Check("a", "z", "worse"), Check("b", "x", unchecked="busy")]) == {
-        "a": "y: bad"
-    }
+    assert problems(
+        [
+            Check("a", "x"),
+            Check("a", "y", "bad"),
+            Check("a", "z", "worse"),
+            Check("b", "x", unchecked="busy"),
+        ]
+    ) == {"a": "y: bad"}
     assert is_occupied("CUDA error: all CUDA-capable devices are busy or unavailable")
     assert not is_occupied("CUDA error: an illegal memory access was encountered")
 
 
-def test_plans_count_the_references_of_wrong_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_plans_count_the_references_of_wrong_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from lowvram import pipeline
 
     monkeypatch.setattr(pipeline, "refused_gpu", lambda device: None)
-    monkeypatch.setattr(Host, "of", classmethod(lambda cls, kind, process: Host(True, 1 << 29, process, False)))
+    monkeypatch.setattr(
+        Host, "of", classmethod(lambda cls, kind, process: Host(True, 1 << 29, process, False))
+    )
     (tmp_path / "lowvram.json").write_text("{}")
     store: Any = SimpleNamespace(path=tmp_path)
     assert not pipeline.Pipeline(store, GPU, 1, 1, 1).host.references
@@ -237,7 +314,13 @@ for op in ops:
         (["a", "b"], {}),
         (["a", "wrong", "b"], {"wrong": "int8: out: 3 elements differ"}),
         (["a", "dies", "b", "c"], {"dies": "a call: its process ended with -11"}),
-        (["dies", "hangs", "b"], {"dies": "a call: its process ended with -11", "hangs": "a call: it hangs: no answer within 1 s"}),
+        (
+            ["dies", "hangs", "b"],
+            {
+                "dies": "a call: its process ended with -11",
+                "hangs": "a call: it hangs: no answer within 1 s",
+            },
+        ),
         (["loses", "b"], {"loses": "int8: out: 3 elements differ"}),
     ],
 )
@@ -249,7 +332,9 @@ def test_a_kernel_that_ends_its_process_costs_itself_alone(
     assert {check.op for check in found} == set(ops)
 
 
-def test_a_device_that_others_use_is_no_fault_of_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_device_that_others_use_is_no_fault_of_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     report = KernelReport(tuple(run_stub(["a", "busy", "b"], monkeypatch, tmp_path)), True)
     assert report.problems == {}
     assert set(report.unchecked) == {"busy", "b"}
@@ -261,7 +346,9 @@ def run_stub(ops: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> l
     monkeypatch.setattr(kernel_check, "TIMEOUT_S", 1.0)
     monkeypatch.setattr(kernel_check, "MOST_PROCESSES", 1)
     monkeypatch.setattr(
-        kernel_check.subprocess, "run", lambda command, **more: run([command[0], str(folder / "stub.py"), *command[3:]], **more)
+        kernel_check.subprocess,
+        "run",
+        lambda command, **more: run([command[0], str(folder / "stub.py"), *command[3:]], **more),
     )
     return kernel_check.check_in_processes("cuda:0", ops)
 
@@ -300,7 +387,9 @@ def test_a_wrong_kernel_is_the_one_that_is_named() -> None:
     """Each in turn, beside one that is right."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", WRONG_KERNELS], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG_KERNELS], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert list(lines) == list(OPS)

@@ -25,7 +25,14 @@ from lowvram.doctor.report import doctor_report
 from lowvram.errors import CheckpointError
 from lowvram.hardware import machine as machine_module
 from lowvram.hardware.cgroups import cpu_count, free_ram_bytes, host_memory, total_ram_bytes
-from lowvram.hardware.machine import Gpu, Machine, disk_free, find_gpu, probe_machine, why_triton_fails
+from lowvram.hardware.machine import (
+    Gpu,
+    Machine,
+    disk_free,
+    find_gpu,
+    probe_machine,
+    why_triton_fails,
+)
 from lowvram.streaming import block_file as source
 
 MIB = 1 << 20
@@ -53,7 +60,8 @@ def test_version_2_limit_counts_without_reclaimable_file_pages(tmp_path: Path) -
             "proc/self/cgroup": "0::/a.slice/b.scope\n",
             "sys/fs/cgroup/a.slice/b.scope/memory.max": f"{300 * MIB}\n",
             "sys/fs/cgroup/a.slice/b.scope/memory.current": f"{200 * MIB}\n",
-            "sys/fs/cgroup/a.slice/b.scope/memory.stat": f"anon 5\ninactive_file {30 * MIB}\nactive_file {20 * MIB}\n",
+            "sys/fs/cgroup/a.slice/b.scope/memory.stat": f"anon 5\ninactive_file "
+            f"{30 * MIB}\nactive_file {20 * MIB}\n",
         },
     )
     assert dataclasses.astuple(host_memory(tmp_path)) == (300 * MIB, 150 * MIB, "cgroup v2")
@@ -88,21 +96,34 @@ def test_version_1_limit_where_the_path_is_that_of_the_host(tmp_path: Path) -> N
 
 
 def test_no_limit_of_version_1_is_a_huge_number(tmp_path: Path) -> None:
-    tree(tmp_path, {"proc/self/cgroup": "4:memory:/\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"})
+    tree(
+        tmp_path,
+        {
+            "proc/self/cgroup": "4:memory:/\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+    )
     assert host_memory(tmp_path).limited_by == "machine"
 
 
 @pytest.mark.parametrize("content", ["", "garbage", "0::", "::::", "4:memory:/../../..\n"])
 def test_garbage_is_no_limit(tmp_path: Path, content: str) -> None:
-    tree(tmp_path, {"proc/self/cgroup": content, "sys/fs/cgroup/memory.max": "none of your business"})
+    tree(
+        tmp_path, {"proc/self/cgroup": content, "sys/fs/cgroup/memory.max": "none of your business"}
+    )
     assert host_memory(tmp_path).limited_by == "machine"
     assert cpu_count(tmp_path) >= 1
 
 
-@pytest.mark.parametrize(("quota", "count"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("100000000 100000", None)])
+@pytest.mark.parametrize(
+    ("quota", "count"),
+    [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("100000000 100000", None)],
+)
 def test_processors_are_limited_by_the_quota(tmp_path: Path, quota: str, count: int | None) -> None:
     unlimited = cpu_count(tree(tmp_path / "a", {"proc/self/cgroup": ""}))
-    limited = cpu_count(tree(tmp_path / "b", {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": quota}))
+    limited = cpu_count(
+        tree(tmp_path / "b", {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": quota})
+    )
     assert limited == (count or unlimited)
 
 
@@ -136,17 +157,27 @@ def test_disk_speed_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mo
     assert speed is None if not hasattr(os, "posix_fadvise") else speed is not None and speed > 0
     assert read_speed(tmp_path / "missing") is None
     assert os.listdir(tmp_path) == []
-    monkeypatch.setattr(source.BlockFile, "read_into", lambda *_: (_ for _ in ()).throw(CheckpointError("a bad sector")))
+    monkeypatch.setattr(
+        source.BlockFile,
+        "read_into",
+        lambda *_: (_ for _ in ()).throw(CheckpointError("a bad sector")),
+    )
     assert read_speed(tmp_path) is None
     monkeypatch.setitem(sys.modules, "torch", None)
     assert read_speed(tmp_path) is None
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="measures only where the page cache can be emptied")
+@pytest.mark.skipif(
+    not hasattr(os, "posix_fadvise"), reason="measures only where the page cache can be emptied"
+)
 @pytest.mark.usefixtures("small_probe")
-def test_the_disk_is_read_as_the_streamer_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its reader's threads, part by part, into a buffer with the slack of aligned reads, past the page cache where the system can."""
+def test_the_disk_is_read_as_the_streamer_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its reader's threads, part by part, into a buffer with the slack of aligned reads, past
+    the page cache where the system can.
+    """
     parts: list[tuple[str, int, int]] = []
     opened: list[bool] = []
     lock, real, init = threading.Lock(), os.preadv, source.BlockFile.__init__
@@ -172,16 +203,23 @@ def test_the_disk_is_read_as_the_streamer_reads_it(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.usefixtures("small_probe")
 def test_a_full_disk_is_not_filled_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_speed_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * MIB))
+    monkeypatch.setattr(
+        read_speed_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * MIB)
+    )
     monkeypatch.setattr(read_speed_module, "_write", lambda place: pytest.fail("written"))
     assert read_speed(tmp_path) is None
 
 
 def test_the_disk_is_measured_by_what_the_caller_names(tmp_path: Path) -> None:
     asked: list[Path] = []
-    measured = probe_machine(tmp_path, measure=True, disk_speed=lambda folder: asked.append(folder) or 123e6)
+    measured = probe_machine(
+        tmp_path, measure=True, disk_speed=lambda folder: asked.append(folder) or 123e6
+    )
     assert (measured.disk_read_bytes_s, asked) == (123e6, [tmp_path])
-    assert probe_machine(tmp_path, disk_speed=lambda folder: pytest.fail("measured")).disk_read_bytes_s is None
+    assert (
+        probe_machine(tmp_path, disk_speed=lambda folder: pytest.fail("measured")).disk_read_bytes_s
+        is None
+    )
 
 
 def test_a_torch_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +258,9 @@ def test_a_gpu_that_does_not_answer_is_a_reason(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("fake_gpu")
-def test_a_link_that_cannot_be_measured_leaves_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_link_that_cannot_be_measured_leaves_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As where WSL2 or little RAM lets no 256 MiB be page-locked."""
 
     def fails() -> float:
@@ -228,8 +268,14 @@ def test_a_link_that_cannot_be_measured_leaves_a_gpu(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(machine_module, "_link_speed", fails)
     gpu, reason = find_gpu(measure=True)
-    assert (gpu, reason) == (Gpu("NVIDIA GeForce RTX 3060", 12 << 30, 11 << 30, (8, 6), "sm_86", None), "")
-    assert "the speed of the link to the GPU could not be measured: CUDA error: out of memory" in caplog.text
+    assert (gpu, reason) == (
+        Gpu("NVIDIA GeForce RTX 3060", 12 << 30, 11 << 30, (8, 6), "sm_86", None),
+        "",
+    )
+    assert (
+        "the speed of the link to the GPU could not be measured: CUDA error: out of memory"
+        in caplog.text
+    )
 
 
 def test_a_driver_that_triton_cannot_use_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +300,9 @@ def test_the_real_gpu_is_measured() -> None:
 
 
 def test_importing_the_probe_loads_no_torch() -> None:
-    code = "import sys, lowvram.doctor.report; sys.exit(bool({'torch', 'triton'} & set(sys.modules)))"
+    code = (
+        "import sys, lowvram.doctor.report; sys.exit(bool({'torch', 'triton'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -296,11 +344,26 @@ FULL_GPU = dataclasses.replace(OLD_GPU, capability=(8, 6), architecture="sm_86",
 @pytest.mark.parametrize(
     ("name", "changes", "status", "word"),
     [
-        ("GPU", {"gpu": None, "gpu_reason": "torch 2.13.0+cpu is built without GPU support"}, "warn", "install torch"),
-        ("GPU", {"gpu": None, "gpu_reason": "torch sees no GPU: is its driver installed?"}, "warn", "driver"),
+        (
+            "GPU",
+            {"gpu": None, "gpu_reason": "torch 2.13.0+cpu is built without GPU support"},
+            "warn",
+            "install torch",
+        ),
+        (
+            "GPU",
+            {"gpu": None, "gpu_reason": "torch sees no GPU: is its driver installed?"},
+            "warn",
+            "driver",
+        ),
         ("GPU", {"gpu": OLD_GPU}, "warn", "RTX 30"),
         ("GPU", {"gpu": FULL_GPU}, "warn", "close what else"),
-        ("Triton", {"triton_works": False, "triton_reason": "Triton does not load"}, "warn", "C compiler"),
+        (
+            "Triton",
+            {"triton_works": False, "triton_reason": "Triton does not load"},
+            "warn",
+            "C compiler",
+        ),
         ("RAM", {"ram_free_bytes": 1 << 30}, "warn", "close other programs"),
         ("disk room", {"disk_free_bytes": 1 << 30}, "warn", "make room"),
         ("disk room", {"disk_free_bytes": None}, "warn", "exists"),
@@ -308,14 +371,21 @@ FULL_GPU = dataclasses.replace(OLD_GPU, capability=(8, 6), architecture="sm_86",
         ("packages", {"versions": GOOD.versions | {"diffusers": None}}, "missing", "bootstrap"),
     ],
 )
-def test_what_is_wrong_comes_with_advice(name: str, changes: dict[str, object], status: str, word: str) -> None:
+def test_what_is_wrong_comes_with_advice(
+    name: str, changes: dict[str, object], status: str, word: str
+) -> None:
     found = finding(name, **changes)
     assert found["status"] == status
     assert word in found["advice"]
 
 
 def test_a_missing_package_is_not_ok() -> None:
-    assert doctor_report(Path("folder"), dataclasses.replace(GOOD, versions=GOOD.versions | {"av": None}))["ok"] is False
+    assert (
+        doctor_report(
+            Path("folder"), dataclasses.replace(GOOD, versions=GOOD.versions | {"av": None})
+        )["ok"]
+        is False
+    )
 
 
 def test_the_limit_of_a_container_is_named() -> None:
@@ -323,12 +393,16 @@ def test_the_limit_of_a_container_is_named() -> None:
 
 
 def test_triton_is_not_missed_without_a_gpu() -> None:
-    found = finding("Triton", gpu=None, gpu_reason="none", triton_works=False, triton_reason="no module")
+    found = finding(
+        "Triton", gpu=None, gpu_reason="none", triton_works=False, triton_reason="no module"
+    )
     assert (found["status"], found["advice"]) == ("ok", "")
 
 
 def test_the_probe_of_the_link_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch keeps freed page-locked memory in a cache of its own: emptied once the buffers are gone."""
+    """Torch keeps freed page-locked memory in a cache of its own: emptied once the buffers are
+    gone.
+    """
     made: list[weakref.ref[torch.UntypedStorage]] = []
     emptied: list[str] = []
 
@@ -338,7 +412,9 @@ def test_the_probe_of_the_link_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) 
         return tensor
 
     def empty(name: str) -> None:
-        assert [storage() for storage in made] == [None, None], "buffers still held are not handed back"
+        assert [storage() for storage in made] == [None, None], (
+            "buffers still held are not handed back"
+        )
         emptied.append(name)
 
     monkeypatch.setattr(torch, "empty", buffer)
@@ -356,11 +432,15 @@ def test_the_probe_of_the_link_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int | None]]:
-    """What NVML says is used, answer by answer, while torch makes a context on a GPU that is host memory."""
+    """What NVML says is used, answer by answer, while torch makes a context on a GPU that is host
+    memory.
+    """
     answers: list[int | None] = []
     real = torch.ones
     machine_module.context_bytes.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2")
+    )
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: False, raising=False)
     monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: real(*size, dtype=dtype))
@@ -374,17 +454,25 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int | None]]:
 def test_the_context_is_what_this_process_adds(nvml: list[int | None]) -> None:
     nvml += [5 << 30, (5 << 30) + 450 * MIB]
     assert machine_module.context_bytes("cuda") == 450 * MIB
-    assert machine_module.context_bytes("cuda") == 450 * MIB, "asked once per process: later its own context counts as before"
+    assert machine_module.context_bytes("cuda") == 450 * MIB, (
+        "asked once per process: later its own context counts as before"
+    )
 
 
-@pytest.mark.parametrize("used", [(None, None), (1, None), (MIB, MIB), (2 * MIB, MIB), (0, 8 << 30)])
-def test_a_context_that_cannot_be_told_is_none(nvml: list[int | None], used: tuple[int | None, int | None]) -> None:
+@pytest.mark.parametrize(
+    "used", [(None, None), (1, None), (MIB, MIB), (2 * MIB, MIB), (0, 8 << 30)]
+)
+def test_a_context_that_cannot_be_told_is_none(
+    nvml: list[int | None], used: tuple[int | None, int | None]
+) -> None:
     """No NVML; nothing added; another program that came or went meanwhile."""
     nvml += used
     assert machine_module.context_bytes("cuda:0") is None
 
 
-def test_a_context_that_is_there_already_is_not_measured(nvml: list[int | None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_that_is_there_already_is_not_measured(
+    nvml: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: index == 1)
     assert machine_module.context_bytes("cuda:1") is None
     monkeypatch.delattr(torch._C, "_cuda_hasPrimaryContext")
@@ -419,7 +507,9 @@ class FakeNvml:
 
 
 @pytest.mark.parametrize(("codes", "used"), [((0, 0), 3 << 30), ((6, 0), None), ((0, 15), None)])
-def test_nvml_is_asked_by_the_cards_own_name(monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int], used: int | None) -> None:
+def test_nvml_is_asked_by_the_cards_own_name(
+    monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int], used: int | None
+) -> None:
     library = FakeNvml(*codes)
     monkeypatch.setattr(machine_module.ctypes, "CDLL", lambda name: library)
     assert machine_module._used_bytes("1-2") == machine_module._used_bytes("GPU-1-2") == used
@@ -427,7 +517,9 @@ def test_nvml_is_asked_by_the_cards_own_name(monkeypatch: pytest.MonkeyPatch, co
 
 
 @pytest.mark.parametrize(("code", "version"), [(0, "576.80"), (999, None)])
-def test_nvml_is_asked_for_the_driver(monkeypatch: pytest.MonkeyPatch, code: int, version: str | None) -> None:
+def test_nvml_is_asked_for_the_driver(
+    monkeypatch: pytest.MonkeyPatch, code: int, version: str | None
+) -> None:
     library = FakeNvml(code)
     monkeypatch.setattr(machine_module.ctypes, "CDLL", lambda name: library)
     assert machine_module.nvml_driver_version() == version

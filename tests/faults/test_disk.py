@@ -1,4 +1,6 @@
-"""Disks that fail and memory that is gone while files are read: the same bits, or an error that names what was read (promise 16)."""
+"""Disks that fail and memory that is gone while files are read: the same bits, or an error that
+names what was read (promise 16).
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,14 @@ CHOICE = Choice(64, 1, 0, 1, False, pinned_blocks=1)
 
 
 class Disk:
-    """Counts reads; those that `fails` names end in an I/O error. Blocks are read in parts of 64 KiB, so that threads share them."""
+    """Counts reads; those that `fails` names end in an I/O error. Blocks are read in parts of 64
+    KiB, so that threads share them.
+    """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int, Path, int], bool] = lambda number, path, offset: False
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fails: Callable[[int, Path, int], bool] = lambda number, path, offset: False,
     ) -> None:
         self.reads, self.failures, self._lock = 0, 0, threading.Lock()
         real, begin = BlockFile._pread, BlockFile.__init__
@@ -76,15 +82,25 @@ def test_p16_reads_that_fail_now_and_then_change_no_bit(
         for first in (0, 5, disk.reads // 2, disk.reads - 1):
             caplog.clear()
             with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-                faulty = Disk(patch, lambda number, path, offset, first=first: number >= first and (number - first) % 37 == 0)
+                faulty = Disk(
+                    patch,
+                    lambda number, path, offset, first=first: (
+                        number >= first and (number - first) % 37 == 0
+                    ),
+                )
                 assert frames_of(pipeline) == expected
             assert faulty.failures
-            assert len([r for r in caplog.records if "trying again" in r.getMessage()]) == faulty.failures
+            assert (
+                len([r for r in caplog.records if "trying again" in r.getMessage()])
+                == faulty.failures
+            )
             assert not lowvram_threads()
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "high_noise", "low_noise"])
-def test_p16_a_block_that_cannot_be_read_is_named(pipelines: list[Pipeline], monkeypatch: pytest.MonkeyPatch, component: str) -> None:
+def test_p16_a_block_that_cannot_be_read_is_named(
+    pipelines: list[Pipeline], monkeypatch: pytest.MonkeyPatch, component: str
+) -> None:
     for pipeline in pipelines:
         block = pipeline.store.files[component].blocks[1]
         bad = block.start + block.nbytes // 2
@@ -92,7 +108,10 @@ def test_p16_a_block_that_cannot_be_read_is_named(pipelines: list[Pipeline], mon
         def fails(number: int, path: Path, offset: int, bad: int = bad) -> bool:
             return path.stem == component and offset <= bad < offset + 64 * 2**10
 
-        said = rf"{component}\.safetensors: reading block 1 at byte \d+ failed: Input/output error, 4 times"
+        said = (
+            rf"{component}\.safetensors: reading block 1 at byte \d+ failed: Input/output "
+            rf"error, 4 times"
+        )
         with monkeypatch.context() as patch:
             Disk(patch, fails)
             with pytest.raises(CheckpointError, match=said) as failed:
@@ -102,7 +121,9 @@ def test_p16_a_block_that_cannot_be_read_is_named(pipelines: list[Pipeline], mon
         assert not lowvram_threads()
 
 
-def test_a_stopped_run_leaves_no_thread_and_no_open_file(pipelines: list[Pipeline], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_leaves_no_thread_and_no_open_file(
+    pipelines: list[Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped by the listener while workers read ahead: as Ctrl-C would."""
     Disk(monkeypatch)
 
@@ -125,7 +146,10 @@ def no_memory() -> OSError:
 
 @pytest.mark.parametrize("staged", [False, True])
 def test_p16_a_read_without_memory_goes_down_the_ladder(
-    tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, staged: bool
+    tiny_store: StoreOf,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    staged: bool,
 ) -> None:
     """During the second of three steps, with a block in RAM to be given up."""
     store = tiny_store("int8")
@@ -157,10 +181,17 @@ def test_p16_a_read_without_memory_goes_down_the_ladder(
 
 
 class Rest:
-    """Reads of one tensor outside the blocks fail where `fails` says so; the others, and blocks, are left alone."""
+    """Reads of one tensor outside the blocks fail where `fails` says so; the others, and blocks,
+    are left alone.
+    """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, store: Store, component: str, name: str, fails: Callable[[int], OSError | None]
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        store: Store,
+        component: str,
+        name: str,
+        fails: Callable[[int], OSError | None],
     ) -> None:
         self.reads, self.failures, real = 0, 0, disk_module.read_at
         file = store.files[component]._file
@@ -199,21 +230,47 @@ def io_error() -> OSError:
 
 @pytest.mark.parametrize(("component", "name"), REST)
 def test_p16_tensors_outside_blocks_are_read_again(
-    tiny_store: StoreOf, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, component: str, name: str
+    tiny_store: StoreOf,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    component: str,
+    name: str,
 ) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
-    rest = Rest(monkeypatch, pipeline.store, component, name, lambda number: io_error() if number < 3 else None)
+    rest = Rest(
+        monkeypatch,
+        pipeline.store,
+        component,
+        name,
+        lambda number: io_error() if number < 3 else None,
+    )
     with caplog.at_level(logging.WARNING):
         assert frames_of(pipeline) == expected
     assert rest.failures == 3 < rest.reads
-    assert len([r for r in caplog.records if f"reading '{name}' at byte" in r.getMessage() and "trying again" in r.getMessage()]) == 3
+    assert (
+        len(
+            [
+                r
+                for r in caplog.records
+                if f"reading '{name}' at byte" in r.getMessage()
+                and "trying again" in r.getMessage()
+            ]
+        )
+        == 3
+    )
 
 
 @pytest.mark.parametrize(("component", "name"), REST)
-def test_p16_a_tensor_that_cannot_be_read_is_named(tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch, component: str, name: str) -> None:
+def test_p16_a_tensor_that_cannot_be_read_is_named(
+    tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch, component: str, name: str
+) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
     Rest(monkeypatch, pipeline.store, component, name, lambda number: io_error())
-    said = rf"{component}\.safetensors: reading '{name}' at byte \d+ failed: Input/output error, 4 times: check the disk and its cable"
+    said = (
+        rf"{component}\.safetensors: reading '{name}' at byte \d+ failed: Input/output "
+        rf"error, 4 times: check the disk and its cable"
+    )
     with pytest.raises(CheckpointError, match=said):
         frames_of(pipeline)
     assert not lowvram_threads()
@@ -221,10 +278,17 @@ def test_p16_a_tensor_that_cannot_be_read_is_named(tiny_store: StoreOf, monkeypa
 
 @pytest.mark.parametrize(("component", "name"), REST)
 def test_p16_memory_that_is_gone_for_a_moment_while_a_tensor_is_read_changes_no_bit(
-    tiny_store: StoreOf, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, component: str, name: str
+    tiny_store: StoreOf,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    component: str,
+    name: str,
 ) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
-    rest = Rest(monkeypatch, pipeline.store, component, name, lambda number: None if number else no_memory())
+    rest = Rest(
+        monkeypatch, pipeline.store, component, name, lambda number: None if number else no_memory()
+    )
     with caplog.at_level(logging.WARNING):
         assert frames_of(pipeline) == expected
     assert rest.failures == 1
@@ -246,7 +310,10 @@ def interrupted(tiny_store: StoreOf, state_bytes: bytes, tmp_path: Path) -> tupl
 
 @pytest.fixture(scope="module")
 def state_bytes(tiny_store: StoreOf, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    pipeline, state = pipeline_of(tiny_store("int8")), tmp_path_factory.mktemp("state") / "clip.mp4.resume"
+    pipeline, state = (
+        pipeline_of(tiny_store("int8")),
+        tmp_path_factory.mktemp("state") / "clip.mp4.resume",
+    )
 
     def stop(event: Progress) -> None:
         if event.phase == "denoise" and event.done == 1:
@@ -258,7 +325,11 @@ def state_bytes(tiny_store: StoreOf, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def resumed(pipeline: Pipeline, state: Path) -> str:
-    return digest(pipeline.generate(request_of(pipeline, steps=2, shift=5.0), state_file=state, resume=True).frames)
+    return digest(
+        pipeline.generate(
+            request_of(pipeline, steps=2, shift=5.0), state_file=state, resume=True
+        ).frames
+    )
 
 
 Fault = Callable[[pytest.MonkeyPatch, Path], None]
@@ -323,19 +394,47 @@ def device_is_full(patch: pytest.MonkeyPatch, state: Path) -> None:
     patch.setattr(pipeline_module, "load_state", loaded)
 
 
-CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+CPU_ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 1 bytes"
+)
 STATE_FAULTS: dict[str, tuple[Fault, type[LowvramError], str]] = {
-    "MemoryError": (reading_raises(MemoryError), OutOfMemoryError, r"out of RAM in the resume phase \(MemoryError\).*--resume"),
-    "CPU allocator": (reading_raises(lambda: RuntimeError(CPU_ALLOCATOR)), OutOfMemoryError, r"out of RAM in the resume phase"),
-    "ENOMEM": (disk_raises(no_memory), OutOfMemoryError, r"out of RAM in the resume phase \(.*Cannot allocate memory\)"),
-    "ENOMEM when opened": (opening_raises(no_memory), OutOfMemoryError, r"out of RAM in the resume phase"),
-    "device": (device_is_full, OutOfMemoryError, r"out of VRAM in the resume phase \(CUDA out of memory"),
+    "MemoryError": (
+        reading_raises(MemoryError),
+        OutOfMemoryError,
+        r"out of RAM in the resume phase \(MemoryError\).*--resume",
+    ),
+    "CPU allocator": (
+        reading_raises(lambda: RuntimeError(CPU_ALLOCATOR)),
+        OutOfMemoryError,
+        r"out of RAM in the resume phase",
+    ),
+    "ENOMEM": (
+        disk_raises(no_memory),
+        OutOfMemoryError,
+        r"out of RAM in the resume phase \(.*Cannot allocate memory\)",
+    ),
+    "ENOMEM when opened": (
+        opening_raises(no_memory),
+        OutOfMemoryError,
+        r"out of RAM in the resume phase",
+    ),
+    "device": (
+        device_is_full,
+        OutOfMemoryError,
+        r"out of VRAM in the resume phase \(CUDA out of memory",
+    ),
     "EIO": (
         disk_raises(io_error),
         ResumeError,
-        r"clip\.mp4\.resume cannot be read \(Input/output error\): it stays as it is; check the disk",
+        r"clip\.mp4\.resume cannot be read \(Input/output error\): it stays as it is; "
+        r"check the disk",
     ),
-    "EIO when opened": (opening_raises(io_error), ResumeError, r"clip\.mp4\.resume cannot be read \(Input/output error\): it stays"),
+    "EIO when opened": (
+        opening_raises(io_error),
+        ResumeError,
+        r"clip\.mp4\.resume cannot be read \(Input/output error\): it stays",
+    ),
 }
 
 
@@ -343,7 +442,9 @@ STATE_FAULTS: dict[str, tuple[Fault, type[LowvramError], str]] = {
 def test_p16_a_state_that_cannot_be_had_now_is_left_for_another_try(
     interrupted: tuple[Pipeline, Path], expected: str, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """Nobody is told to remove their work; the next try ends in the bits of a run that nothing disturbed."""
+    """Nobody is told to remove their work; the next try ends in the bits of a run that nothing
+    disturbed.
+    """
     pipeline, state = interrupted
     content, (plant, kind, said) = state.read_bytes(), STATE_FAULTS[fault]
     with monkeypatch.context() as patch:
@@ -356,7 +457,10 @@ def test_p16_a_state_that_cannot_be_had_now_is_left_for_another_try(
 
 
 def test_p16_a_state_that_cannot_be_had_for_a_moment_is_loaded_after_all(
-    interrupted: tuple[Pipeline, Path], expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    interrupted: tuple[Pipeline, Path],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One failure of the disk, then one of memory."""
     pipeline, state = interrupted

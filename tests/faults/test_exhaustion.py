@@ -1,5 +1,6 @@
-"""Memory that ends in the middle of a phase, with tensors in hand: they are dead before the phase allocates again, and the video stays the
-same; where it never comes back, one line says what the phase needs and what to do (promise 16).
+"""Memory that ends in the middle of a phase, with tensors in hand: they are dead before the phase
+allocates again, and the video stays the same; where it never comes back, one line says what the
+phase needs and what to do (promise 16).
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from tests.helpers.runs import digest, make_store, plan_of, request_of
 from tests.helpers.staged import StagedPipeline, StagedTransport
 from tests.helpers.threads import lowvram_threads
 
-# One slot, no block kept on the device: every visit is a copy, and one through staging, since no cached block is page-locked.
+# One slot, no block kept on the device: every visit is a copy, and one through staging, since no
+# cached block is page-locked.
 CHOICE = Choice(64, 1, 0, 2, False)
 NUMBER_BYTES = 8  # the step's number, a tensor in a solver's state
 TILED = {"width": 464, "height": 32, "num_frames": 5, "steps": 1}  # three tiles
@@ -69,7 +71,9 @@ def pipeline(store: Store) -> StagedPipeline:
 
 
 def request(pipeline: Pipeline, **changes: object) -> Request:
-    return request_of(pipeline, **({"shift": 8.0, "num_frames": 5, "negative_prompt": "blue"} | changes))
+    return request_of(
+        pipeline, **({"shift": 8.0, "num_frames": 5, "negative_prompt": "blue"} | changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +84,18 @@ def expected(store: Store) -> Callable[[Request], str]:
     def of(request: Request) -> str:
         if request not in known:
             pipeline = StagedPipeline(store)
-            known[request] = digest(pipeline.generate(request, plan=plan_of(pipeline, request, CHOICE)).frames)
+            known[request] = digest(
+                pipeline.generate(request, plan=plan_of(pipeline, request, CHOICE)).frames
+            )
         return known[request]
 
     return of
 
 
 class Living(TorchDispatchMode):
-    """Every tensor's memory that this thread makes while the mode is on, by a number that grows, until it is freed."""
+    """Every tensor's memory that this thread makes while the mode is on, by a number that grows,
+    until it is freed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,15 +120,29 @@ class Living(TorchDispatchMode):
         del self._alive[self._numbers.pop(where)]
 
     def since(self, first: int, but: tuple[torch.Tensor, ...] = ()) -> list[int]:
-        """Bytes of what lives, was made from number `first` on and is more than a number; `but` may live."""
+        """Bytes of what lives, was made from number `first` on and is more than a number; `but` may
+        live.
+        """
         kept = {self._numbers.get(tensor.untyped_storage()._cdata) for tensor in but}
-        return [nbytes for number, nbytes in list(self._alive.items()) if number >= first and number not in kept and nbytes > NUMBER_BYTES]
+        return [
+            nbytes
+            for number, nbytes in list(self._alive.items())
+            if number >= first and number not in kept and nbytes > NUMBER_BYTES
+        ]
 
 
 class Attempts:
-    """Watches a phase: whenever `again` is entered after a fault, nothing lives that the phase made before, but for what it is given."""
+    """Watches a phase: whenever `again` is entered after a fault, nothing lives that the phase made
+    before, but for what it is given.
+    """
 
-    def __init__(self, patch: pytest.MonkeyPatch, living: Living, phase: tuple[Any, str], again: tuple[Any, str]) -> None:
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        living: Living,
+        phase: tuple[Any, str],
+        again: tuple[Any, str],
+    ) -> None:
         self.faults = self.checked = 0
         self.held: list[int] = []  # bytes in hand when memory ended
         self.left: list[list[int]] = []
@@ -129,7 +151,9 @@ class Attempts:
             self._wrap(patch, *phase, self._begin)
         self._wrap(patch, *again, self._begin if phase == again else self._enter)
 
-    def _wrap(self, patch: pytest.MonkeyPatch, owner: Any, name: str, before: Callable[..., None]) -> None:
+    def _wrap(
+        self, patch: pytest.MonkeyPatch, owner: Any, name: str, before: Callable[..., None]
+    ) -> None:
         real = getattr(owner, name)
 
         def entered(*args: Any, **kwargs: Any) -> Any:
@@ -165,13 +189,21 @@ def tensors_in(values: Any) -> Iterator[torch.Tensor]:
             yield from value.state_dict().values()
 
 
-Inject = Callable[[pytest.MonkeyPatch, StagedPipeline, Attempts, Callable[[], Exception], bool], None]
+Inject = Callable[
+    [pytest.MonkeyPatch, StagedPipeline, Attempts, Callable[[], Exception], bool], None
+]
 
 
 def in_text_block(number: int) -> Inject:
     """While the block's result is in hand; each of two blocks runs once for each of two prompts."""
 
-    def inject(patch: pytest.MonkeyPatch, pipeline: StagedPipeline, attempts: Attempts, error: Callable[[], Exception], ever: bool) -> None:
+    def inject(
+        patch: pytest.MonkeyPatch,
+        pipeline: StagedPipeline,
+        attempts: Attempts,
+        error: Callable[[], Exception],
+        ever: bool,
+    ) -> None:
         real, calls = TextEncoder._run_block, [0]
 
         def run_block(self: TextEncoder, *arguments: Any) -> torch.Tensor:
@@ -187,7 +219,11 @@ def in_text_block(number: int) -> Inject:
 
 
 def in_second_expert(
-    patch: pytest.MonkeyPatch, pipeline: StagedPipeline, attempts: Attempts, error: Callable[[], Exception], ever: bool
+    patch: pytest.MonkeyPatch,
+    pipeline: StagedPipeline,
+    attempts: Attempts,
+    error: Callable[[], Exception],
+    ever: bool,
 ) -> None:
     """Where its text embedding is read: the first expert and this one's time are in hand."""
     real, calls = wan.condition, [0]
@@ -207,7 +243,11 @@ def in_second_expert(
 
 
 def in_third_tile(
-    patch: pytest.MonkeyPatch, pipeline: StagedPipeline, attempts: Attempts, error: Callable[[], Exception], ever: bool
+    patch: pytest.MonkeyPatch,
+    pipeline: StagedPipeline,
+    attempts: Attempts,
+    error: Callable[[], Exception],
+    ever: bool,
 ) -> None:
     """Behind its first latent frame: weights, caches and the row of tiles are in hand."""
     real, calls = WanVAE._decode_tile, [0]
@@ -224,11 +264,21 @@ def in_third_tile(
 
 
 def in_worker(hop: str) -> Inject:
-    """In the worker's thread, at the first block of the second expert; when that comes back for ever, at the first of every attempt."""
+    """In the worker's thread, at the first block of the second expert; when that comes back for
+    ever, at the first of every attempt.
+    """
 
-    def inject(patch: pytest.MonkeyPatch, pipeline: StagedPipeline, attempts: Attempts, error: Callable[[], Exception], ever: bool) -> None:
+    def inject(
+        patch: pytest.MonkeyPatch,
+        pipeline: StagedPipeline,
+        attempts: Attempts,
+        error: Callable[[], Exception],
+        ever: bool,
+    ) -> None:
         asked = request(pipeline)
-        blocks = block_schedule(make_schedule("unipc", asked.steps, asked.shift), asked, 2, joint=False, first_step=0)
+        blocks = block_schedule(
+            make_schedule("unipc", asked.steps, asked.shift), asked, 2, joint=False, first_step=0
+        )
         switch = next(number for number, (expert, _) in enumerate(blocks) if expert == "low_noise")
         assert 0 < switch < len(blocks) - 1
         real = getattr(StagedTransport, hop)
@@ -249,7 +299,13 @@ def in_worker(hop: str) -> Inject:
     return inject
 
 
-def in_save(patch: pytest.MonkeyPatch, pipeline: StagedPipeline, attempts: Attempts, error: Callable[[], Exception], ever: bool) -> None:
+def in_save(
+    patch: pytest.MonkeyPatch,
+    pipeline: StagedPipeline,
+    attempts: Attempts,
+    error: Callable[[], Exception],
+    ever: bool,
+) -> None:
     """While the second step's state is made into a file's bytes, which are in hand."""
     real, calls = state.save, [0]
 
@@ -263,16 +319,34 @@ def in_save(patch: pytest.MonkeyPatch, pipeline: StagedPipeline, attempts: Attem
     patch.setattr(state, "save", save)
 
 
-TEXT, CONDITION, DECODE = ((Pipeline, name) for name in ("_encode_prompts", "_condition", "_decode"))
+TEXT, CONDITION, DECODE = (
+    (Pipeline, name) for name in ("_encode_prompts", "_condition", "_decode")
+)
 STAGING = "the staging at the expert switch"
 LOOP, ATTEMPT = (pipeline_module, "denoise_within_budgets"), (recovery, "_attempt")
-# Where memory ends: the injection, the phase's entry, the entry of what is tried again, the phase as errors name it, its name in the plan.
+# Where memory ends: the injection, the phase's entry, the entry of what is tried again, the phase
+# as errors name it, its name in the plan.
 PLACES: dict[str, tuple[Inject, tuple[Any, str], tuple[Any, str], str, str]] = {
-    **{f"text block {number}": (in_text_block(number), TEXT, TEXT, "the text phase", "text") for number in (1, 2, 3, 4)},
-    "the second expert's conditioning": (in_second_expert, CONDITION, CONDITION, "the conditioning phase", "conditioning"),
+    **{
+        f"text block {number}": (in_text_block(number), TEXT, TEXT, "the text phase", "text")
+        for number in (1, 2, 3, 4)
+    },
+    "the second expert's conditioning": (
+        in_second_expert,
+        CONDITION,
+        CONDITION,
+        "the conditioning phase",
+        "conditioning",
+    ),
     "the copy at the expert switch": (in_worker("copy"), LOOP, ATTEMPT, r"step \d of 3", "denoise"),
     STAGING: (in_worker("stage"), LOOP, ATTEMPT, r"step \d of 3", "denoise"),
-    "the saved state": (in_save, LOOP, (pipeline_module, "save_state"), "saving step 2 of 3", "denoise"),
+    "the saved state": (
+        in_save,
+        LOOP,
+        (pipeline_module, "save_state"),
+        "saving step 2 of 3",
+        "denoise",
+    ),
     "the third tile": (in_third_tile, DECODE, DECODE, "the decode phase", "decode"),
 }
 
@@ -281,7 +355,9 @@ def asked_at(place: str, pipeline: Pipeline) -> Request:
     return request(pipeline, **(TILED if place == "the third tile" else {}))
 
 
-@pytest.mark.parametrize(("place", "error"), list(zip(PLACES, cycle([cuda_error, python_error]), strict=False)))
+@pytest.mark.parametrize(
+    ("place", "error"), list(zip(PLACES, cycle([cuda_error, python_error]), strict=False))
+)
 def test_p16_what_an_attempt_held_is_dead_before_the_next_one(
     pipeline: StagedPipeline,
     expected: Callable[[Request], str],
@@ -299,7 +375,10 @@ def test_p16_what_an_attempt_held_is_dead_before_the_next_one(
         attempts = Attempts(monkeypatch, living, phase, again)
         inject(monkeypatch, pipeline, attempts, error, False)
         video = pipeline.generate(
-            asked, plan=plan, state_file=tmp_path / "state", listener=lambda e: told.append(e.done) if e.phase == "denoise" else None
+            asked,
+            plan=plan,
+            state_file=tmp_path / "state",
+            listener=lambda e: told.append(e.done) if e.phase == "denoise" else None,
         )
     assert digest(video.frames) == whole
     assert attempts.faults == 1
@@ -314,7 +393,9 @@ def test_p16_what_an_attempt_held_is_dead_before_the_next_one(
 def test_p16_memory_that_never_comes_back_is_a_clear_error(
     pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
 ) -> None:
-    """Through the command line: one line that names the phase, what it needs of the plan, and what can be done; no video."""
+    """Through the command line: one line that names the phase, what it needs of the plan, and what
+    can be done; no video.
+    """
     inject, phase, again, named, name = PLACES[place]
     asked = asked_at(place, pipeline)
     plan, out = plan_of(pipeline, asked, CHOICE), tmp_path / "clip.mp4"
@@ -324,7 +405,9 @@ def test_p16_memory_that_never_comes_back_is_a_clear_error(
     with Living() as living:
         attempts = Attempts(monkeypatch, living, phase, again)
         inject(monkeypatch, pipeline, attempts, cuda_error, True)
-        result = CliRunner().invoke(app, ["generate", str(tmp_path), "--prompt", "a", "--out", str(out)])
+        result = CliRunner().invoke(
+            app, ["generate", str(tmp_path), "--prompt", "a", "--out", str(out)]
+        )
     assert result.exit_code == 1, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert re.match(rf"error: out of VRAM in {named} \(CUDA out of memory", line), line
@@ -333,7 +416,11 @@ def test_p16_memory_that_never_comes_back_is_a_clear_error(
     assert f"needs {format_bytes(needs(ended, name))} of VRAM" in line
     assert ("--resume" in line) is (tmp_path / "clip.mp4.resume").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) in ([], ["clip.mp4.resume"])
-    assert attempts.faults == {"text": 3, "decode": 3, "conditioning": 2}.get(name, attempts.faults) <= 8
+    assert (
+        attempts.faults
+        == {"text": 3, "decode": 3, "conditioning": 2}.get(name, attempts.faults)
+        <= 8
+    )
     assert attempts.left == [[]] * (attempts.faults - 1)
     assert not lowvram_threads()
 
@@ -341,7 +428,9 @@ def test_p16_memory_that_never_comes_back_is_a_clear_error(
 def test_p16_staging_that_never_works_again_ends_in_the_video(
     pipeline: StagedPipeline, expected: Callable[[Request], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ladder gives up the blocks that pass through it: the disk is read into the staging buffers themselves."""
+    """The ladder gives up the blocks that pass through it: the disk is read into the staging
+    buffers themselves.
+    """
     asked = request(pipeline)
     whole = expected(asked)
     with Living() as living:
@@ -382,9 +471,23 @@ def test_p16_a_process_whose_workers_find_no_memory_ends(store: Store, tmp_path:
     root = Path(__file__).parents[2]
     clip = ["--size", "64x64", "--frames", "5", "--steps", "2", "--out", str(tmp_path / "clip.mp4")]
     done = subprocess.run(
-        [sys.executable, "-c", ENDLESS, "generate", str(store.path), "--prompt", "a", "--no-prompt-cache", *clip],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}, cwd=root, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            ENDLESS,
+            "generate",
+            str(store.path),
+            "--prompt",
+            "a",
+            "--no-prompt-cache",
+            *clip,
+        ],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1, done.stderr
     assert "error: out of VRAM in the text phase" in done.stderr
     assert "Traceback" not in done.stderr
@@ -395,7 +498,11 @@ def fail_always(monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     def fail(*_: Any) -> None:
         raise cuda_error()
 
-    owner = {"text": (TextEncoder, "_run_block"), "conditioning": (pipeline_module, "condition"), "decode": (WanVAE, "_decode_tile")}
+    owner = {
+        "text": (TextEncoder, "_run_block"),
+        "conditioning": (pipeline_module, "condition"),
+        "decode": (WanVAE, "_decode_tile"),
+    }
     monkeypatch.setattr(*owner.get(phase, (wan.WanTransformer, "_run_block")), fail)
 
 
@@ -410,7 +517,9 @@ def one_step(store: Store, tmp_path_factory: pytest.TempPathFactory) -> bytes:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.generate(asked, plan=plan_of(pipeline, asked, CHOICE), state_file=file, listener=stop)
+        pipeline.generate(
+            asked, plan=plan_of(pipeline, asked, CHOICE), state_file=file, listener=stop
+        )
     return file.read_bytes()
 
 
@@ -440,12 +549,18 @@ def test_p16_the_advice_fits_the_phase_and_what_is_saved(
     assert "\n" not in said
     ended = foot_of(pipeline, asked, plan) if phase == "denoise" else plan
     assert f"it needs {format_bytes(needs(ended, phase))} of VRAM" in said
-    assert ("and go on with --resume" in said, "and run it again" in said) == (saved, not saved), said
-    assert ("--size" in said) is (phase in ("denoise", "decode")), "where a smaller video would help"
+    assert ("and go on with --resume" in said, "and run it again" in said) == (saved, not saved), (
+        said
+    )
+    assert ("--size" in said) is (phase in ("denoise", "decode")), (
+        "where a smaller video would help"
+    )
     assert ("begin anew" in said) is (saved and phase in ("denoise", "decode"))
     assert ("has nothing that it could give up" in said) is (phase == "conditioning")
     if saved and phase in ("denoise", "decode"):
-        assert digest(pipeline.generate(asked, plan=plan, state_file=file, resume=True).frames) == expected(asked)
+        assert digest(
+            pipeline.generate(asked, plan=plan, state_file=file, resume=True).frames
+        ) == expected(asked)
 
 
 def test_p16_a_failed_decode_may_be_resumed_where_steps_were_saved(
@@ -455,14 +570,21 @@ def test_p16_a_failed_decode_may_be_resumed_where_steps_were_saved(
     asked = request(pipeline, steps=1)
     fail_always(monkeypatch, "decode")
     with pytest.raises(OutOfMemoryError, match="and go on with --resume"):
-        pipeline.generate(asked, plan=plan_of(pipeline, asked, CHOICE), state_file=tmp_path / "state")
+        pipeline.generate(
+            asked, plan=plan_of(pipeline, asked, CHOICE), state_file=tmp_path / "state"
+        )
 
 
 def test_p16_the_noise_is_drawn_again(
     pipeline: StagedPipeline, expected: Callable[[Request], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = request(pipeline)
-    plan, whole, real, calls = plan_of(pipeline, asked, CHOICE), expected(asked), pipeline_module.draw_noise, [0]
+    plan, whole, real, calls = (
+        plan_of(pipeline, asked, CHOICE),
+        expected(asked),
+        pipeline_module.draw_noise,
+        [0],
+    )
 
     def draw(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
@@ -475,7 +597,9 @@ def test_p16_the_noise_is_drawn_again(
     assert digest(pipeline.generate(asked, plan=plan).frames) == whole
     calls, failures = [0], 9
     with pytest.raises(
-        OutOfMemoryError, match=r"^out of RAM in the noise phase \(MemoryError\): it needs less RAM than any phase .* run it again$"
+        OutOfMemoryError,
+        match=r"^out of RAM in the noise phase \(MemoryError\): it needs less RAM than any "
+        r"phase .* run it again$",
     ):
         pipeline.generate(asked, plan=plan)
     assert calls == [2]
@@ -509,7 +633,9 @@ def test_p16_the_text_phase_does_with_one_slot(
             assert digest(pipeline.generate(asked, plan=plan).frames) == expected(asked)
         assert f"trying it with {LEANER['text']}" in caplog.text
     else:
-        with pytest.raises(OutOfMemoryError, match=re.escape(f"with {LEANER['text']} it still found too little")):
+        with pytest.raises(
+            OutOfMemoryError, match=re.escape(f"with {LEANER['text']} it still found too little")
+        ):
             pipeline.generate(asked, plan=plan)
 
 
@@ -525,7 +651,9 @@ def test_p16_the_decoder_does_without_most_of_its_weights(
     asked = request(pipeline, **TILED)
     plan, whole = plan_of(pipeline, asked, CHOICE), expected(asked)
     file, alive, real = pipeline.store.files["vae"], [0], StoreFile.read
-    total = sum(real(file, name).nbytes for name in file.rest if name.startswith(("decoder.", "conv2.")))
+    total = sum(
+        real(file, name).nbytes for name in file.rest if name.startswith(("decoder.", "conv2."))
+    )
 
     def read(self: StoreFile, name: str, *arguments: Any, **named: Any) -> torch.Tensor:
         weight = real(self, name, *arguments, **named)
@@ -545,23 +673,33 @@ def test_p16_the_decoder_does_without_most_of_its_weights(
             assert digest(pipeline.generate(asked, plan=plan).frames) == whole
         assert f"trying it with {LEANER['decode']}" in caplog.text
     else:
-        with pytest.raises(OutOfMemoryError, match=re.escape(f"with {LEANER['decode']} it still found too little")):
+        with pytest.raises(
+            OutOfMemoryError, match=re.escape(f"with {LEANER['decode']} it still found too little")
+        ):
             pipeline.generate(asked, plan=plan)
     assert alive == [0]
 
 
 class Counted:
-    """Counts blocks computed, and by budget the bytes of buffers for blocks and workspace that live now and at most."""
+    """Counts blocks computed, and by budget the bytes of buffers for blocks and workspace that live
+    now and at most.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.blocks, self.live_bytes, self.peak_bytes = 0, {"VRAM": 0, "RAM": 0}, {"VRAM": 0, "RAM": 0}
+        self.blocks, self.live_bytes, self.peak_bytes = (
+            0,
+            {"VRAM": 0, "RAM": 0},
+            {"VRAM": 0, "RAM": 0},
+        )
         compute, allocate = wan.WanTransformer._run_block, arena.Ledger.allocate
 
         def run_block(model: wan.WanTransformer, *arguments: Any) -> None:
             self.blocks += 1
             compute(model, *arguments)
 
-        def counted(ledger: arena.Ledger, label: str, nbytes: int, device: torch.device) -> torch.Tensor:
+        def counted(
+            ledger: arena.Ledger, label: str, nbytes: int, device: torch.device
+        ) -> torch.Tensor:
             buffer = allocate(ledger, label, nbytes, device)
             self._change(ledger.name, nbytes)
             weakref.finalize(buffer.untyped_storage(), self._change, ledger.name, -nbytes)
@@ -575,11 +713,20 @@ class Counted:
         self.peak_bytes[budget] = max(self.peak_bytes[budget], self.live_bytes[budget])
 
 
-@pytest.mark.parametrize("choice", [CHOICE, Choice(64, 1, 1, 1, True, pinned_blocks=1)], ids=["streamed", "one resident, shared visits"])
+@pytest.mark.parametrize(
+    "choice",
+    [CHOICE, Choice(64, 1, 1, 1, True, pinned_blocks=1)],
+    ids=["streamed", "one resident, shared visits"],
+)
 def test_p16_another_program_takes_the_ram_in_the_middle_of_a_step(
-    pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, choice: Choice
+    pipeline: StagedPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    choice: Choice,
 ) -> None:
-    """In front of any block: cached blocks are handed back there and then, no block is computed twice, and no bit changes."""
+    """In front of any block: cached blocks are handed back there and then, no block is computed
+    twice, and no bit changes.
+    """
     asked = request(pipeline, num_frames=1)
     plan = plan_of(pipeline, asked, choice)
 
@@ -607,16 +754,26 @@ def test_p16_another_program_takes_the_ram_in_the_middle_of_a_step(
             counted = Counted(patch)
             assert latents() == whole, low
         assert counted.blocks == blocks, "no block is computed twice"
-        assert counted.peak_bytes == peak_bytes, "old slots and blocks are gone before new ones are made"
+        assert counted.peak_bytes == peak_bytes, (
+            "old slots and blocks are gone before new ones are made"
+        )
         assert not any(counted.live_bytes.values())
         (said,) = [record.getMessage() for record in caplog.records]
         kept = choice.host_blocks // 2
-        assert (f"keeping {kept} blocks in RAM instead of {choice.host_blocks}" if kept else "reading every block from the disk") in said
-        assert len(readings) == (visits if kept else low + 1), "looked at between all blocks while any is kept"
+        assert (
+            f"keeping {kept} blocks in RAM instead of {choice.host_blocks}"
+            if kept
+            else "reading every block from the disk"
+        ) in said
+        assert len(readings) == (visits if kept else low + 1), (
+            "looked at between all blocks while any is kept"
+        )
         assert not lowvram_threads()
 
 
-def test_free_ram_is_not_looked_at_more_often_than_the_period(pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_ram_is_not_looked_at_more_often_than_the_period(
+    pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     readings: list[float] = []
     clock = [0.0]
 

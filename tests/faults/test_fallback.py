@@ -1,4 +1,6 @@
-"""Memory that other programs take: every allocation, block and phase fails once, and the video stays the same (promise 16)."""
+"""Memory that other programs take: every allocation, block and phase fails once, and the video
+stays the same (promise 16).
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,16 @@ GIB = 2**30
 
 
 def cuda_error() -> Exception:
-    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 336.00 MiB. GPU 0 has a total capacity of 8.00 GiB")
+    return torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 336.00 MiB. GPU 0 has a total capacity of 8.00 GiB"
+    )
 
 
 def cpu_error() -> Exception:
-    return RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    return RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 1 bytes"
+    )
 
 
 def python_error() -> Exception:
@@ -44,10 +51,15 @@ def python_error() -> Exception:
 
 
 class Memory:
-    """Stands for the allocator: counts what lives, and fails at chosen allocations. `peak_bytes`: beside the process itself."""
+    """Stands for the allocator: counts what lives, and fails at chosen allocations. `peak_bytes`:
+    beside the process itself.
+    """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception] = cuda_error, fail: Callable[[int], bool] = lambda n: False
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        error: Callable[[], Exception] = cuda_error,
+        fail: Callable[[int], bool] = lambda n: False,
     ):
         self.count = self.live_bytes = self.peak_bytes = 0
         self._error, self._fail = error, fail
@@ -92,7 +104,9 @@ def request(pipeline: Pipeline) -> Request:
 
 
 def run(
-    pipeline: StagedPipeline, choice: Choice = CHOICE, listener: Callable[[Progress], None] = lambda event: None
+    pipeline: StagedPipeline,
+    choice: Choice = CHOICE,
+    listener: Callable[[Progress], None] = lambda event: None,
 ) -> tuple[Video, MemoryPlan]:
     plan = plan_of(pipeline, request(pipeline), choice)
     video = pipeline.generate(request(pipeline), plan=plan, listener=listener)
@@ -128,13 +142,17 @@ def test_p16_what_libraries_say_when_the_device_is_full(message: str, is_memory:
 
 
 def test_p16_any_allocation_may_fail_once(
-    pipeline: StagedPipeline, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pipeline: StagedPipeline,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with monkeypatch.context() as patch:
         memory = Memory(patch)
         _, plan = run(pipeline)
         total = memory.count
-    assert total == 2 + 2 + 2 + 2 + 1 + 1  # slots and staging of text and blocks, one cached block, the arena
+    # slots and staging of text and blocks, one cached block, the arena
+    assert total == 2 + 2 + 2 + 2 + 1 + 1
     for number in range(total):
         caplog.clear()
         with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
@@ -142,14 +160,22 @@ def test_p16_any_allocation_may_fail_once(
             video, _ = run(pipeline)
         assert digest(video.frames) == expected, number
         assert len(rungs(caplog)) == 1, number
-        assert memory.peak_bytes <= plan.peak_vram_bytes + plan.peak_ram_bytes - pipeline.host.process_bytes
+        assert (
+            memory.peak_bytes
+            <= plan.peak_vram_bytes + plan.peak_ram_bytes - pipeline.host.process_bytes
+        )
         assert memory.live_bytes == 0, "everything is handed back"
 
 
 def test_p16_any_block_of_any_step_may_fail(
-    pipeline: StagedPipeline, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pipeline: StagedPipeline,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Finished steps are not computed again: each failure costs the blocks of its own step at most."""
+    """Finished steps are not computed again: each failure costs the blocks of its own step at
+    most.
+    """
     real = wan.WanTransformer._run_block
     visits = 3 * 2 * 2
     for failing in range(visits):
@@ -175,7 +201,11 @@ def test_p16_any_block_of_any_step_may_fail(
 
 @pytest.mark.parametrize("phase", ["_encode_prompts", "_condition", "_decode"])
 def test_p16_the_other_phases_are_tried_once_more(
-    pipeline: StagedPipeline, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, phase: str
+    pipeline: StagedPipeline,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    phase: str,
 ) -> None:
     real, calls = getattr(Pipeline, phase), []
 
@@ -193,9 +223,13 @@ def test_p16_the_other_phases_are_tried_once_more(
             assert "trying it once more" in caplog.text
             assert len(calls) == 2
         else:
-            with pytest.raises(OutOfMemoryError, match=r"out of VRAM in the \w+ phase \(CUDA out of memory"):
+            with pytest.raises(
+                OutOfMemoryError, match=r"out of VRAM in the \w+ phase \(CUDA out of memory"
+            ):
                 run(pipeline)
-            assert len(calls) == (2 if phase == "_condition" else 3), "where there is a leaner way, that too"
+            assert len(calls) == (2 if phase == "_condition" else 3), (
+                "where there is a leaner way, that too"
+            )
 
 
 def test_p16_the_foot_of_the_ladder_is_a_clear_error(
@@ -208,13 +242,20 @@ def test_p16_the_foot_of_the_ladder_is_a_clear_error(
         raise cuda_error()
 
     monkeypatch.setattr(wan.WanTransformer, "_run_block", run_block)
-    with pytest.raises(OutOfMemoryError, match=r"out of VRAM in step 1 of 3 .* needs .* of VRAM; close .* --size") as failed:
+    with pytest.raises(
+        OutOfMemoryError, match=r"out of VRAM in step 1 of 3 .* needs .* of VRAM; close .* --size"
+    ) as failed:
         run(pipeline, Choice(192, 2, 0, 2, True))
     assert "\n" not in str(failed.value)
     said = rungs(caplog)
     assert len(calls) == len(said) + 1 == 8
     assert "the same plan once more" in said[-1]
-    for text in ("one slot", "one guidance branch after the other", "chunks of 128 tokens instead of 192", "chunks of 64 tokens"):
+    for text in (
+        "one slot",
+        "one guidance branch after the other",
+        "chunks of 128 tokens instead of 192",
+        "chunks of 64 tokens",
+    ):
         assert sum(text in line for line in said) == 1, said
     assert not lowvram_threads()
 
@@ -243,10 +284,15 @@ class RaisingTransport(StagedTransport):
 
 
 @pytest.mark.parametrize(
-    ("transport", "locks"), [(StagedTransport, 0), (StagedTransport, 1), (StagedTransport, 3), (RaisingTransport, None)]
+    ("transport", "locks"),
+    [(StagedTransport, 0), (StagedTransport, 1), (StagedTransport, 3), (RaisingTransport, None)],
 )
 def test_p16_refused_pinning_leaves_pageable_buffers(
-    tiny_store: StoreOf, expected: str, caplog: pytest.LogCaptureFixture, transport: type[StagedTransport], locks: int | None
+    tiny_store: StoreOf,
+    expected: str,
+    caplog: pytest.LogCaptureFixture,
+    transport: type[StagedTransport],
+    locks: int | None,
 ) -> None:
     """Staging is locked first; cached blocks that are not pass through it."""
     pipeline = StagedPipeline(tiny_store("int8"), transport, locks)
@@ -261,9 +307,14 @@ def test_p16_refused_pinning_leaves_pageable_buffers(
 
 
 def test_p16_blocks_in_ram_are_handed_back_under_pressure(
-    pipeline: StagedPipeline, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pipeline: StagedPipeline,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Another program fills the RAM and takes ever more of it: half of the blocks go, then all; then nobody asks any more."""
+    """Another program fills the RAM and takes ever more of it: half of the blocks go, then all;
+    then nobody asks any more.
+    """
     readings: list[int] = []
 
     def host() -> HostMemory:
@@ -275,29 +326,47 @@ def test_p16_blocks_in_ram_are_handed_back_under_pressure(
     video, _ = run(pipeline, Choice(64, 1, 0, 2, False, pinned_blocks=2))
     assert digest(video.frames) == expected
     assert len(readings) == 2
-    first, second = (record.getMessage() for record in caplog.records if "of RAM is free" in record.getMessage())
+    first, second = (
+        record.getMessage() for record in caplog.records if "of RAM is free" in record.getMessage()
+    )
     assert "keeping 1 blocks in RAM instead of 2" in first
     assert "reading every block from the disk" in second
 
 
-def test_a_run_that_steps_down_reports_each_step_once(pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_steps_down_reports_each_step_once(
+    pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Memory(monkeypatch, cuda_error, lambda n: n == 9)
     seen = []
-    run(pipeline, listener=lambda event: seen.append(event.done) if event.phase == "denoise" else None)
+    run(
+        pipeline,
+        listener=lambda event: seen.append(event.done) if event.phase == "denoise" else None,
+    )
     assert seen == [0, 1, 2, 3]
 
 
-def test_nothing_is_allocated_between_the_first_step_and_the_last(pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_allocated_between_the_first_step_and_the_last(
+    pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory, counts = Memory(monkeypatch), []
-    run(pipeline, Choice(64, 1, 0, 1, False), lambda event: counts.append(memory.count) if event.phase == "denoise" else None)
+    run(
+        pipeline,
+        Choice(64, 1, 0, 1, False),
+        lambda event: counts.append(memory.count) if event.phase == "denoise" else None,
+    )
     before, *steps = counts
     assert len(steps) == 3
-    assert set(steps) == {before + 1 + 2 + 1 + 1}  # one slot, two staging buffers, one cached block, the arena
+    # one slot, two staging buffers, one cached block, the arena
+    assert set(steps) == {before + 1 + 2 + 1 + 1}
 
 
-def a14b(vram_gib: float, ram_gib: float, device: str = "cuda") -> tuple[MemoryPlan, Callable[[Choice], MemoryPlan]]:
+def a14b(
+    vram_gib: float, ram_gib: float, device: str = "cuda"
+) -> tuple[MemoryPlan, Callable[[Choice], MemoryPlan]]:
     host = Host.of(device)
-    plan = choose_plan(T2V_A14B, "int8", (1280, 720), 81, 40, host, int(vram_gib * GIB), int(ram_gib * GIB))
+    plan = choose_plan(
+        T2V_A14B, "int8", (1280, 720), 81, 40, host, int(vram_gib * GIB), int(ram_gib * GIB)
+    )
     return plan, lambda choice: describe_plan(T2V_A14B, "int8", (1280, 720), 81, 40, choice, host)
 
 
@@ -313,7 +382,9 @@ def descend(ladder: Ladder, short: str) -> list[MemoryPlan]:
 @pytest.mark.parametrize("short", [VRAM, RAM])
 @pytest.mark.parametrize("vram_gib", [6, 12, 24, 80])
 @pytest.mark.parametrize("ram_gib", [6, 16, 64])
-def test_every_rung_needs_less_and_there_are_a_handful(short: str, vram_gib: int, ram_gib: int) -> None:
+def test_every_rung_needs_less_and_there_are_a_handful(
+    short: str, vram_gib: int, ram_gib: int
+) -> None:
     plans = descend(Ladder(*a14b(vram_gib, ram_gib)), short)
     label = "vram_bytes" if short == VRAM else "ram_bytes"
     other = "ram_bytes" if short == VRAM else "vram_bytes"
@@ -327,7 +398,12 @@ def test_every_rung_needs_less_and_there_are_a_handful(short: str, vram_gib: int
     assert all(needs(plan, other) <= needs(plans[0], other) for plan in plans)
     foot = plans[-1].choice
     if short == VRAM:
-        assert (foot.resident_blocks, foot.ring_slots, foot.joint_guidance, foot.chunk_tokens) == (0, 1, False, 64)
+        assert (foot.resident_blocks, foot.ring_slots, foot.joint_guidance, foot.chunk_tokens) == (
+            0,
+            1,
+            False,
+            64,
+        )
     else:
         assert (foot.host_blocks, foot.pinned_blocks) == (0, 0)
         assert foot.chunk_tokens == plans[0].choice.chunk_tokens
@@ -336,5 +412,11 @@ def test_every_rung_needs_less_and_there_are_a_handful(short: str, vram_gib: int
 def test_on_a_cpu_either_budget_is_helped_by_both() -> None:
     ladder = Ladder(*a14b(12, 16, "cpu"), shared=True)
     choices = [plan.choice for plan in descend(ladder, VRAM)]
-    assert choices[1].host_blocks < choices[0].host_blocks, "RAM buffers go first: residency costs more to lose"
-    assert (choices[-1].host_blocks, choices[-1].resident_blocks, choices[-1].chunk_tokens) == (0, 0, 64)
+    assert choices[1].host_blocks < choices[0].host_blocks, (
+        "RAM buffers go first: residency costs more to lose"
+    )
+    assert (choices[-1].host_blocks, choices[-1].resident_blocks, choices[-1].chunk_tokens) == (
+        0,
+        0,
+        64,
+    )

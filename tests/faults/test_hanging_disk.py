@@ -1,4 +1,6 @@
-"""A disk that never answers: an error that names file and block after a while, Ctrl-C at once, and a process that ends (promise 16)."""
+"""A disk that never answers: an error that names file and block after a while, Ctrl-C at once, and
+a process that ends (promise 16).
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,16 @@ StoreOf = Callable[[str], Store]
 CHOICE = Choice(64, 1, 0, 1, False, pinned_blocks=1)
 
 
-def hanging_disk(monkeypatch: pytest.MonkeyPatch, store: Store, component: str, block: int) -> HangingReads:
+def hanging_disk(
+    monkeypatch: pytest.MonkeyPatch, store: Store, component: str, block: int
+) -> HangingReads:
     """Reads past the middle of one block do not come back before `release`."""
     start, nbytes = store.files[component].blocks[block]
     middle, last = start + nbytes // 2, start + nbytes
-    return HangingReads(monkeypatch, lambda file, offset, end: file.path.stem == component and offset < last and end > middle)
+    return HangingReads(
+        monkeypatch,
+        lambda file, offset, end: file.path.stem == component and offset < last and end > middle,
+    )
 
 
 def generate(pipeline: Pipeline) -> None:
@@ -41,12 +48,17 @@ def generate(pipeline: Pipeline) -> None:
 
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("component", ["text_encoder", "low_noise"])
-def test_p16_a_block_that_never_comes_is_named(tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch, component: str, staged: bool) -> None:
+def test_p16_a_block_that_never_comes_is_named(
+    tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch, component: str, staged: bool
+) -> None:
     store = tiny_store("int8")
     pipeline = StagedPipeline(store) if staged else pipeline_of(store)
     monkeypatch.setattr(disk, "HANGING_READ_S", 1.0)
     hanging = hanging_disk(monkeypatch, store, component, 1)
-    said = rf"{component}\.safetensors: block 1 cannot be read: the disk gave no byte for 1 s: check the disk"
+    said = (
+        rf"{component}\.safetensors: block 1 cannot be read: the disk gave no byte for 1 "
+        rf"s: check the disk"
+    )
     with pytest.raises(CheckpointError, match=said):
         generate(pipeline)
     hanging.release()
@@ -55,7 +67,9 @@ def test_p16_a_block_that_never_comes_is_named(tiny_store: StoreOf, monkeypatch:
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send to oneself")
 @pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("staged", [False, True])
-def test_p20_ctrl_c_is_heard_while_the_disk_hangs(tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch, staged: bool) -> None:
+def test_p20_ctrl_c_is_heard_while_the_disk_hangs(
+    tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch, staged: bool
+) -> None:
     store = tiny_store("int8")
     pipeline = StagedPipeline(store) if staged else pipeline_of(store)
     monkeypatch.setattr(disk, "STOP_GRACE_S", 0.5)
@@ -78,7 +92,9 @@ def test_p20_ctrl_c_is_heard_while_the_disk_hangs(tiny_store: StoreOf, monkeypat
     hanging.release()
 
 
-def test_a_wait_ends_now_and_then_so_that_ctrl_c_is_heard_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_ends_now_and_then_so_that_ctrl_c_is_heard_on_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     hops, waits = Hops(), list[float | None]()
     real = threading.Condition.wait
 
@@ -123,7 +139,8 @@ def test_p20_a_read_that_never_returns_does_not_keep_the_process(tiny_store: Sto
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        # a shell's background job ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None

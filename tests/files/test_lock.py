@@ -1,4 +1,6 @@
-"""Promise 7: one writer per output; the second names the first's process; a lock of the dead is taken over."""
+"""Promise 7: one writer per output; the second names the first's process; a lock of the dead is
+taken over.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_p07_second_writer_is_refused_and_names_the_first(tmp_path: Path) -> Non
         os.waitpid(pid, 0)
 
 
-def test_p07_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_p07_lock_of_a_killed_process_is_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pid = holder(tmp_path)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -64,13 +68,17 @@ def test_p07_folder_is_made_and_output_of_others_is_independent(tmp_path: Path) 
         assert (tmp_path / "a" / "b" / LOCK_NAME).exists()
 
 
-def test_p07_living_holder_is_believed_where_locks_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p07_living_holder_is_believed_where_locks_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock.fcntl, "flock", lambda fd, mode: None)
     with OutputLock(tmp_path), pytest.raises(OutputError, match=f"process {os.getpid()}:"):
         OutputLock(tmp_path)
 
 
-def test_p07_lock_file_removed_by_its_holder_in_between_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p07_lock_file_removed_by_its_holder_in_between_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = lock.fcntl.flock, []
 
     def flock(fd: int, mode: int) -> None:
@@ -87,16 +95,29 @@ def test_p07_lock_file_removed_by_its_holder_in_between_is_made_again(tmp_path: 
 
 
 STALE = {
-    "empty": b"", "cut": b"{", "a list": b"[]", "no text": b"\xff", "a word": b'{"pid": "x"}', "negative": b'{"pid": -1}',
-    "true": b'{"pid": true}', "no process": b'{"pid": 4194305}', "a float": b'{"pid": 1e300}',
-    "reused": json.dumps({"pid": os.getpid(), "started": 1.0, "host": socket.gethostname()}).encode(),
-    "elsewhere": json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time(), "host": "elsewhere"}).encode(),
-}  # fmt: skip
+    "empty": b"",
+    "cut": b"{",
+    "a list": b"[]",
+    "no text": b"\xff",
+    "a word": b'{"pid": "x"}',
+    "negative": b'{"pid": -1}',
+    "true": b'{"pid": true}',
+    "no process": b'{"pid": 4194305}',
+    "a float": b'{"pid": 1e300}',
+    "reused": json.dumps(
+        {"pid": os.getpid(), "started": 1.0, "host": socket.gethostname()}
+    ).encode(),
+    "elsewhere": json.dumps(
+        {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": "elsewhere"}
+    ).encode(),
+}
 
 
 @pytest.mark.parametrize("name", STALE)
 def test_p07_stale_lock_is_recognised(name: str, tmp_path: Path) -> None:
-    """Also where the process id was given to another process since, or comes from another machine."""
+    """Also where the process id was given to another process since, or comes from another
+    machine.
+    """
     (tmp_path / LOCK_NAME).write_bytes(STALE[name])
     OutputLock(tmp_path).release()
 

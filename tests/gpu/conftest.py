@@ -1,4 +1,6 @@
-"""Tests that need a CUDA device skip where there is none; `--shard=2/8` runs the second eighth of them."""
+"""Tests that need a CUDA device skip where there is none; `--shard=2/8` runs the second eighth of
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", default="1/1", metavar="I/N", help="of the tests on a GPU run the I-th of N parts")
+    parser.addoption(
+        "--shard",
+        default="1/1",
+        metavar="I/N",
+        help="of the tests on a GPU run the I-th of N parts",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,6 @@
-"""The machine's profile: measured, kept, and never trusted where it is damaged or another machine's."""
+"""The machine's profile: measured, kept, and never trusted where it is damaged or another
+machine's.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,24 @@ from typer.testing import CliRunner
 from lowvram.cli.app import app
 from lowvram.doctor import measure
 from lowvram.doctor import read_speed as read_speed_module
-from lowvram.doctor.measure import ProbeShape, machine_key, machine_profile, measure_profile, on_disk_of, this_machine
+from lowvram.doctor.measure import (
+    ProbeShape,
+    machine_key,
+    machine_profile,
+    measure_profile,
+    on_disk_of,
+    this_machine,
+)
 from lowvram.doctor.report import doctor_report, measured_speeds
 from lowvram.errors import LowvramError, UsageError
 from lowvram.hardware.machine import probe_machine
-from lowvram.hardware.profile import CACHE_VERSION, MachineProfile, ProfileKey, load_profile, save_profile
+from lowvram.hardware.profile import (
+    CACHE_VERSION,
+    MachineProfile,
+    ProfileKey,
+    load_profile,
+    save_profile,
+)
 from lowvram.pipeline import load
 from lowvram.timing.cards import DISK_BYTES_S, find_card
 from tests.helpers.checkpoints import tiny_config, write_store
@@ -31,7 +46,9 @@ PROFILE = find_card("RTX 3060").profile()
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes that take milliseconds."""
-    monkeypatch.setattr(measure, "SHAPES", dict.fromkeys(measure.SHAPES, ProbeShape(64, 256, 64, 4, 2, 8)))
+    monkeypatch.setattr(
+        measure, "SHAPES", dict.fromkeys(measure.SHAPES, ProbeShape(64, 256, 64, 4, 2, 8))
+    )
     monkeypatch.setattr(measure, "HOST_COPY_BYTES", 1 << 16)
     monkeypatch.setattr(read_speed_module, "PROBE_BLOCK_BYTES", 1 << 20)
 
@@ -43,12 +60,15 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [KEY.file_name]
 
 
-@pytest.mark.parametrize("changes", [{"gpu": "other"}, {"driver": "580"}, {"torch": "2.14"}, {"lowvram": "0.2"}])
+@pytest.mark.parametrize(
+    "changes", [{"gpu": "other"}, {"driver": "580"}, {"torch": "2.14"}, {"lowvram": "0.2"}]
+)
 def test_another_machine_or_version_has_no_profile(tmp_path: Path, changes: dict[str, str]) -> None:
     save_profile(PROFILE, KEY, tmp_path)
     other = dataclasses.replace(KEY, **changes)
     assert load_profile(other, tmp_path) is None
-    (tmp_path / KEY.file_name).rename(tmp_path / other.file_name)  # a copied or renamed file is not believed either
+    # a copied or renamed file is not believed either
+    (tmp_path / KEY.file_name).rename(tmp_path / other.file_name)
     assert load_profile(other, tmp_path) is None
 
 
@@ -63,7 +83,10 @@ def kept(folder: Path) -> dict[str, object]:
     "content",
     [
         *(b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b"[" * 100_000),
-        *(f'{{"version": {CACHE_VERSION}{rest}}}'.encode() for rest in ("", ', "key": {}, "profile": {}')),
+        *(
+            f'{{"version": {CACHE_VERSION}{rest}}}'.encode()
+            for rest in ("", ', "key": {}, "profile": {}')
+        ),
     ],
 )
 def test_a_damaged_cache_is_no_profile(tmp_path: Path, content: bytes) -> None:
@@ -119,9 +142,15 @@ def test_every_speed_of_this_machine_is_measured(tmp_path: Path) -> None:
     assert profile.device == "cpu"
     rates = [name for name in profile.to_dict() if name.endswith("_s")]
     assert all(profile.sources[name] == "measured" for name in rates if name != "disk_bytes_s")
-    assert (profile.disk_bytes_s, profile.sources["disk_bytes_s"]) == (DISK_BYTES_S, "table"), "nobody has measured the disk"
+    assert (profile.disk_bytes_s, profile.sources["disk_bytes_s"]) == (DISK_BYTES_S, "table"), (
+        "nobody has measured the disk"
+    )
     known = measure_profile("cpu", tmp_path, disk_bytes_s=2e9)
-    assert (known.disk_bytes_s, known.sources["disk_bytes_s"], known.disk_folder) == (2e9, "measured", str(tmp_path))
+    assert (known.disk_bytes_s, known.sources["disk_bytes_s"], known.disk_folder) == (
+        2e9,
+        "measured",
+        str(tmp_path),
+    )
     assert all(getattr(profile, name) > 0 for name in rates)
     assert list(tmp_path.iterdir()) == []
     assert MachineProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
@@ -192,33 +221,54 @@ def test_the_doctor_shows_speeds_and_says_whether_they_are_new(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("tiny", "own_cache")
-def test_the_doctor_measures_the_disk_with_the_streamers_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_measures_the_disk_with_the_streamers_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Path] = []
-    monkeypatch.setattr(read_speed_module, "read_speed", lambda folder: asked.append(folder) or 123e6)
-    report = json.loads(CliRunner().invoke(app, ["doctor", "--path", str(tmp_path), "--json"]).stdout)
+    monkeypatch.setattr(
+        read_speed_module, "read_speed", lambda folder: asked.append(folder) or 123e6
+    )
+    report = json.loads(
+        CliRunner().invoke(app, ["doctor", "--path", str(tmp_path), "--json"]).stdout
+    )
     assert asked == [tmp_path]
     assert report["machine"]["disk_read_bytes_s"] == report["profile"]["disk_bytes_s"] == 123e6
     assert report["profile"]["sources"]["disk_bytes_s"] == "measured"
 
 
-# Of another st_dev than any disk; where the system has none, a folder that is gone, which is no disk that was measured either.
+# Of another st_dev than any disk; where the system has none, a folder that is gone, which is no
+# disk that was measured either.
 OTHER_DISK = Path("/proc")
 MEASURED_HERE = {"disk_bytes_s": "measured", "gemm_int8_ops_s": "measured"}
 
 
-def test_a_measured_disk_is_that_of_its_own_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    here = dataclasses.replace(PROFILE, disk_bytes_s=7e9, disk_folder=str(tmp_path), sources=MEASURED_HERE)
+def test_a_measured_disk_is_that_of_its_own_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = dataclasses.replace(
+        PROFILE, disk_bytes_s=7e9, disk_folder=str(tmp_path), sources=MEASURED_HERE
+    )
     (tmp_path / "model").mkdir()
     with caplog.at_level(logging.WARNING):
         assert on_disk_of(tmp_path / "model", here) is here
-        unmeasured = dataclasses.replace(here, disk_folder=str(OTHER_DISK), sources=MEASURED_HERE | {"disk_bytes_s": "table"})
+        unmeasured = dataclasses.replace(
+            here, disk_folder=str(OTHER_DISK), sources=MEASURED_HERE | {"disk_bytes_s": "table"}
+        )
         assert on_disk_of(tmp_path, unmeasured) is unmeasured
         assert not caplog.records
         for folder in (OTHER_DISK, tmp_path / "gone"):
             there = dataclasses.replace(here, disk_folder=str(folder))
             moved = on_disk_of(tmp_path, there)
-            assert (moved.disk_bytes_s, moved.sources) == (DISK_BYTES_S, MEASURED_HERE | {"disk_bytes_s": "table"})
-            assert dataclasses.replace(moved, disk_bytes_s=7e9, disk_folder=str(folder), sources=MEASURED_HERE) == there
+            assert (moved.disk_bytes_s, moved.sources) == (
+                DISK_BYTES_S,
+                MEASURED_HERE | {"disk_bytes_s": "table"},
+            )
+            assert (
+                dataclasses.replace(
+                    moved, disk_bytes_s=7e9, disk_folder=str(folder), sources=MEASURED_HERE
+                )
+                == there
+            )
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert all(f"lowvram doctor --path {tmp_path}" in line and "\n" not in line for line in told)
@@ -229,25 +279,43 @@ def test_a_run_uses_the_measured_disk_only_for_a_model_on_it(
     folder: str, tmp_path: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = write_store(tmp_path / "model", tiny_config())
-    measured = dataclasses.replace(PROFILE, device="cpu", disk_bytes_s=7e9, disk_folder=folder or str(tmp_path), sources=MEASURED_HERE)
+    measured = dataclasses.replace(
+        PROFILE,
+        device="cpu",
+        disk_bytes_s=7e9,
+        disk_folder=folder or str(tmp_path),
+        sources=MEASURED_HERE,
+    )
     save_profile(measured, machine_key("cpu"))
     assert own_cache.exists()
     with caplog.at_level(logging.WARNING):
         pipeline = load(model, "1GiB", "4GiB", "cpu", prompt_cache=False)
     pipeline.store.close()
     assert pipeline.profile is not None
-    assert (pipeline.profile.disk_bytes_s, pipeline.profile.sources["disk_bytes_s"]) == ((3.5e9, "table") if folder else (7e9, "measured"))
+    assert (pipeline.profile.disk_bytes_s, pipeline.profile.sources["disk_bytes_s"]) == (
+        (3.5e9, "table") if folder else (7e9, "measured")
+    )
     assert pipeline.profile.gemm_int8_ops_s == measured.gemm_int8_ops_s
-    assert len([record for record in caplog.records if "lowvram doctor --path" in record.getMessage()]) == bool(folder)
+    assert len(
+        [record for record in caplog.records if "lowvram doctor --path" in record.getMessage()]
+    ) == bool(folder)
 
 
-def test_a_gpu_that_does_not_answer_is_not_measured_as_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(measure, "find_gpu", lambda measure: (None, "the GPU does not answer: CUDA error: unknown error"))
+def test_a_gpu_that_does_not_answer_is_not_measured_as_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        measure,
+        "find_gpu",
+        lambda measure: (None, "the GPU does not answer: CUDA error: unknown error"),
+    )
     with pytest.raises(LowvramError, match="the GPU does not answer: CUDA error: unknown error"):
         measure.measure_profile("cuda", tmp_path)
 
 
-@pytest.mark.parametrize(("reason", "device"), [(None, "cuda"), ("compute capability 7.5 has no tensor cores", "cpu")])
+@pytest.mark.parametrize(
+    ("reason", "device"), [(None, "cuda"), ("compute capability 7.5 has no tensor cores", "cpu")]
+)
 def test_a_gpu_that_only_references_serve_is_probed_with_small_shapes(
     reason: str | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +323,9 @@ def test_a_gpu_that_only_references_serve_is_probed_with_small_shapes(
     assert measure._probe_shape("cuda") == measure.SHAPES[device]
 
 
-def test_whatever_a_kernel_raises_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_whatever_a_kernel_raises_is_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Triton's own errors are plain exceptions."""
 
     def fails(*arguments: object) -> None:

@@ -1,4 +1,6 @@
-"""Tiny random models in the file layouts that people have on disk, for tests. The same seed gives the same weights in every layout."""
+"""Tiny random models in the file layouts that people have on disk, for tests. The same seed gives
+the same weights in every layout.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,33 @@ from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
 from lowvram.store.layout import StoredTensor, component_layout, marker_bytes
 from lowvram.store.manifest import ComponentManifest, Manifest, component_file
 from lowvram.store.writer import StoreWriter, remove_leftovers
-from lowvram.variants import COMPONENTS, DiTConfig, ModelConfig, SamplingDefaults, TextEncoderConfig, VAEConfig
+from lowvram.variants import (
+    COMPONENTS,
+    DiTConfig,
+    ModelConfig,
+    SamplingDefaults,
+    TextEncoderConfig,
+    VAEConfig,
+)
 
 Weights = dict[str, torch.Tensor]
 
 
 def tiny_config(**dit_changes: Any) -> ModelConfig:
-    """Two blocks of dim 256: every matrix is wide enough for the rotation by 256; a whole model is about 15 MB in fp32."""
-    dit = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2, "text_dim": 256, "text_len": 32} | dit_changes
-    text = TextEncoderConfig(vocab_size=256, d_model=256, num_heads=4, head_dim=64, d_ff=256, num_layers=2)
+    """Two blocks of dim 256: every matrix is wide enough for the rotation by 256; a whole model is
+    about 15 MB in fp32.
+    """
+    dit = {
+        "dim": 256,
+        "ffn_dim": 512,
+        "num_heads": 2,
+        "num_layers": 2,
+        "text_dim": 256,
+        "text_len": 32,
+    } | dit_changes
+    text = TextEncoderConfig(
+        vocab_size=256, d_model=256, num_heads=4, head_dim=64, d_ff=256, num_layers=2
+    )
     vae = VAEConfig(base_dim=8, dim_mult=(1, 2, 2, 2), num_res_blocks=1)
     return ModelConfig("t2v-custom", DiTConfig(**dit), text, vae)
 
@@ -37,13 +57,18 @@ def component_shapes(config: ModelConfig, component: str) -> dict[str, tuple[int
     return names.vae_shapes(config.vae) if component == "vae" else names.dit_shapes(config.dit)
 
 
-def tiny_weights(config: ModelConfig, component: str, seed: int = 0, dtype: torch.dtype | None = None) -> Weights:
+def tiny_weights(
+    config: ModelConfig, component: str, seed: int = 0, dtype: torch.dtype | None = None
+) -> Weights:
     """Random weights under official names, scaled so that activations stay near 1.
 
-    The default dtypes are those of the official files: experts and VAE in fp32, text encoder in bf16.
+    The default dtypes are those of the official files: experts and VAE in fp32, text encoder in
+    bf16.
     """
     dtype = dtype or (torch.bfloat16 if component == "text_encoder" else torch.float32)
-    return {name: tensor.clone() for name, tensor in _weights(config, component, seed, dtype).items()}
+    return {
+        name: tensor.clone() for name, tensor in _weights(config, component, seed, dtype).items()
+    }
 
 
 @lru_cache(maxsize=64)
@@ -69,12 +94,21 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def write_official(
-    path: Path, config: ModelConfig, seed: int = 0, shards: int = 2, dtype: torch.dtype = torch.float32, pickle: bool = False
+    path: Path,
+    config: ModelConfig,
+    seed: int = 0,
+    shards: int = 2,
+    dtype: torch.dtype = torch.float32,
+    pickle: bool = False,
 ) -> Path:
-    """The layout of Wan-AI/Wan2.2-T2V-A14B; `dtype` is that of the experts; `pickle` writes T5 and VAE as `.pth` like the original."""
+    """The layout of Wan-AI/Wan2.2-T2V-A14B; `dtype` is that of the experts; `pickle` writes T5 and
+    VAE as `.pth` like the original.
+    """
     for component in ("high_noise", "low_noise"):
         folder = path / f"{component}_model"
-        write_shards(folder, "diffusion_pytorch_model", tiny_weights(config, component, seed, dtype), shards)
+        write_shards(
+            folder, "diffusion_pytorch_model", tiny_weights(config, component, seed, dtype), shards
+        )
         write_json(folder / "config.json", official_dit_config(config.dit))
     for component, stem in (("text_encoder", "models_t5_umt5-xxl-enc-bf16"), ("vae", "Wan2.1_VAE")):
         weights = tiny_weights(config, component, seed)
@@ -87,39 +121,65 @@ def write_official(
     return path
 
 
-def write_diffusers(path: Path, config: ModelConfig, seed: int = 0, shards: int = 2, dtype: torch.dtype = torch.float32) -> Path:
-    """The layout of Wan-AI/Wan2.2-T2V-A14B-Diffusers, with the weights of `write_official` for the same seed."""
+def write_diffusers(
+    path: Path,
+    config: ModelConfig,
+    seed: int = 0,
+    shards: int = 2,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """The layout of Wan-AI/Wan2.2-T2V-A14B-Diffusers, with the weights of `write_official` for the
+    same seed.
+    """
     for component, folder in (("high_noise", "transformer"), ("low_noise", "transformer_2")):
-        weights = renamed(tiny_weights(config, component, seed, dtype), names.diffusers_dit_from_official)
+        weights = renamed(
+            tiny_weights(config, component, seed, dtype), names.diffusers_dit_from_official
+        )
         write_shards(path / folder, "diffusion_pytorch_model", weights, shards)
         write_json(path / folder / "config.json", diffusers_dit_config(config.dit))
-    weights = renamed(tiny_weights(config, "text_encoder", seed), names.transformers_text_from_official)
+    weights = renamed(
+        tiny_weights(config, "text_encoder", seed), names.transformers_text_from_official
+    )
     write_shards(path / "text_encoder", "model", weights, shards)
     write_json(path / "text_encoder" / "config.json", transformers_text_config(config.text_encoder))
-    weights = renamed(tiny_weights(config, "vae", seed), lambda name: names.diffusers_vae_from_official(name, config.vae))
+    weights = renamed(
+        tiny_weights(config, "vae", seed),
+        lambda name: names.diffusers_vae_from_official(name, config.vae),
+    )
     write_shards(path / "vae", "diffusion_pytorch_model", weights, 1)
     write_json(path / "vae" / "config.json", diffusers_vae_config(config.vae))
-    write_json(path / "model_index.json", {"_class_name": "WanPipeline", "boundary_ratio": config.sampling.boundary})
+    write_json(
+        path / "model_index.json",
+        {"_class_name": "WanPipeline", "boundary_ratio": config.sampling.boundary},
+    )
     write_tokenizer(path / "tokenizer")
     _write_defaults(path, config)
     return path
 
 
 def write_store(path: Path, config: ModelConfig, format: str = "int8-plain", seed: int = 0) -> Path:
-    """A complete store of `tiny_weights` without the quantizer: rows scaled by their absmax, never rotated (`int8` is not a true one)."""
+    """A complete store of `tiny_weights` without the quantizer: rows scaled by their absmax, never
+    rotated (`int8` is not a true one).
+    """
     path.mkdir(parents=True, exist_ok=True)
     components = {}
     for component in COMPONENTS:
         layout = component_layout(component, config, format)
         weights = tiny_weights(config, component, seed)
-        with StoreWriter(path / component_file(component), layout.tensors, layout.metadata(), {}, resume=False) as writer:
+        with StoreWriter(
+            path / component_file(component), layout.tensors, layout.metadata(), {}, resume=False
+        ) as writer:
             for tensor in layout.tensors:
                 writer.write(_stored(tensor, weights[tensor.source], layout.format))
-            components[component] = ComponentManifest(component_file(component), writer.header_sha256, writer.finish())
+            components[component] = ComponentManifest(
+                component_file(component), writer.header_sha256, writer.finish()
+            )
     tokenizer = tokenizer_json().encode()
     (path / "tokenizer.json").write_bytes(tokenizer)
     digest = hashlib.sha256(tokenizer).hexdigest()
-    Manifest(config, format, {"format": format}, {"layout": "test"}, components, digest, "0").write(path)
+    Manifest(config, format, {"format": format}, {"layout": "test"}, components, digest, "0").write(
+        path
+    )
     remove_leftovers(path)
     return path
 
@@ -145,7 +205,9 @@ def renamed(weights: Weights, rename: Any) -> Weights:
 
 
 def write_shards(folder: Path, stem: str, weights: Weights, shards: int) -> None:
-    """One safetensors file, or `shards` of them of about equal size with the index that names them."""
+    """One safetensors file, or `shards` of them of about equal size with the index that names
+    them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if shards == 1:
         save_file(weights, folder / f"{stem}.safetensors")
@@ -161,7 +223,10 @@ def write_shards(folder: Path, stem: str, weights: Weights, shards: int) -> None
         file_name = f"{stem}-{number:05d}-of-{shards:05d}.safetensors"
         save_file(part, folder / file_name)
         weight_map |= dict.fromkeys(part, file_name)
-    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(
+        folder / f"{stem}.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -170,7 +235,12 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def official_dit_config(dit: DiTConfig) -> dict[str, Any]:
-    data: dict[str, Any] = {"_class_name": "WanModel", "_diffusers_version": "0.33.0", "model_type": "t2v", "text_len": dit.text_len}
+    data: dict[str, Any] = {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.33.0",
+        "model_type": "t2v",
+        "text_len": dit.text_len,
+    }
     if dit.text_dim != 4096:
         data["text_dim"] = dit.text_dim
     keys = ("in_dim", "dim", "ffn_dim", "freq_dim", "out_dim", "num_heads", "num_layers", "eps")
@@ -180,37 +250,83 @@ def official_dit_config(dit: DiTConfig) -> dict[str, Any]:
 def diffusers_dit_config(dit: DiTConfig) -> dict[str, Any]:
     return {
         "text_len": dit.text_len,  # not a key of diffusers, which always uses 512
-        "_class_name": "WanTransformer3DModel", "patch_size": list(dit.patch_size), "num_attention_heads": dit.num_heads,
-        "attention_head_dim": dit.head_dim, "in_channels": dit.in_dim, "out_channels": dit.out_dim, "text_dim": dit.text_dim,
-        "freq_dim": dit.freq_dim, "ffn_dim": dit.ffn_dim, "num_layers": dit.num_layers, "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads", "eps": dit.eps, "image_dim": None, "added_kv_proj_dim": None, "rope_max_seq_len": 1024,
-    }  # fmt: skip
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": list(dit.patch_size),
+        "num_attention_heads": dit.num_heads,
+        "attention_head_dim": dit.head_dim,
+        "in_channels": dit.in_dim,
+        "out_channels": dit.out_dim,
+        "text_dim": dit.text_dim,
+        "freq_dim": dit.freq_dim,
+        "ffn_dim": dit.ffn_dim,
+        "num_layers": dit.num_layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": dit.eps,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+    }
 
 
 def transformers_text_config(text: TextEncoderConfig) -> dict[str, Any]:
     return {
-        "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "vocab_size": text.vocab_size, "d_model": text.d_model,
-        "d_kv": text.head_dim, "num_heads": text.num_heads, "d_ff": text.d_ff, "num_layers": text.num_layers,
-        "relative_attention_num_buckets": text.num_buckets, "relative_attention_max_distance": text.max_distance,
-        "layer_norm_epsilon": text.eps, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0,
-    }  # fmt: skip
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "vocab_size": text.vocab_size,
+        "d_model": text.d_model,
+        "d_kv": text.head_dim,
+        "num_heads": text.num_heads,
+        "d_ff": text.d_ff,
+        "num_layers": text.num_layers,
+        "relative_attention_num_buckets": text.num_buckets,
+        "relative_attention_max_distance": text.max_distance,
+        "layer_norm_epsilon": text.eps,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+    }
 
 
 def diffusers_vae_config(vae: VAEConfig) -> dict[str, Any]:
     return {
-        "_class_name": "AutoencoderKLWan", "base_dim": vae.base_dim, "z_dim": vae.z_dim, "dim_mult": list(vae.dim_mult),
-        "num_res_blocks": vae.num_res_blocks, "attn_scales": [], "temperal_downsample": list(vae.temporal_downsample),
-    }  # fmt: skip
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": vae.base_dim,
+        "z_dim": vae.z_dim,
+        "dim_mult": list(vae.dim_mult),
+        "num_res_blocks": vae.num_res_blocks,
+        "attn_scales": [],
+        "temperal_downsample": list(vae.temporal_downsample),
+    }
 
 
 def tokenizer_json() -> str:
-    """A unigram tokenizer like UMT5's: `<pad>` 0, `</s>` 1, `<s>` 2, `<unk>` 3, then letters and a few words; `</s>` is appended."""
-    pieces = ["▁", *(chr(code) for code in range(33, 127)), "▁a", "▁red", "▁blue", "▁ball", "▁moves", "▁left", "▁right"]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<unk>", 0.0), *((piece, -4.0 - 0.01 * i) for i, piece in enumerate(pieces))]
+    """A unigram tokenizer like UMT5's: `<pad>` 0, `</s>` 1, `<s>` 2, `<unk>` 3, then letters and a
+    few words; `</s>` is appended.
+    """
+    pieces = [
+        "▁",
+        *(chr(code) for code in range(33, 127)),
+        "▁a",
+        "▁red",
+        "▁blue",
+        "▁ball",
+        "▁moves",
+        "▁left",
+        "▁right",
+    ]
+    vocab = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<s>", 0.0),
+        ("<unk>", 0.0),
+        *((piece, -4.0 - 0.01 * i) for i, piece in enumerate(pieces)),
+    ]
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=3))
     tokenizer.add_special_tokens(["<pad>", "</s>", "<s>", "<unk>"])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return str(tokenizer.to_str())
 
 
@@ -221,6 +337,10 @@ def write_tokenizer(folder: Path) -> None:
 
 def _write_defaults(path: Path, config: ModelConfig) -> None:
     normal = asdict(SamplingDefaults())
-    changed = {key: value for key, value in asdict(config.sampling).items() if value != normal[key] and key != "boundary"}
+    changed = {
+        key: value
+        for key, value in asdict(config.sampling).items()
+        if value != normal[key] and key != "boundary"
+    }
     if changed:
         write_json(path / "lowvram_defaults.json", changed)

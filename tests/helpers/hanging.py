@@ -13,9 +13,15 @@ from tests.helpers.threads import lowvram_threads
 
 
 class HangingReads:
-    """Reads for which `holds(file, offset, end)` do not come back before `release`; `begun`: one of them is under way."""
+    """Reads for which `holds(file, offset, end)` do not come back before `release`; `begun`: one of
+    them is under way.
+    """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, holds: Callable[[BlockFile, int, int], bool] = lambda *_: True) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        holds: Callable[[BlockFile, int, int], bool] = lambda *_: True,
+    ) -> None:
         self.begun, self._released, real = threading.Event(), threading.Event(), BlockFile._pread
 
         def pread(file: BlockFile, target: memoryview, offset: int) -> int:

@@ -1,9 +1,12 @@
-"""A run in a process of its own under a hard limit of memory: `python -m tests.helpers.limited STORE WIDTH HEIGHT FRAMES CHUNK KIND SHARE`.
+"""A run in a process of its own under a hard limit of memory: `python -m tests.helpers.limited
+STORE WIDTH HEIGHT FRAMES CHUNK KIND SHARE`.
 
-KIND: `private`, RLIMIT_DATA of what the process holds and the plan; or `group`, a memory control group, root's to make, for all that the
-process takes from then on, file pages included. SHARE: of what the plan grants beyond the process.
-Prints JSON: `rss_bytes`, the most that was resident during the run; `plan_bytes`, what the plan grants, `base_bytes` of them to the
-process as it was before. Linux only. Exits with 3 where no group can be made.
+KIND: `private`, RLIMIT_DATA of what the process holds and the plan; or `group`, a memory control
+group, root's to make, for all that the process takes from then on, file pages included. SHARE: of
+what the plan grants beyond the process.
+Prints JSON: `rss_bytes`, the most that was resident during the run; `plan_bytes`, what the plan
+grants, `base_bytes` of them to the process as it was before. Linux only. Exits with 3 where no
+group can be made.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ def private_limit(nbytes: int) -> Iterator[None]:
 
 @contextmanager
 def group_limit(nbytes: int) -> Iterator[None]:
-    """The same for everything that is taken from now on: pages that the process has already stay with the group that they came from."""
+    """The same for everything that is taken from now on: pages that the process has already stay
+    with the group that they came from.
+    """
     with memory_group(nbytes) as group, group.holding(os.getpid()):
         yield
 
@@ -54,16 +59,21 @@ def group_limit(nbytes: int) -> Iterator[None]:
 LIMITS = {"private": private_limit, "group": group_limit}
 
 
-def main(store: str, width: str, height: str, frames: str, chunk: str, kind: str, share: str) -> None:
+def main(
+    store: str, width: str, height: str, frames: str, chunk: str, kind: str, share: str
+) -> None:
     torch.set_num_threads(1)
     threading.stack_size(512 * 1024)
     return_freed_memory()
     with open_store(Path(store)) as opened:
         warm = Pipeline(opened, CPU, 2**40, 2**40, 0)
-        warm.generate(warm.request("a ball", width=64, height=64, num_frames=5, steps=1))  # what libraries load at their first use
+        # what libraries load at their first use
+        warm.generate(warm.request("a ball", width=64, height=64, num_frames=5, steps=1))
         base = status("VmRSS")
         pipeline = Pipeline(opened, CPU, 2**40, 2**40, base + SMALL_BYTES)
-        request = pipeline.request("a ball", width=int(width), height=int(height), num_frames=int(frames), steps=2)
+        request = pipeline.request(
+            "a ball", width=int(width), height=int(height), num_frames=int(frames), steps=2
+        )
         plan = plan_of(pipeline, request, Choice(int(chunk), 2, 0, 0, False))
         planned = max(phase.vram_bytes + phase.ram_bytes for phase in plan.phases)
         with LIMITS[kind](int((planned - base) * float(share))):

@@ -1,4 +1,6 @@
-"""Pieces of a run that tests put together by hand: stores of tiny models, one expert's velocity, chosen memory plans."""
+"""Pieces of a run that tests put together by hand: stores of tiny models, one expert's velocity,
+chosen memory plans.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def request_of(pipeline: Pipeline, prompt: str = "a red circle", **changes: obje
 def plan_of(pipeline: Pipeline, request: Request, choice: Choice) -> MemoryPlan:
     store = pipeline.store
     size = (request.width, request.height)
-    return describe_plan(store.config, store.format, size, request.num_frames, request.steps, choice, pipeline.host)
+    return describe_plan(
+        store.config, store.format, size, request.num_frames, request.steps, choice, pipeline.host
+    )
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -68,10 +72,26 @@ def expert_velocities(
     ledger = Ledger("VRAM", plan.peak_vram_bytes)
     shape = latent_shape(config, *size, frames)
     file = store.files[expert]
-    conditioning = condition(file.read, config.dit, store.format, torch.tensor([timestep]), features, CPU)
+    conditioning = condition(
+        file.read, config.dit, store.format, torch.tensor([timestep]), features, CPU
+    )
     rounds = 1 if choice.joint_guidance else len(features)
     schedule = [(expert, index) for _ in range(rounds) for index in range(config.dit.num_layers)]
-    buffers = Buffers(plan.slot_bytes, choice.resident_blocks, choice.ring_slots, choice.host_blocks, 0)
-    with open_stream(store.files, schedule, buffers, ledger, Ledger("RAM", plan.peak_ram_bytes), CPU, make_transport(CPU)) as streamer:
-        model = WanTransformer(config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU)
-        return model.velocities(latents, 0, conditioning, load_ends(file.read, store.format, CPU), streamer, expert)
+    buffers = Buffers(
+        plan.slot_bytes, choice.resident_blocks, choice.ring_slots, choice.host_blocks, 0
+    )
+    with open_stream(
+        store.files,
+        schedule,
+        buffers,
+        ledger,
+        Ledger("RAM", plan.peak_ram_bytes),
+        CPU,
+        make_transport(CPU),
+    ) as streamer:
+        model = WanTransformer(
+            config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU
+        )
+        return model.velocities(
+            latents, 0, conditioning, load_ends(file.read, store.format, CPU), streamer, expert
+        )

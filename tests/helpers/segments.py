@@ -1,4 +1,6 @@
-"""torch's caching allocator as c10/cuda/CUDACachingAllocator.cpp has it, for machines without a GPU."""
+"""torch's caching allocator as c10/cuda/CUDACachingAllocator.cpp has it, for machines without a
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ Block = list[int]  # [offset, bytes, whether it is in use]
 
 
 class Segments:
-    """Best fit among free blocks, else a new segment; a freed block joins free neighbours; only `empty` gives segments back."""
+    """Best fit among free blocks, else a new segment; a freed block joins free neighbours; only
+    `empty` gives segments back.
+    """
 
     def __init__(self) -> None:
         self._segments: list[tuple[bool, list[Block]]] = []
@@ -35,7 +39,13 @@ class Segments:
             _, number, place = min(fits)
             blocks = self._segments[number][1]
         else:
-            whole = 2 * MIB if small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+            whole = (
+                2 * MIB
+                if small
+                else 20 * MIB
+                if size < 10 * MIB
+                else -(-size // (2 * MIB)) * 2 * MIB
+            )
             blocks, place = [[0, whole, False]], 0
             self._segments.append((small, blocks))
             self.reserved += whole
@@ -62,12 +72,16 @@ class Segments:
 
     def empty(self) -> None:
         """torch.cuda.empty_cache"""
-        self._segments = [(kind, blocks) for kind, blocks in self._segments if any(block[2] for block in blocks)]
+        self._segments = [
+            (kind, blocks) for kind, blocks in self._segments if any(block[2] for block in blocks)
+        ]
         self.reserved = sum(block[1] for _, blocks in self._segments for block in blocks)
 
 
 class Replay(TorchDispatchMode):
-    """While it is entered, every tensor that an operator makes on a device of this type takes its memory from `segments`."""
+    """While it is entered, every tensor that an operator makes on a device of this type takes its
+    memory from `segments`.
+    """
 
     def __init__(self, segments: Segments, device_type: str) -> None:
         super().__init__()

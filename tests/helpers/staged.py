@@ -1,4 +1,6 @@
-"""A device that is host memory, reached as a GPU is: through page-locked staging buffers, with a driver that can refuse to lock."""
+"""A device that is host memory, reached as a GPU is: through page-locked staging buffers, with a
+driver that can refuse to lock.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ PROCESS_BYTES = 10**9
 
 
 class StagedTransport(HostTransport):
-    """Counts what passes each hop. `locks`: how many buffers the driver page-locks before it refuses; None: all."""
+    """Counts what passes each hop. `locks`: how many buffers the driver page-locks before it
+    refuses; None: all.
+    """
 
     staged = True
 
@@ -37,16 +41,25 @@ class StagedTransport(HostTransport):
         super().stage(source, staging)
 
     def copy(self, host: torch.Tensor, slot: torch.Tensor, after: object | None) -> None:
-        locked = any(start <= host.data_ptr() < start + nbytes for start, nbytes in self.locked.items())
+        locked = any(
+            start <= host.data_ptr() < start + nbytes for start, nbytes in self.locked.items()
+        )
         self.pinned_copies += locked
         self.pageable_copies += not locked
         super().copy(host, slot, after)
 
 
 class StagedPipeline(Pipeline):
-    """A pipeline whose device is reached through `transports`, one per phase that streams, in order; the last one stays."""
+    """A pipeline whose device is reached through `transports`, one per phase that streams, in
+    order; the last one stays.
+    """
 
-    def __init__(self, store: Store, transport: type[StagedTransport] = StagedTransport, locks: int | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        transport: type[StagedTransport] = StagedTransport,
+        locks: int | None = None,
+    ) -> None:
         super().__init__(store, CPU, 4 * 2**30, 8 * 2**30, PROCESS_BYTES)
         self.host = Host(staged=True, context_bytes=0, process_bytes=PROCESS_BYTES)
         self._make = lambda: transport(locks)

@@ -9,7 +9,9 @@ _earlier: set[threading.Thread] = set()
 
 
 def forget_earlier_threads() -> None:
-    """Called before every test: a file that nobody closed ends its readers when it is collected, during whichever test that is."""
+    """Called before every test: a file that nobody closed ends its readers when it is collected,
+    during whichever test that is.
+    """
     _earlier.clear()
     _earlier.update(_alive())
 

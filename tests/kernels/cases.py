@@ -1,4 +1,6 @@
-"""Faults to plant in the calls of `lowvram_kernels.cases`, and the error of a whole attention against fp64."""
+"""Faults to plant in the calls of `lowvram_kernels.cases`, and the error of a whole attention
+against fp64.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,22 @@ from lowvram_kernels.rms_rope_quantize import rms_rope as rms_rope_exact
 from torch import Tensor
 
 __all__ = [
-    "E4M3", "Case", "Inputs", "Output", "attention", "codes", "difference", "linear", "linear_add", "linear_gelu", "ordered",
-    "random", "rms_rope", "rows", "values",
-]  # fmt: skip
+    "E4M3",
+    "Case",
+    "Inputs",
+    "Output",
+    "attention",
+    "codes",
+    "difference",
+    "linear",
+    "linear_add",
+    "linear_gelu",
+    "ordered",
+    "random",
+    "rms_rope",
+    "rows",
+    "values",
+]
 
 
 def rolled(name: str, dim: int = 0) -> Callable[[Inputs], Inputs]:
@@ -75,10 +90,12 @@ def attention_error(
     rope: tuple[Tensor, Tensor] | None = None,
     device: str = "cpu",
 ) -> float:
-    """Relative RMSE against attention in fp64, heads of 128, of random q, k, v in bf16 that go through RMSNorm as in the model.
+    """Relative RMSE against attention in fp64, heads of 128, of random q, k, v in bf16 that go
+    through RMSNorm as in the model.
 
-    Outliers as in kernels 2.8: four channels of each head of k are shifted by 15; every 48th channel of v is `value_outliers` as large.
-    Smoothing is the mean of at most 256 keys, evenly spaced, as the model takes it. rope: (cos, sin), each [max(m, n), 64].
+    Outliers as in kernels 2.8: four channels of each head of k are shifted by 15; every 48th
+    channel of v is `value_outliers` as large. Smoothing is the mean of at most 256 keys, evenly
+    spaced, as the model takes it. rope: (cos, sin), each [max(m, n), 64].
     """
     dim, tiles = heads * 128, math.ceil(n / 64)
     q, k, v = (random(rows, dim, seed=seed, device=device) for seed, rows in enumerate((m, n, n)))
@@ -86,18 +103,30 @@ def attention_error(
     v[:, ::48] *= value_outliers
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     ones = torch.ones(dim, device=device)
-    q_turn, k_turn = ((None, None) if rope is None else (rope[0][:rows], rope[1][:rows]) for rows in (m, n))
-    exact_q, exact_k = (rms_rope_exact(x, ones, *turn, num_heads=heads, eps=1e-6) for x, turn in ((q, q_turn), (k, k_turn)))
+    q_turn, k_turn = (
+        (None, None) if rope is None else (rope[0][:rows], rope[1][:rows]) for rows in (m, n)
+    )
+    exact_q, exact_k = (
+        rms_rope_exact(x, ones, *turn, num_heads=heads, eps=1e-6)
+        for x, turn in ((q, q_turn), (k, k_turn))
+    )
     count = min(n, 256)
-    smoothing = exact_k[:, torch.arange(count, device=device) * n // count].mean(1) if smoothed else None
+    smoothing = (
+        exact_k[:, torch.arange(count, device=device) * n // count].mean(1) if smoothed else None
+    )
     q8, k8 = (torch.empty(heads, rows, 128, dtype=torch.int8, device=device) for rows in (m, n))
     qs, ks = (torch.empty(heads, rows, device=device) for rows in (m, n))
-    v8, vs = torch.empty(heads, 128, tiles * 64, dtype=dtype, device=device), torch.empty(heads, 128, tiles, device=device)
+    v8, vs = (
+        torch.empty(heads, 128, tiles * 64, dtype=dtype, device=device),
+        torch.empty(heads, 128, tiles, device=device),
+    )
     ops.rms_rope_quantize(q, ones, *q_turn, None, q8, qs, eps=1e-6)
     ops.rms_rope_quantize(k, ones, *k_turn, smoothing, k8, ks, eps=1e-6)
     ops.quantize_values(v, v8, vs)
     out = torch.full((m, dim), float("nan"), device=device)
     ops.attention(q8, qs, k8, ks, v8, vs, out)
-    weights = torch.softmax(exact_q.double() @ exact_k.double().transpose(1, 2) / math.sqrt(128), dim=-1)
+    weights = torch.softmax(
+        exact_q.double() @ exact_k.double().transpose(1, 2) / math.sqrt(128), dim=-1
+    )
     expected = (weights @ v.double().view(n, heads, 128).transpose(0, 1)).transpose(0, 1).flatten(1)
     return float((out.double() - expected).norm() / expected.norm())

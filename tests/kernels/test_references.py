@@ -1,4 +1,6 @@
-"""Each op's torch reference against an independent formula, with poisoned outputs, ragged shapes and strided inputs (promise 18)."""
+"""Each op's torch reference against an independent formula, with poisoned outputs, ragged shapes
+and strided inputs (promise 18).
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,12 @@ def with_outliers(x: torch.Tensor) -> torch.Tensor:
 
 
 def dense_rotation() -> torch.Tensor:
-    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
+    h4 = (
+        torch.tensor(
+            [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64
+        )
+        / 2
+    )
     r = h4
     for _ in range(3):
         r = torch.kron(r, h4)
@@ -63,8 +70,12 @@ def test_activations_and_weights_are_rotated_alike() -> None:
 
 
 @pytest.mark.parametrize("rows", RAGGED)
-@pytest.mark.parametrize(("dtype", "largest", "error"), [(torch.int8, 127, 0.5), (torch.float8_e4m3fn, 448, 16)])
-def test_rows_are_quantized_to_half_a_step(rows: int, dtype: torch.dtype, largest: int, error: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "largest", "error"), [(torch.int8, 127, 0.5), (torch.float8_e4m3fn, 448, 16)]
+)
+def test_rows_are_quantized_to_half_a_step(
+    rows: int, dtype: torch.dtype, largest: int, error: float
+) -> None:
     x = with_outliers(random(rows, 512))[:, ::2]  # not contiguous
     out, scale = poisoned((rows, 256), dtype), poisoned((rows, 1), torch.float32)
     quantize_rows(x, out, scale, rotated=False)
@@ -81,7 +92,9 @@ def test_a_zero_row_has_a_finite_scale() -> None:
 
 
 def test_rotation_makes_outliers_harmless() -> None:
-    """The reason for the default format: with outlier channels the rotated product is at least three times more exact."""
+    """The reason for the default format: with outlier channels the rotated product is at least
+    three times more exact.
+    """
     x, w = with_outliers(random(64, 512)), random(128, 512, seed=1)
     exact = x.double() @ w.double().t()
 
@@ -104,7 +117,9 @@ def test_adaln_quantize_is_layer_norm_and_modulation(rows: int) -> None:
     out, out_scale = poisoned((rows, 256), torch.int8), poisoned((rows, 1), torch.float32)
     adaln_quantize(x, scale, shift, out, out_scale, eps=1e-6, rotated=True)
     wide = x.double()
-    normed = (wide - wide.mean(1, keepdim=True)) / (wide.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    normed = (wide - wide.mean(1, keepdim=True)) / (
+        wide.var(1, unbiased=False, keepdim=True) + 1e-6
+    ).sqrt()
     expected = (normed * scale + shift) @ dense_rotation()
     assert ((out.double() * out_scale - expected).abs() <= out_scale * 0.51).all()
 
@@ -122,7 +137,12 @@ def test_int8_linear_is_exact_integers_and_its_epilogue(m: int, n: int, k: int) 
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
     w = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
-    a_scale, w_scale, bias, gate = random(m, 1).abs(), random(n, 1, seed=1).abs(), random(n, seed=2), random(n, seed=3)
+    a_scale, w_scale, bias, gate = (
+        random(m, 1).abs(),
+        random(n, 1, seed=1).abs(),
+        random(n, seed=2),
+        random(n, seed=3),
+    )
     integers = (a.double() @ w.double().t()).float()
     expected = integers * a_scale * w_scale.t() + bias
     out = poisoned((m, n), torch.float32)
@@ -148,13 +168,23 @@ def test_gelu_is_exact_to_a_few_units_of_fp32() -> None:
 
 @pytest.mark.parametrize("rows", RAGGED)
 def test_linear_applies_gelu_to_what_it_would_store(rows: int) -> None:
-    a, w = (torch.randint(-127, 128, (count, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8) for count in (rows, 48))
+    a, w = (
+        torch.randint(
+            -127, 128, (count, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8
+        )
+        for count in (rows, 48)
+    )
     scales = random(rows, 1).abs() * 1e-3, random(48, 1, seed=1).abs() * 1e-2, random(48, seed=2)
     plain, bent = poisoned((rows, 48), torch.float32), poisoned((rows, 48), torch.float32)
     quantized_linear(a, scales[0], w, scales[1], scales[2], plain)
     quantized_linear(a, scales[0], w, scales[1], scales[2], bent, gelu=True)
     assert torch.equal(bent, gelu_tanh(plain))
-    assert torch.allclose(bent.double(), torch.nn.functional.gelu(plain.double(), approximate="tanh"), rtol=2e-5, atol=1e-6)
+    assert torch.allclose(
+        bent.double(),
+        torch.nn.functional.gelu(plain.double(), approximate="tanh"),
+        rtol=2e-5,
+        atol=1e-6,
+    )
     with pytest.raises(UnsupportedOpError, match="not both"):
         quantized_linear(a, scales[0], w, scales[1], None, bent, gelu=True, accumulate=True)
 
@@ -178,7 +208,9 @@ def test_mixed_dtypes_are_refused() -> None:
     with pytest.raises(UnsupportedOpError, match="equal dtypes"):
         quantized_linear(a, torch.ones(2, 1), w, torch.ones(3, 1), None, torch.empty(2, 3))
     with pytest.raises(UnsupportedOpError, match=r"not torch\.int16"):
-        quantize_rows(random(2, 256), torch.empty(2, 256, dtype=torch.int16), torch.empty(2, 1), rotated=False)
+        quantize_rows(
+            random(2, 256), torch.empty(2, 256, dtype=torch.int16), torch.empty(2, 1), rotated=False
+        )
 
 
 def test_rms_rope_normalises_over_all_channels_and_turns_adjacent_pairs() -> None:
@@ -187,24 +219,35 @@ def test_rms_rope_normalises_over_all_channels_and_turns_adjacent_pairs() -> Non
     heads = rms_rope(x, weight, angles.cos(), angles.sin(), num_heads=2, eps=1e-6)
     normed = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-6).sqrt() * weight
     pairs = torch.view_as_complex(normed.view(5, 2, 64, 2))
-    expected = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles).to(torch.complex128)[:, None]).reshape(5, 2, 128)
+    expected = torch.view_as_real(
+        pairs * torch.polar(torch.ones_like(angles), angles).to(torch.complex128)[:, None]
+    ).reshape(5, 2, 128)
     assert torch.allclose(heads.double(), expected.transpose(0, 1), atol=1e-5)
 
 
 def attention_inputs(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Two heads of 128, keys with a strong common bias that smoothing takes away."""
-    q, k, v = random(m, 256, seed=seed), random(n, 256, seed=seed + 1), random(n, 256, seed=seed + 2)
+    q, k, v = (
+        random(m, 256, seed=seed),
+        random(n, 256, seed=seed + 1),
+        random(n, 256, seed=seed + 2),
+    )
     k[:, ::32] += 15
     return q, k, v
 
 
-def run_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
+def run_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, smoothing: torch.Tensor | None
+) -> torch.Tensor:
     m, n, heads = q.shape[0], k.shape[0], 2
     tiles = math.ceil(n / 64)
     ones = torch.ones(256)
     q8, qs = poisoned((heads, m, 128), torch.int8), poisoned((heads, m), torch.float32)
     k8, ks = poisoned((heads, n, 128), torch.int8), poisoned((heads, n), torch.float32)
-    v8, vs = poisoned((heads, 128, tiles * 64), torch.int8), poisoned((heads, 128, tiles), torch.float32)
+    v8, vs = (
+        poisoned((heads, 128, tiles * 64), torch.int8),
+        poisoned((heads, 128, tiles), torch.float32),
+    )
     rms_rope_quantize(q, ones, None, None, None, q8, qs, eps=0.0)
     rms_rope_quantize(k, ones, None, None, smoothing, k8, ks, eps=0.0)
     quantize_values(v, v8, vs)
@@ -217,7 +260,9 @@ def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     ones = torch.ones(256)
     heads = [rms_rope(x, ones, None, None, num_heads=2, eps=0.0).double() for x in (q, k)]
     values = v.double().view(-1, 2, 128).transpose(0, 1)
-    return torch.nn.functional.scaled_dot_product_attention(*heads, values).transpose(0, 1).flatten(1)
+    return (
+        torch.nn.functional.scaled_dot_product_attention(*heads, values).transpose(0, 1).flatten(1)
+    )
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (33, 65), (100, 200), (64, 1000)])
@@ -241,7 +286,9 @@ def test_smoothing_helps() -> None:
     q, k, v = attention_inputs(64, 300)
     smoothing = rms_rope(k, torch.ones(256), None, None, num_heads=2, eps=0.0).mean(1)
     expected = exact_attention(q, k, v)
-    smoothed, plain = (float((run_attention(q, k, v, s).double() - expected).norm()) for s in (smoothing, None))
+    smoothed, plain = (
+        float((run_attention(q, k, v, s).double() - expected).norm()) for s in (smoothing, None)
+    )
     assert smoothed < plain
 
 
@@ -254,11 +301,17 @@ def test_attention_of_a_long_clip_with_outlier_channels(pv: str, largest: float)
 
 @pytest.mark.parametrize("rope", [True, False])
 def test_attention_of_harder_data(rope: bool) -> None:
-    """For the record: RoPE turns a bias of the keys from token to token, so that smoothing takes less of it away; channels of v that are
-    20 times as large weigh as much in the error as all others together."""
-    turned = RopeTable((4, 32, 32), 128, torch.device("cpu")).at(torch.arange(4096)) if rope else None
+    """For the record: RoPE turns a bias of the keys from token to token, so that smoothing takes
+    less of it away; channels of v that are 20 times as large weigh as much in the error as all
+    others together.
+    """
+    turned = (
+        RopeTable((4, 32, 32), 128, torch.device("cpu")).at(torch.arange(4096)) if rope else None
+    )
     ops = cases.AttentionOps(rms_rope_quantize, quantize_values, attention_int8)
-    error = cases.attention_error(ops, 128, 4096, 4, dtype=torch.int8, rope=turned, value_outliers=1.0 if rope else 20.0)
+    error = cases.attention_error(
+        ops, 128, 4096, 4, dtype=torch.int8, rope=turned, value_outliers=1.0 if rope else 20.0
+    )
     assert error <= (0.017 if rope else 0.009)
 
 
@@ -280,9 +333,15 @@ def test_a_query_depends_on_no_other_query_in_a_float_product(pv: str, threads: 
 
 @pytest.mark.parametrize(
     ("dtype", "relative", "absolute"),
-    [(torch.int8, 0, 1 / 254), (torch.float16, 2**-11, 2**-25), (torch.float8_e4m3fn, 2**-4, 2**-10 / 2.25)],
+    [
+        (torch.int8, 0, 1 / 254),
+        (torch.float16, 2**-11, 2**-25),
+        (torch.float8_e4m3fn, 2**-4, 2**-10 / 2.25),
+    ],
 )
-def test_values_are_stored_to_half_a_step(dtype: torch.dtype, relative: float, absolute: float) -> None:
+def test_values_are_stored_to_half_a_step(
+    dtype: torch.dtype, relative: float, absolute: float
+) -> None:
     """absolute: of the largest value of a tile and channel."""
     v = with_outliers(random(130, 256)) * 1e5  # past the range of fp16
     out, scale = poisoned((2, 128, 192), dtype), poisoned((2, 128, 3), torch.float32)
@@ -290,20 +349,29 @@ def test_values_are_stored_to_half_a_step(dtype: torch.dtype, relative: float, a
     stored = (out.float().unflatten(-1, (3, 64)) * scale.unsqueeze(-1)).flatten(-2)
     exact = v.t().reshape(2, 128, 130)
     largest = (scale * VALUE_MAX[dtype]).repeat_interleave(64, dim=-1)[..., :130]
-    assert ((stored[..., :130] - exact).abs() <= (exact.abs() * relative + largest * absolute) * 1.001).all()
+    assert (
+        (stored[..., :130] - exact).abs() <= (exact.abs() * relative + largest * absolute) * 1.001
+    ).all()
     assert (stored[..., 130:] == 0).all()
-    with pytest.raises(UnsupportedOpError, match=r"values are torch\.int8 or torch\.float16 or torch\.float8_e4m3fn, not torch\.int16"):
+    with pytest.raises(
+        UnsupportedOpError,
+        match=r"values are torch\.int8 or torch\.float16 or torch\.float8_e4m3fn, not torch\.int16",
+    ):
         quantize_values(v, torch.empty(2, 128, 192, dtype=torch.int16), scale)
 
 
 def test_values_need_whole_tiles() -> None:
     with pytest.raises(UnsupportedOpError, match="2 tiles of 64"):
-        quantize_values(random(65, 256), torch.empty(2, 128, 64, dtype=torch.int8), torch.empty(2, 128, 1))
+        quantize_values(
+            random(65, 256), torch.empty(2, 128, 64, dtype=torch.int8), torch.empty(2, 128, 1)
+        )
 
 
 def test_dispatch_names_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWVRAM_BACKEND", "triton")
-    with pytest.raises(UnsupportedOpError, match="no backend can run attention_int8: triton: no Triton kernel"):
+    with pytest.raises(
+        UnsupportedOpError, match="no backend can run attention_int8: triton: no Triton kernel"
+    ):
         dispatch.choose("attention_int8")
     monkeypatch.setenv("LOWVRAM_BACKEND", "cublas")
     with pytest.raises(UnsupportedOpError, match="use one of reference, triton"):

@@ -1,4 +1,6 @@
-"""The benchmarks run from end to end on a CPU at toy sizes, and a quantized block is as close to fp32 as it must be."""
+"""The benchmarks run from end to end on a CPU at toy sizes, and a quantized block is as close to
+fp32 as it must be.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,30 @@ import tune  # noqa: E402
 
 
 def test_an_int8_block_is_close_to_fp32() -> None:
-    """Cosine 0.9995 at least, of the block's output and of what it adds; channels 20 times as large as the others among its inputs."""
-    found = {result.provider: result for result in bench_block.results(tiny_config(), (3, 6, 8), ("int8", "int8-plain", "fp8"), "cpu")}
+    """Cosine 0.9995 at least, of the block's output and of what it adds; channels 20 times as large
+    as the others among its inputs.
+    """
+    found = {
+        result.provider: result
+        for result in bench_block.results(
+            tiny_config(), (3, 6, 8), ("int8", "int8-plain", "fp8"), "cpu"
+        )
+    }
     assert set(found) == {"diffusers bf16", "lowvram int8", "lowvram int8-plain", "lowvram fp8"}
     assert found["lowvram int8"].cosine >= 0.9995
     assert found["lowvram int8"].update_cosine >= 0.9995
-    assert found["lowvram int8"].update_cosine > found["lowvram int8-plain"].update_cosine > found["lowvram fp8"].update_cosine > 0.995
+    assert (
+        found["lowvram int8"].update_cosine
+        > found["lowvram int8-plain"].update_cosine
+        > found["lowvram fp8"].update_cosine
+        > 0.995
+    )
 
 
 def test_p18_an_int8_block_of_the_models_proportions_is_close_to_fp32() -> None:
-    """Heads of 128, 512 tokens, a quarter of the model's width: cosine 0.9995 at least, of the output and of what the block adds."""
+    """Heads of 128, 512 tokens, a quarter of the model's width: cosine 0.9995 at least, of the
+    output and of what the block adds.
+    """
     config = tiny_config(dim=1280, ffn_dim=3584, num_heads=10, text_len=128)
     _, block = bench_block.results(config, (2, 16, 16), ("int8",), "cpu")
     assert block.provider == "lowvram int8"
@@ -45,9 +61,17 @@ def test_p18_an_int8_block_of_the_models_proportions_is_close_to_fp32() -> None:
     assert block.relative_rmse <= 0.01
 
 
-def test_rows_have_rates_and_go_into_a_table_a_file_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    benches = [bench_kernels.linear_bench("ffn.2 +=", 8, 32, 64, "cpu"), bench_kernels.attention_bench(4, 70, 2, "cpu")]
-    benches += [bench_kernels.gelu_bench(8, 256, 64, "cpu"), *bench_kernels.row_benches(4, 256, 512, "cpu")]
+def test_rows_have_rates_and_go_into_a_table_a_file_and_a_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benches = [
+        bench_kernels.linear_bench("ffn.2 +=", 8, 32, 64, "cpu"),
+        bench_kernels.attention_bench(4, 70, 2, "cpu"),
+    ]
+    benches += [
+        bench_kernels.gelu_bench(8, 256, 64, "cpu"),
+        *bench_kernels.row_benches(4, 256, 512, "cpu"),
+    ]
     peaks = bench_timing.peaks(64, 4096, "cpu")
     assert set(peaks) == {"bf16", "int8", "copy"}
     assert min(peaks.values()) > 0
@@ -60,7 +84,11 @@ def test_rows_have_rates_and_go_into_a_table_a_file_and_a_plot(tmp_path: Path, c
         "lowvram int8, PV fp16",
         "lowvram int8, PV fp8",
     }
-    assert {name for op, name in providers if op == "quantize_values"} == {"lowvram int8", "lowvram fp16", "lowvram fp8"}
+    assert {name for op, name in providers if op == "quantize_values"} == {
+        "lowvram int8",
+        "lowvram fp16",
+        "lowvram fp8",
+    }
     for op in ("adaln_quantize", "quantize_rows", "gelu_quantize"):
         assert {name for found, name in providers if found == op} == {"lowvram int8", "lowvram fp8"}
         assert {name for found, name in providers if found == f"{op}, rotated"} == {"lowvram int8"}
@@ -68,49 +96,88 @@ def test_rows_have_rates_and_go_into_a_table_a_file_and_a_plot(tmp_path: Path, c
         "lowvram int8, GELU with the rows", "lowvram int8, GELU in the product", "torch bf16"
     }  # fmt: skip
     assert all(row.share > 0 for row in rows)
-    assert {row.op for row in rows} >= {"adaln_quantize, rotated", "gelu_quantize", "rms_rope_quantize", "quantize_values"}
+    assert {row.op for row in rows} >= {
+        "adaln_quantize, rotated",
+        "gelu_quantize",
+        "rms_rope_quantize",
+        "quantize_values",
+    }
     assert all(row.p20_ms <= row.median_ms <= row.p80_ms and row.rate > 0 for row in rows)
     bench_timing.write_csv(tmp_path / "kernels.csv", rows)
     plots.write_svg(tmp_path / "kernels.svg", plots.bars("GPU", bench_timing.rate_bars(rows)))
     assert len((tmp_path / "kernels.csv").read_text().splitlines()) == len(rows) + 1
-    assert (tmp_path / "kernels.svg").read_text().count("#2266cc") == sum(row.provider.startswith("lowvram") for row in rows)
+    assert (tmp_path / "kernels.svg").read_text().count("#2266cc") == sum(
+        row.provider.startswith("lowvram") for row in rows
+    )
     assert bench_timing.table(rows).count("\n") == len(rows) + 1
 
 
 def test_the_table_lists_every_op_at_every_shape() -> None:
-    """The five products of a block at three numbers of tokens, attention over 32,760 and 75,600 keys and over the text."""
+    """The five products of a block at three numbers of tokens, attention over 32,760 and 75,600
+    keys and over the text.
+    """
     benches = list(bench_kernels.all_benches(device="cpu"))
     for name, (n, k) in bench_kernels.LINEARS.items():
         for m in (8192, 32760, 75600):
-            assert any(one.op == f"linear {name}" and one.shape == f"M={m} N={n} K={k}" for one in benches)
+            assert any(
+                one.op == f"linear {name}" and one.shape == f"M={m} N={n} K={k}" for one in benches
+            )
     shapes = {one.shape for one in benches if one.op == "attention"}
-    assert {"32760 queries, 32760 keys, 40 heads", "75600 queries, 75600 keys, 40 heads", "75600 queries, 512 keys, 40 heads"} == shapes
+    assert {
+        "32760 queries, 32760 keys, 40 heads",
+        "75600 queries, 75600 keys, 40 heads",
+        "75600 queries, 512 keys, 40 heads",
+    } == shapes
     for one in benches:
         names = set(one.providers)
         if one.op.startswith("linear"):
-            assert names >= {"lowvram int8", "lowvram fp8", "torch bf16", "torch._int_mm + rescale", "torch._scaled_mm"}
+            assert names >= {
+                "lowvram int8",
+                "lowvram fp8",
+                "torch bf16",
+                "torch._int_mm + rescale",
+                "torch._scaled_mm",
+            }
             assert "torch._scaled_mm, fast accumulation" in names
         if one.op == "attention":
             assert names >= {"SDPA cudnn", "SDPA flash", "SDPA efficient"}
-            assert ("SDPA math" in names) == ("512 keys" in one.shape), "the logits of more keys would not fit"
+            assert ("SDPA math" in names) == ("512 keys" in one.shape), (
+                "the logits of more keys would not fit"
+            )
 
 
-@pytest.mark.parametrize(("package", "op"), [("sageattention", "attention"), ("comfy_kitchen", "linear q")])
-def test_installed_peers_are_measured_and_named_with_their_version(monkeypatch: pytest.MonkeyPatch, package: str, op: str) -> None:
-    """Stand-ins with the packages' own signatures: sageattention 1.0.6, comfy-kitchen's public `int8_linear`."""
+@pytest.mark.parametrize(
+    ("package", "op"), [("sageattention", "attention"), ("comfy_kitchen", "linear q")]
+)
+def test_installed_peers_are_measured_and_named_with_their_version(
+    monkeypatch: pytest.MonkeyPatch, package: str, op: str
+) -> None:
+    """Stand-ins with the packages' own signatures: sageattention 1.0.6, comfy-kitchen's public
+    `int8_linear`.
+    """
 
     def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None):  # type: ignore[no-untyped-def]
         assert tensor_layout == "HND"
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=sm_scale)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=is_causal, scale=sm_scale
+        )
 
-    def int8_linear(x, weight, weight_scale, bias=None, out_dtype=None, convrot=False, convrot_groupsize=256):  # type: ignore[no-untyped-def]
-        return torch.nn.functional.linear(x.float(), weight.float() * weight_scale, bias.float()).to(out_dtype)
+    def int8_linear(
+        x, weight, weight_scale, bias=None, out_dtype=None, convrot=False, convrot_groupsize=256
+    ):  # type: ignore[no-untyped-def]
+        return torch.nn.functional.linear(
+            x.float(), weight.float() * weight_scale, bias.float()
+        ).to(out_dtype)
 
     module = types.SimpleNamespace(sageattn=sageattn, int8_linear=int8_linear)
     monkeypatch.setattr(bench_kernels, "find_spec", lambda name: name == package)
     monkeypatch.setattr(bench_kernels, "import_module", lambda name: module)
     monkeypatch.setattr(bench_kernels.metadata, "version", lambda name: "1.0.6")
-    bench = bench_kernels.attention_bench(4, 70, 2, "cpu") if op == "attention" else bench_kernels.linear_bench("q", 8, 32, 64, "cpu")
+    bench = (
+        bench_kernels.attention_bench(4, 70, 2, "cpu")
+        if op == "attention"
+        else bench_kernels.linear_bench("q", 8, 32, 64, "cpu")
+    )
     peer = [row for row in bench_kernels.rows_of(bench, {}, "cpu") if " 1.0.6" in row.provider]
     assert len(peer) == 1
     assert peer[0].rate > 0
@@ -122,7 +189,10 @@ def test_installed_peers_are_measured_and_named_with_their_version(monkeypatch: 
         (RuntimeError("no such card\nmore"), "no such card"),
         (RuntimeError(), "RuntimeError()"),
         (AssertionError("\nheads of 128 alone"), "heads of 128 alone"),
-        (OutOfResources(200, 100, "shared memory"), "out of resource: shared memory, Required: 200"),
+        (
+            OutOfResources(200, 100, "shared memory"),
+            "out of resource: shared memory, Required: 200",
+        ),
     ],
 )
 def test_a_failing_peer_is_named_and_left_out_and_a_failing_kernel_is_raised(
@@ -132,27 +202,41 @@ def test_a_failing_peer_is_named_and_left_out_and_a_failing_kernel_is_raised(
         raise error
 
     good = bench_kernels.linear_bench("q", 8, 32, 64, "cpu")
-    peer = dataclasses.replace(good, providers={"peer": fail, "torch bf16": good.providers["torch bf16"]})
+    peer = dataclasses.replace(
+        good, providers={"peer": fail, "torch bf16": good.providers["torch bf16"]}
+    )
     assert [row.provider for row in bench_kernels.rows_of(peer, {}, "cpu")] == ["torch bf16"]
     assert f"peer: not measured: {said}" in capsys.readouterr().out
     with pytest.raises(type(error)):
-        list(bench_kernels.rows_of(dataclasses.replace(good, providers={"lowvram int8": fail}), {}, "cpu"))
+        list(
+            bench_kernels.rows_of(
+                dataclasses.replace(good, providers={"lowvram int8": fail}), {}, "cpu"
+            )
+        )
 
 
 def test_peers_add_to_the_residual_without_a_copy_and_with_the_same_bits() -> None:
     x, y, gate = torch.randn(5, 64), torch.randn(5, 64, dtype=torch.bfloat16), torch.randn(64)
-    assert torch.equal(bench_kernels._add(y, x.clone(), gate, True), x.clone().addcmul_(y.float(), gate))
+    assert torch.equal(
+        bench_kernels._add(y, x.clone(), gate, True), x.clone().addcmul_(y.float(), gate)
+    )
 
 
-def test_a_run_that_is_cut_off_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_that_is_cut_off_keeps_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def stop() -> bench_kernels.Run:
         raise KeyboardInterrupt
 
     good = bench_kernels.linear_bench("q", 8, 32, 64, "cpu")
-    last = dataclasses.replace(good, op="last", providers={"torch bf16": good.providers["torch bf16"], "peer": stop})
+    last = dataclasses.replace(
+        good, op="last", providers={"torch bf16": good.providers["torch bf16"], "peer": stop}
+    )
     rows_of = bench_kernels.rows_of
     monkeypatch.setattr(bench_commands, "peaks", lambda: {"bf16": 1.0, "int8": 1.0, "copy": 1.0})
-    monkeypatch.setattr(bench_kernels, "rows_of", lambda one, measured: rows_of(one, measured, "cpu"))
+    monkeypatch.setattr(
+        bench_kernels, "rows_of", lambda one, measured: rows_of(one, measured, "cpu")
+    )
     monkeypatch.setattr(bench_kernels, "all_benches", lambda tokens: iter([good, last]))
     monkeypatch.setattr(bench_commands, "OUTPUT", tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -186,7 +270,13 @@ KERNELS, MEMORY = "tests/gpu/test_kernels.py", "tests/gpu/test_memory.py"
     ],
 )
 def test_no_speed_is_reported_where_the_gate_is_red(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, red: str, code: int, said: str, ran: list[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    red: str,
+    code: int,
+    said: str,
+    ran: list[str],
 ) -> None:
     """And the file of tests that is red is named: one about memory says nothing of a kernel."""
     started: list[str] = []
@@ -198,7 +288,9 @@ def test_no_speed_is_reported_where_the_gate_is_red(
     monkeypatch.setattr(bench_commands, "require_cuda", lambda command: True)
     monkeypatch.setattr(bench_commands.subprocess, "run", run)
     for name in ("kernels", "block", "streamed"):
-        monkeypatch.setattr(bench_commands, name, lambda options: pytest.fail("measured behind a red gate"))
+        monkeypatch.setattr(
+            bench_commands, name, lambda options: pytest.fail("measured behind a red gate")
+        )
     assert bench_commands.main([command]) == 1
     errors = capsys.readouterr().err
     assert said in errors
@@ -209,7 +301,11 @@ def test_no_speed_is_reported_where_the_gate_is_red(
 @pytest.mark.parametrize("command", ["kernels", "block", "stream"])
 def test_green_gates_let_a_command_measure(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setattr(bench_commands, "require_cuda", lambda command: True)
-    monkeypatch.setattr(bench_commands.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(
+        bench_commands.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 0),
+    )
     monkeypatch.setenv("LOWVRAM_BACKEND", "")
     for name in ("kernels", "block", "streamed"):
         monkeypatch.setattr(bench_commands, name, lambda options: 7)
@@ -223,11 +319,28 @@ def test_the_gates_are_files_that_exist() -> None:
 
 def without(modules: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:
     """Runs `code` where none of these modules can be imported."""
-    start = f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\nsys.path.insert(0, {str(SCRIPTS)!r})\n"
-    return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, cwd=SCRIPTS.parent)
+    start = (
+        f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\nsys.path.insert(0, "
+        f"{str(SCRIPTS)!r})\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", start + code], capture_output=True, text=True, cwd=SCRIPTS.parent
+    )
 
 
-BARE = ("av", "ftfy", "diffusers", "optimum", "transformers", "tokenizers", "safetensors", "huggingface_hub", "psutil", "typer", "rich")
+BARE = (
+    "av",
+    "ftfy",
+    "diffusers",
+    "optimum",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "psutil",
+    "typer",
+    "rich",
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -259,10 +372,20 @@ sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", {KERNELS
 
 @pytest.mark.parametrize(
     ("command", "lacks", "said"),
-    [("block", ("diffusers",), "diffusers"), ("stream", ("av", "ftfy"), "av, ftfy"), ("kernels", ("triton",), "triton")],
+    [
+        ("block", ("diffusers",), "diffusers"),
+        ("stream", ("av", "ftfy"), "av, ftfy"),
+        ("kernels", ("triton",), "triton"),
+    ],
 )
-def test_a_package_that_a_command_lacks_is_named_in_one_line(command: str, lacks: tuple[str, ...], said: str) -> None:
-    done = without(lacks, f"import bench_commands as it\nit.require_cuda = lambda command: True\nsys.exit(it.main([{command!r}]))")
+def test_a_package_that_a_command_lacks_is_named_in_one_line(
+    command: str, lacks: tuple[str, ...], said: str
+) -> None:
+    done = without(
+        lacks,
+        f"import bench_commands as it\nit.require_cuda = lambda command: "
+        f"True\nsys.exit(it.main([{command!r}]))",
+    )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"bench.py {command}: not installed here: {said}; ")
@@ -275,29 +398,54 @@ def test_a_block_needs_little_else() -> None:
 
 
 def test_green_gate_measures_with_triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel's refusal must stop the benchmark: the torch reference would be measured in its name."""
+    """A kernel's refusal must stop the benchmark: the torch reference would be measured in its
+    name.
+    """
     monkeypatch.setattr(bench_commands, "require_cuda", lambda command: True)
     monkeypatch.setattr(bench_commands, "gate", lambda files: True)
-    monkeypatch.setattr(bench_commands, "kernels", lambda options: 0 if os.environ["LOWVRAM_BACKEND"] == "triton" else 1)
+    monkeypatch.setattr(
+        bench_commands,
+        "kernels",
+        lambda options: 0 if os.environ["LOWVRAM_BACKEND"] == "triton" else 1,
+    )
     monkeypatch.setenv("LOWVRAM_BACKEND", "reference")
     assert bench_commands.main(["kernels"]) == 0
 
 
 def test_a_block_is_measured_with_every_product_of_attention() -> None:
-    found = [result.provider for result in bench_block.results(tiny_config(), (1, 4, 8), ("int8",), "cpu", ("int8", "fp16", "fp8"))]
-    assert found == ["diffusers bf16", "lowvram int8", "lowvram int8, PV fp16", "lowvram int8, PV fp8"]
+    found = [
+        result.provider
+        for result in bench_block.results(
+            tiny_config(), (1, 4, 8), ("int8",), "cpu", ("int8", "fp16", "fp8")
+        )
+    ]
+    assert found == [
+        "diffusers bf16",
+        "lowvram int8",
+        "lowvram int8, PV fp16",
+        "lowvram int8, PV fp8",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize(("main", "arguments"), [(bench_commands.main, ["kernels"]), (bench_commands.main, ["block"]), (tune.main, [])])
-def test_without_a_gpu_nothing_is_measured_and_that_is_said(main: object, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [(bench_commands.main, ["kernels"]), (bench_commands.main, ["block"]), (tune.main, [])],
+)
+def test_without_a_gpu_nothing_is_measured_and_that_is_said(
+    main: object, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 1  # type: ignore[operator]
     said = capsys.readouterr().out.strip()
     assert "no CUDA device here, nothing was measured" in said
     assert "\n" not in said
 
 
-SLOW, FAST, WRONG = LinearTile(64, 64, 64, 4, 2), LinearTile(128, 64, 64, 4, 2), LinearTile(64, 128, 64, 4, 2)
+SLOW, FAST, WRONG = (
+    LinearTile(64, 64, 64, 4, 2),
+    LinearTile(128, 64, 64, 4, 2),
+    LinearTile(64, 128, 64, 4, 2),
+)
 
 
 def present_tile() -> LinearTile:
@@ -305,8 +453,14 @@ def present_tile() -> LinearTile:
     return SLOW
 
 
-def toy_task(monkeypatch: pytest.MonkeyPatch, broken: tuple[LinearTile, ...] = (), dead: tuple[LinearTile, ...] = ()) -> tune.Task:
-    """A task on the CPU that counts as a device's: `broken` tiles raise, `dead` ones take the device with them."""
+def toy_task(
+    monkeypatch: pytest.MonkeyPatch,
+    broken: tuple[LinearTile, ...] = (),
+    dead: tuple[LinearTile, ...] = (),
+) -> tune.Task:
+    """A task on the CPU that counts as a device's: `broken` tiles raise, `dead` ones take the
+    device with them.
+    """
     out, state = torch.zeros(4), {"dead": False, "tile": None}
 
     def run() -> None:
@@ -321,12 +475,16 @@ def toy_task(monkeypatch: pytest.MonkeyPatch, broken: tuple[LinearTile, ...] = (
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     times = {SLOW: 2.0, FAST: 1.0}
-    monkeypatch.setattr(tune, "measure", lambda run, repeats, device: (0.0, times[state["tile"]], 0.0))  # type: ignore[index]
+    monkeypatch.setattr(
+        tune, "measure", lambda run, repeats, device: (0.0, times[state["tile"]], 0.0)
+    )  # type: ignore[index]
     monkeypatch.setattr(tune.torch.cuda, "synchronize", synchronize)
     return tune.Task("toy", f"{__name__}.present_tile", run, out.zero_, out, 0.0)
 
 
-def test_tiles_are_printed_as_they_are_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiles_are_printed_as_they_are_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = LinearTile(256, 64, 64, 4, 2)
     task = toy_task(monkeypatch, (broken,))
     monkeypatch.setattr(tune, "jobs", lambda *_: [(lambda: task, [SLOW, broken, WRONG, FAST])])
@@ -340,19 +498,26 @@ def test_tiles_are_printed_as_they_are_found(monkeypatch: pytest.MonkeyPatch, ca
     assert "4 of 4 candidates" in lines[6]
 
 
-def test_a_device_that_a_tile_breaks_ends_the_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_that_a_tile_breaks_ends_the_search(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     task = toy_task(monkeypatch, dead=(WRONG,))
     monkeypatch.setattr(tune, "require_cuda", lambda command: True)
     monkeypatch.setattr(tune, "jobs", lambda *_: [(lambda: task, [SLOW, WRONG, FAST])])
     assert tune.main([]) == 1
     said = capsys.readouterr()
-    assert f"toy {WRONG} broke the device (CUDA error: an illegal memory access was encountered)" in said.err
+    assert (
+        f"toy {WRONG} broke the device (CUDA error: an illegal memory access was encountered)"
+        in said.err
+    )
     assert str(FAST) not in said.out
 
 
 @pytest.mark.parametrize("broken", [(FAST, WRONG), (SLOW, FAST, WRONG)])
 def test_a_search_that_finds_no_tile_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: tuple[LinearTile, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    broken: tuple[LinearTile, ...],
 ) -> None:
     """Whether the candidates do not run, or the present tile itself."""
     task = toy_task(monkeypatch, broken)

@@ -1,4 +1,6 @@
-"""Every kernel compiles for every architecture within its limits, and each gate of that check fails where it should."""
+"""Every kernel compiles for every architecture within its limits, and each gate of that check fails
+where it should.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "gfx1100")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("triton") is None or sys.platform != "linux", reason="triton compiles on Linux alone"),
+    pytest.mark.skipif(
+        find_spec("triton") is None or sys.platform != "linux",
+        reason="triton compiles on Linux alone",
+    ),
 ]
 
 BAD = """
@@ -128,25 +133,47 @@ for (kernel, name), values in sorted(seen.items(), key=str):
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_within_the_limits_of(target: str) -> None:
     result = run(str(SCRIPT), "--arch", target)
     assert result.returncode == 0, result.stdout + result.stderr
-    names = ["adaln int8 rotated", "gelu int8 rotated", "rows fp8", "rms_rope k", "linear int8 += gate * y", "linear int8 gelu"]
+    names = [
+        "adaln int8 rotated",
+        "gelu int8 rotated",
+        "rows fp8",
+        "rms_rope k",
+        "linear int8 += gate * y",
+        "linear int8 gelu",
+    ]
     names += [f"{name} {pv}" for name in ("values", "attention") for pv in ("int8", "fp16")]
-    names += ["attention fp8", "attention fp8, heads of 64"] if target in ("sm_89", "sm_90", "sm_120") else []
-    names += ["demo's rows int8 rotated", "demo's gelu int8 rotated", "demo's rms_rope k", "values int8, heads of 64"]
     names += (
-        ["linear int8 += gate * y, ragged K", "linear int8 store, fp32", "attention int8, fp32"] if target in ("sm_86", "sm_90") else []
+        ["attention fp8", "attention fp8, heads of 64"]
+        if target in ("sm_89", "sm_90", "sm_120")
+        else []
+    )
+    names += [
+        "demo's rows int8 rotated",
+        "demo's gelu int8 rotated",
+        "demo's rms_rope k",
+        "values int8, heads of 64",
+    ]
+    names += (
+        ["linear int8 += gate * y, ragged K", "linear int8 store, fp32", "attention int8, fp32"]
+        if target in ("sm_86", "sm_90")
+        else []
     )
     for name in names:
         assert f"| {name} | {target} |" in result.stdout
 
 
-def test_spills_narrow_loads_fused_sums_shared_memory_and_missing_instructions_are_faults(tmp_path: Path) -> None:
+def test_spills_narrow_loads_fused_sums_shared_memory_and_missing_instructions_are_faults(
+    tmp_path: Path,
+) -> None:
     result = run("-c", BAD.format(scripts=str(SCRIPT.parent), folder=str(tmp_path)))
     assert result.returncode == 0, result.stderr
     assert "bytes spilled" in result.stdout
@@ -173,7 +200,9 @@ def test_the_compiler_is_told_what_it_knows_at_the_shapes_of_a14b() -> None:
 
 
 @pytest.mark.parametrize("capability", [(10, 0), (10, 3), (11, 0), (13, 0)])
-def test_a_capability_without_a_row_is_refused_with_a_reason(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capability_without_a_row_is_refused_with_a_reason(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -181,5 +210,8 @@ def test_a_capability_without_a_row_is_refused_with_a_reason(capability: tuple[i
     index = 10 * (capability[0] - 10) + capability[1]  # reasons are kept per device
     tensor: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
     reason = constraints.wrong_device(tensor)
-    assert reason == f"no tiles for compute capability {capability[0]}.{capability[1]}: supported are 8.x, 9.x and 12.x"
+    assert (
+        reason == f"no tiles for compute capability {capability[0]}.{capability[1]}: supported are "
+        f"8.x, 9.x and 12.x"
+    )
     assert tuning.nvidia_row((12, 1)) == tuning.nvidia_row((12, 0)) == "sm_120"

@@ -1,4 +1,6 @@
-"""Which backend runs an op: by the device of its tensors, with a reason for every refusal, and never without a trace."""
+"""Which backend runs an op: by the device of its tensors, with a reason for every refusal, and
+never without a trace.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,26 @@ from tests.helpers.runs import expert_velocities, make_store
 from tests.kernels import cases
 
 ALL = [
-    cases.linear(3, 32, 32), cases.linear_add(3, 32, 32), cases.rms_rope(2, 2), cases.values(5, 1), cases.attention(3, 5, 1),
-    *(cases.rows(op, 2, 256, code=torch.int8, rotated=True) for op in ("adaln_quantize", "quantize_rows", "gelu_quantize")),
-]  # fmt: skip
+    cases.linear(3, 32, 32),
+    cases.linear_add(3, 32, 32),
+    cases.rms_rope(2, 2),
+    cases.values(5, 1),
+    cases.attention(3, 5, 1),
+    *(
+        cases.rows(op, 2, 256, code=torch.int8, rotated=True)
+        for op in ("adaln_quantize", "quantize_rows", "gelu_quantize")
+    ),
+]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def arguments(case: cases.Case, **changes: object) -> dict[str, object]:
     """The call's arguments by name; the first one is positional in the library."""
-    return case.inputs | {name: output.cut(output.whole) for name, output in case.outputs.items()} | changes
+    return (
+        case.inputs
+        | {name: output.cut(output.whole) for name, output in case.outputs.items()}
+        | changes
+    )
 
 
 def choose(case: cases.Case, **changes: object) -> object:
@@ -62,10 +75,15 @@ def test_the_cpu_takes_the_reference_and_says_so_below_warnings(
 
 @needs_triton
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.op)
-def test_forced_triton_runs_in_the_interpreter_alone(case: cases.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_triton_runs_in_the_interpreter_alone(
+    case: cases.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOWVRAM_BACKEND", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UnsupportedOpError, match=rf"no backend can run {case.op}: triton: no Triton kernel runs on a CPU unless"):
+    with pytest.raises(
+        UnsupportedOpError,
+        match=rf"no backend can run {case.op}: triton: no Triton kernel runs on a CPU unless",
+    ):
         choose(case)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     chosen = choose(case)
@@ -91,21 +109,33 @@ def test_each_refusal_has_its_reason() -> None:
     wrong = {
         "operands of one dtype": refusal(linear, weight=linear.inputs["weight"].float()),
         "K = 40 is not a multiple of 16": refusal(cases.linear(3, 32, 40)),
-        "the residual stream is torch.bfloat16": refusal(add, out=torch.zeros(3, 32, dtype=torch.bfloat16)),
+        "the residual stream is torch.bfloat16": refusal(
+            add, out=torch.zeros(3, 32, dtype=torch.bfloat16)
+        ),
         "bias is torch.float64": refusal(linear, bias=torch.zeros(32, dtype=torch.float64)),
         "out is torch.float16": refusal(linear, out=torch.zeros(3, 32, dtype=torch.float16)),
-        "last dimension of a has stride 2": refusal(linear, a=torch.zeros(3, 64, dtype=torch.int8)[:, ::2]),
+        "last dimension of a has stride 2": refusal(
+            linear, a=torch.zeros(3, 64, dtype=torch.int8)[:, ::2]
+        ),
         "weight_scale is not contiguous": refusal(linear, weight_scale=torch.zeros(64, 1)[::2]),
         "scale has 2 dimensions": refusal(adaln, scale=torch.zeros(2, 256)),
         "shift is not contiguous": refusal(adaln, shift=wide[:, 0]),
-        "rotation needs a multiple of 256": refusal(cases.rows("quantize_rows", 2, 128, code=torch.int8, rotated=True)),
+        "rotation needs a multiple of 256": refusal(
+            cases.rows("quantize_rows", 2, 128, code=torch.int8, rotated=True)
+        ),
         "out is torch.int16": refusal(rows, out=torch.zeros(2, 256, dtype=torch.int16)),
         "not aligned": refusal(rows, out=torch.zeros(1024, dtype=torch.int8)[1:513].view(2, 256)),
-        "rows of 40000 channels": refusal(cases.rows("quantize_rows", 1, 40000, code=torch.int8, rotated=False)),
+        "rows of 40000 channels": refusal(
+            cases.rows("quantize_rows", 1, 40000, code=torch.int8, rotated=False)
+        ),
         "heads of 96 channels": refusal(cases.rms_rope(2, 2, head_dim=96)),
         "cos is torch.float64": refusal(rope, cos=rope.inputs["cos"].double()),
-        "5 keys do not fill 128": refusal(values, out=torch.zeros(1, 128, 128, dtype=torch.int8), out_scale=torch.zeros(1, 128, 2)),
-        "5 keys do not fill 128 value columns": refusal(attention, v=torch.zeros(1, 128, 128, dtype=torch.int8)),
+        "5 keys do not fill 128": refusal(
+            values, out=torch.zeros(1, 128, 128, dtype=torch.int8), out_scale=torch.zeros(1, 128, 2)
+        ),
+        "5 keys do not fill 128 value columns": refusal(
+            attention, v=torch.zeros(1, 128, 128, dtype=torch.int8)
+        ),
         "GELU(y) or adds gate": refusal(add, gelu=True),
         "v is torch.float32": refusal(attention, v=attention.inputs["v"].float()),
         "q is torch.float16": refusal(attention, q=attention.inputs["q"].half()),
@@ -116,9 +146,13 @@ def test_each_refusal_has_its_reason() -> None:
 
 @pytest.mark.parametrize("make", [cases.rms_rope, cases.values, cases.attention])
 def test_p19_heads_of_another_width_take_the_reference_with_a_reason(
-    make: Callable[..., cases.Case], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make: Callable[..., cases.Case],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The Triton kernels take heads of 64 and 128; on a GPU, where nothing else refuses them, others fall back and say why."""
+    """The Triton kernels take heads of 64 and 128; on a GPU, where nothing else refuses them,
+    others fall back and say why.
+    """
     monkeypatch.setattr(constraints, "wrong_device", lambda tensor: None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(dispatch, "_told", set())
@@ -129,7 +163,10 @@ def test_p19_heads_of_another_width_take_the_reference_with_a_reason(
     case = make(*sizes, head_dim=96)
     with caplog.at_level(logging.INFO, "lowvram_kernels.dispatch"):
         assert choose(case) is ops.OPS[case.op].reference
-    assert caplog.messages == [f"{case.op} runs on the torch reference: triton: heads of 96 channels: the kernels take 64 or 128"]
+    assert caplog.messages == [
+        f"{case.op} runs on the torch reference: triton: heads of 96 channels: the "
+        f"kernels take 64 or 128"
+    ]
 
 
 def test_p19_fp8_values_need_tensor_cores_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,11 +177,17 @@ def test_p19_fp8_values_need_tensor_cores_for_them(monkeypatch: pytest.MonkeyPat
         constraints._no_e4m3.cache_clear()
         monkeypatch.setattr(tuning, "architecture", lambda device, arch=arch: arch)
         said = refusal(case)
-        assert said == ("None" if taken else f"{arch} has no tensor cores for float8_e4m3fn values: they begin with sm_89")
+        assert said == (
+            "None"
+            if taken
+            else f"{arch} has no tensor cores for float8_e4m3fn values: they begin with sm_89"
+        )
     constraints._no_e4m3.cache_clear()
 
 
-def test_the_product_of_attention_is_int8_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_product_of_attention_is_int8_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.delenv("LOWVRAM_PV", raising=False)
     for arch in ARCHITECTURES:
@@ -152,18 +195,28 @@ def test_the_product_of_attention_is_int8_unless_the_user_says_otherwise(monkeyp
         assert tuning.pv_dtype(cuda) == torch.int8
     monkeypatch.setenv("LOWVRAM_PV", "fp8")
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_86")
-    with pytest.raises(UnsupportedOpError, match=r"LOWVRAM_PV=fp8 on sm_86: use one of int8, fp16$"):
+    with pytest.raises(
+        UnsupportedOpError, match=r"LOWVRAM_PV=fp8 on sm_86: use one of int8, fp16$"
+    ):
         tuning.pv_dtype(cuda)
     assert tuning.pv_dtype(cpu) == torch.float8_e4m3fn
     monkeypatch.setenv("LOWVRAM_PV", "fp4")
-    with pytest.raises(UnsupportedOpError, match=r"LOWVRAM_PV=fp4 on .*: use one of int8, fp16, fp8"):
+    with pytest.raises(
+        UnsupportedOpError, match=r"LOWVRAM_PV=fp4 on .*: use one of int8, fp16, fp8"
+    ):
         tuning.pv_dtype(cpu)
 
 
-@pytest.mark.parametrize("forced", [False, True], ids=["a GPU without a row", "the reference is forced"])
-def test_p19_a_gpu_that_the_references_serve_takes_every_product(forced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "forced", [False, True], ids=["a GPU without a row", "the reference is forced"]
+)
+def test_p19_a_gpu_that_the_references_serve_takes_every_product(
+    forced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(device: torch.device) -> str:
-        raise UnsupportedOpError("compute capability 7.5 has no 8-bit tensor cores that Triton can use")
+        raise UnsupportedOpError(
+            "compute capability 7.5 has no 8-bit tensor cores that Triton can use"
+        )
 
     monkeypatch.setattr(tuning, "architecture", (lambda device: "sm_86") if forced else refuse)
     monkeypatch.setenv("LOWVRAM_BACKEND", "reference" if forced else "")
@@ -172,14 +225,18 @@ def test_p19_a_gpu_that_the_references_serve_takes_every_product(forced: bool, m
         assert tuning.pv_dtype(torch.device("cuda", 0)) == dtype
 
 
-def test_p19_a_triton_that_does_not_start_is_a_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p19_a_triton_that_does_not_start_is_a_reason_to_fall_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As on a machine without a C compiler, which it needs at its first launch."""
 
     class Broken:
         def get_current_target(self) -> None:
             raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
 
-    monkeypatch.setitem(sys.modules, "triton.runtime", SimpleNamespace(driver=SimpleNamespace(active=Broken())))
+    monkeypatch.setitem(
+        sys.modules, "triton.runtime", SimpleNamespace(driver=SimpleNamespace(active=Broken()))
+    )
     monkeypatch.setattr(constraints, "no_triton", lambda: None)
     monkeypatch.setattr(constraints, "_old_device", lambda index: None)
     constraints.broken_triton.cache_clear()
@@ -200,7 +257,9 @@ def test_a_model_with_values_in_fp16_or_fp8_has_room_for_them_and_the_same_bits_
 
     def velocity(pv: str, chunk: int) -> torch.Tensor:
         monkeypatch.setenv("LOWVRAM_PV", pv)
-        return expert_velocities(store, "low_noise", (112, 64), 9, latents, 500, features, Choice(chunk, 1, 0, 0, False))[0]
+        return expert_velocities(
+            store, "low_noise", (112, 64), 9, latents, 500, features, Choice(chunk, 1, 0, 0, False)
+        )[0]
 
     exact = velocity("int8", 128)
     for pv in ("fp16", "fp8"):
@@ -221,30 +280,53 @@ def test_tiles_of_every_architecture() -> None:
         for int8 in (True, False):
             for plain in (True, False):
                 tile = linear_tile(arch, linear_kind(arch, int8), plain)
-                assert not (arch in ("sm_86", "sm_89") and tile.block_m * tile.block_n > 128 * 128), "spills (kernels 2.9)"
-    expected = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90", (12, 0): "sm_120"}
+                assert not (
+                    arch in ("sm_86", "sm_89") and tile.block_m * tile.block_n > 128 * 128
+                ), "spills (kernels 2.9)"
+    expected = {
+        (8, 0): "sm_80",
+        (8, 6): "sm_86",
+        (8, 7): "sm_86",
+        (8, 9): "sm_89",
+        (9, 0): "sm_90",
+        (12, 0): "sm_120",
+    }
     assert {capability: nvidia_row(capability) for capability in expected} == expected
     with pytest.raises(UnsupportedOpError, match=r"compute capability 7\.5"):
         nvidia_row((7, 5))
 
 
 def test_triton_is_not_imported_before_it_is_chosen() -> None:
-    found = "any(name.split('.')[0] == 'triton' or name.endswith('_triton') for name in sys.modules)"
+    found = (
+        "any(name.split('.')[0] == 'triton' or name.endswith('_triton') for name in sys.modules)"
+    )
     code = f"import sys, lowvram_kernels.dispatch; print({found})"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )
 
 
 def test_p19_tensors_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraints, "wrong_device", lambda tensor: None)
     case = cases.linear(3, 32, 32)
-    op, out = ops.OPS[case.op], {name: output.cut(output.whole) for name, output in case.outputs.items()}
+    op, out = (
+        ops.OPS[case.op],
+        {name: output.cut(output.whole) for name, output in case.outputs.items()},
+    )
     assert op.refusal(**case.inputs, **out) is None
     elsewhere = {"weight": case.inputs["weight"].to("meta")}
     assert op.refusal(**(case.inputs | elsewhere), **out) == "its tensors lie on cpu and meta"
 
 
-def test_an_op_runs_with_the_gpu_of_its_tensors_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches on the current device, whichever the tensors lie on; a CPU's ops leave it alone."""
+def test_an_op_runs_with_the_gpu_of_its_tensors_as_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton launches on the current device, whichever the tensors lie on; a CPU's ops leave it
+    alone.
+    """
     events: list[str] = []
 
     @contextmanager
@@ -254,7 +336,11 @@ def test_an_op_runs_with_the_gpu_of_its_tensors_as_the_current_one(monkeypatch: 
         events.append("leave")
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(dispatch, "choose", lambda name, *args, **kwargs: lambda *args, **kwargs: events.append(name))
+    monkeypatch.setattr(
+        dispatch,
+        "choose",
+        lambda name, *args, **kwargs: lambda *args, **kwargs: events.append(name),
+    )
     ops.quantize_rows(torch.zeros(1))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     ops.quantize_rows(torch.zeros(1))

@@ -16,19 +16,31 @@ from lowvram_kernels.tuning import PV_DTYPES
 from tests.kernels import cases
 
 
-@pytest.mark.parametrize(("rope", "smoothing"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("rope", "smoothing"), [(True, True), (True, False), (False, True), (False, False)]
+)
 @pytest.mark.parametrize(("m", "heads", "head_dim"), [(1, 1, 128), (5, 3, 128), (4, 5, 64)])
-def test_p18_rms_rope_agrees_with_the_reference(rope: bool, smoothing: bool, m: int, heads: int, head_dim: int) -> None:
-    assert not cases.rms_rope(m, heads, rope=rope, smoothing=smoothing, head_dim=head_dim).mismatch()
+def test_p18_rms_rope_agrees_with_the_reference(
+    rope: bool, smoothing: bool, m: int, heads: int, head_dim: int
+) -> None:
+    assert not cases.rms_rope(
+        m, heads, rope=rope, smoothing=smoothing, head_dim=head_dim
+    ).mismatch()
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        cases.rolled("x"), cases.rolled("weight"), cases.rolled("cos"), cases.rolled("sin"), cases.changed(smoothing=None),
-        cases.changed(cos=None, sin=None), cases.changed(eps=0.1), cases.rolled("smoothing"),
+        cases.rolled("x"),
+        cases.rolled("weight"),
+        cases.rolled("cos"),
+        cases.rolled("sin"),
+        cases.changed(smoothing=None),
+        cases.changed(cos=None, sin=None),
+        cases.changed(eps=0.1),
+        cases.rolled("smoothing"),
     ],
-)  # fmt: skip
+)
 def test_p19_a_fault_in_rms_rope_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
     assert cases.rms_rope(5, 3).mismatch(fault)
 
@@ -44,7 +56,9 @@ def test_p19_a_fault_in_the_values_shows(monkeypatch: pytest.MonkeyPatch, pv: st
     case = cases.values(65, 2, code=PV_DTYPES[pv])
     assert case.mismatch(cases.rolled("v"))
     assert case.mismatch(cases.rolled("v", 1))
-    monkeypatch.setattr(attention_int8_triton, "value_max", lambda _: 0.99 * VALUE_MAX[PV_DTYPES[pv]])
+    monkeypatch.setattr(
+        attention_int8_triton, "value_max", lambda _: 0.99 * VALUE_MAX[PV_DTYPES[pv]]
+    )
     assert "out_scale" in case.mismatch()
 
 
@@ -54,15 +68,23 @@ def test_p19_truncated_values_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("pv", PV_DTYPES)
-@pytest.mark.parametrize(("m", "n", "heads", "head_dim"), [(1, 1, 1, 128), (33, 64, 2, 128), (70, 130, 2, 128), (100, 200, 1, 64)])
-def test_p18_attention_agrees_with_the_reference(m: int, n: int, heads: int, head_dim: int, pv: str) -> None:
+@pytest.mark.parametrize(
+    ("m", "n", "heads", "head_dim"),
+    [(1, 1, 1, 128), (33, 64, 2, 128), (70, 130, 2, 128), (100, 200, 1, 64)],
+)
+def test_p18_attention_agrees_with_the_reference(
+    m: int, n: int, heads: int, head_dim: int, pv: str
+) -> None:
     assert not cases.attention(m, n, heads, head_dim=head_dim, pv=pv).mismatch()
 
 
 @pytest.mark.parametrize("pv", PV_DTYPES)
 def test_p18_attention_in_bf16(pv: str) -> None:
     case = cases.attention(33, 130, 2, out=torch.bfloat16, pv=pv)
-    expected, actual = case.run("reference")["out"][:-1].float(), case.run("triton")["out"][:-1].float()
+    expected, actual = (
+        case.run("reference")["out"][:-1].float(),
+        case.run("triton")["out"][:-1].float(),
+    )
     assert float((expected - actual).norm() / expected.norm()) < 2**-9
 
 
@@ -70,23 +92,35 @@ def test_p18_attention_in_bf16(pv: str) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        cases.rolled("q_scale", 1), cases.rolled("k_scale", 1), cases.rolled("v_scale", 2), cases.rolled("v_scale", 1),
-        cases.rolled("k", 1), cases.rolled_bytes("v", 2), cases.rolled("q", 1),
+        cases.rolled("q_scale", 1),
+        cases.rolled("k_scale", 1),
+        cases.rolled("v_scale", 2),
+        cases.rolled("v_scale", 1),
+        cases.rolled("k", 1),
+        cases.rolled_bytes("v", 2),
+        cases.rolled("q", 1),
     ],
-)  # fmt: skip
-def test_p19_a_fault_in_the_inputs_of_attention_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs], pv: str) -> None:
+)
+def test_p19_a_fault_in_the_inputs_of_attention_shows(
+    fault: cases.Callable[[cases.Inputs], cases.Inputs], pv: str
+) -> None:
     assert cases.attention(40, 130, 2, pv=pv).mismatch(fault)
 
 
 @pytest.mark.parametrize("pv", PV_DTYPES)
 def test_p19_a_key_left_out_or_read_past_the_end_shows(pv: str) -> None:
     case = cases.attention(40, 130, 2, pv=pv)
-    shorter = cases.changed(k=case.inputs["k"][:, :129].contiguous(), k_scale=case.inputs["k_scale"][:, :129].contiguous())
+    shorter = cases.changed(
+        k=case.inputs["k"][:, :129].contiguous(),
+        k_scale=case.inputs["k_scale"][:, :129].contiguous(),
+    )
     assert case.mismatch(shorter)
 
 
 @pytest.mark.parametrize("value", [12582912.0 - 127.0, 12582912.0])
-def test_p19_a_wrong_offset_of_the_probabilities_shows(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_p19_a_wrong_offset_of_the_probabilities_shows(
+    monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     monkeypatch.setattr(attention_int8_triton, "ROUND_LESS_128", tl.constexpr(value))
     assert cases.attention(40, 130, 2).mismatch()
 
@@ -105,11 +139,17 @@ def _shrunk(x):  # type: ignore[no-untyped-def]
     ("pv", "name", "fault"),
     [
         *((pv, "tile_scales", _scales_of_the_first_tile) for pv in PV_DTYPES),
-        ("int8", "LOG2_255", tl.constexpr(7.9)), ("fp8", "LOG2_448", tl.constexpr(9.5)), ("fp8", "e4m3_bytes", _shrunk),
+        ("int8", "LOG2_255", tl.constexpr(7.9)),
+        ("fp8", "LOG2_448", tl.constexpr(9.5)),
+        ("fp8", "e4m3_bytes", _shrunk),
     ],
-)  # fmt: skip
-def test_p19_a_fault_inside_attention_shows(monkeypatch: pytest.MonkeyPatch, pv: str, name: str, fault: object) -> None:
-    """Another tile's scales, probabilities that are as large as others at the maximum, or too small."""
+)
+def test_p19_a_fault_inside_attention_shows(
+    monkeypatch: pytest.MonkeyPatch, pv: str, name: str, fault: object
+) -> None:
+    """Another tile's scales, probabilities that are as large as others at the maximum, or too
+    small.
+    """
     case = cases.attention(40, 200, 2, pv=pv)
     monkeypatch.setattr(attention_int8_triton, name, fault)
     assert case.mismatch()
@@ -128,7 +168,9 @@ def test_a_query_depends_on_no_other_query(pv: str) -> None:
 
 @pytest.mark.parametrize(("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("fp8", 0.045)])
 @pytest.mark.parametrize(("m", "n", "heads"), [(64, 200, 2), (40, 333, 3)])
-def test_attention_of_data_with_outliers_is_close_to_exact_attention(m: int, n: int, heads: int, pv: str, largest: float) -> None:
+def test_attention_of_data_with_outliers_is_close_to_exact_attention(
+    m: int, n: int, heads: int, pv: str, largest: float
+) -> None:
     """All three kernels one after the other, as a block calls them."""
     assert cases.attention_error(triton_ops(), m, n, heads, dtype=PV_DTYPES[pv]) <= largest
 
@@ -158,16 +200,24 @@ def test_heads_and_values_past_2_to_the_31_elements() -> None:
 
 
 def far_heads(rows: int, columns: int) -> torch.Tensor:
-    """[3, rows, columns] int8, whose heads lie 2^30 elements apart, in memory that is reserved and never filled."""
+    """[3, rows, columns] int8, whose heads lie 2^30 elements apart, in memory that is reserved and
+    never filled.
+    """
     stride = 2**30 + 256
-    return torch.empty(2 * stride + rows * columns, dtype=torch.int8).as_strided((3, rows, columns), (stride, columns, 1))
+    return torch.empty(2 * stride + rows * columns, dtype=torch.int8).as_strided(
+        (3, rows, columns), (stride, columns, 1)
+    )
 
 
 def test_heads_and_values_are_written_past_2_to_the_31_elements() -> None:
     case, out, scale = cases.rms_rope(5, 3), far_heads(5, 128), torch.full((3, 5), float("nan"))
     rms_rope_quantize_triton.rms_rope_quantize(**case.inputs, out=out, out_scale=scale)
     assert torch.equal(out, case.run("reference")["out"][:, 1:-2])
-    one, v, v_scale = cases.values(70, 3), far_heads(128, 128), torch.full((3, 128, 2), float("nan"))
+    one, v, v_scale = (
+        cases.values(70, 3),
+        far_heads(128, 128),
+        torch.full((3, 128, 2), float("nan")),
+    )
     quantize_values(one.inputs["v"], v, v_scale)
     assert torch.equal(v, one.run("reference")["out"][:, :, 64:])
 

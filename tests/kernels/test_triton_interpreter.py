@@ -1,4 +1,6 @@
-"""Every Triton kernel against its reference, in Triton's interpreter: starts the tests that need a process of their own (promise 18)."""
+"""Every Triton kernel against its reference, in Triton's interpreter: starts the tests that need a
+process of their own (promise 18).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 
 def interpret(name: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"test_triton_{name}.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(HERE / f"test_triton_{name}.py"),
+    ]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

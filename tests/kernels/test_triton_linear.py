@@ -1,4 +1,6 @@
-"""`quantized_linear` in Triton's interpreter: the reference's bits for int8, e4m3 decoded from its bytes, faults that must show."""
+"""`quantized_linear` in Triton's interpreter: the reference's bits for int8, e4m3 decoded from its
+bytes, faults that must show.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +14,30 @@ from lowvram_kernels.quantized_linear_triton import row_pointers
 
 from tests.kernels import cases
 
-SHAPES = [(1, 17, 32), (33, 65, 96), (70, 130, 256), (31, 64, 400), (300, 65, 96)]  # the last has more rows of tiles than one group
+# the last has more rows of tiles than one group
+SHAPES = [(1, 17, 32), (33, 65, 96), (70, 130, 256), (31, 64, 400), (300, 65, 96)]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
-def test_p18_int8_linear_has_the_bits_of_the_reference(m: int, n: int, k: int, out: torch.dtype) -> None:
+def test_p18_int8_linear_has_the_bits_of_the_reference(
+    m: int, n: int, k: int, out: torch.dtype
+) -> None:
     assert not cases.linear(m, n, k, out=out).mismatch()
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_p18_int8_linear_adds_to_the_residual_with_the_bits_of_the_reference(m: int, n: int, k: int) -> None:
+def test_p18_int8_linear_adds_to_the_residual_with_the_bits_of_the_reference(
+    m: int, n: int, k: int
+) -> None:
     assert not cases.linear_add(m, n, k).mismatch()
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
-def test_p18_int8_linear_with_gelu_has_the_bits_of_the_reference(m: int, n: int, k: int, out: torch.dtype) -> None:
+def test_p18_int8_linear_with_gelu_has_the_bits_of_the_reference(
+    m: int, n: int, k: int, out: torch.dtype
+) -> None:
     assert not cases.linear_gelu(m, n, k, out=out).mismatch()
 
 
@@ -39,13 +48,19 @@ def test_p18_e4m3_linear_with_gelu_is_close() -> None:
     assert torch.allclose(expected, actual, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("fault", [cases.changed(gelu=False), cases.rolled("bias"), cases.rolled("weight_scale")])
+@pytest.mark.parametrize(
+    "fault", [cases.changed(gelu=False), cases.rolled("bias"), cases.rolled("weight_scale")]
+)
 def test_p19_a_fault_before_gelu_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
     assert cases.linear_gelu(33, 65, 96).mismatch(fault)
 
 
-@pytest.mark.parametrize(("name", "value"), [("C5", 0.00134), ("GELU_EXPONENT", -2.3022), ("ROUND", 12582911.0)])
-def test_p19_a_wrong_constant_of_gelu_shows(monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("C5", 0.00134), ("GELU_EXPONENT", -2.3022), ("ROUND", 12582911.0)]
+)
+def test_p19_a_wrong_constant_of_gelu_shows(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
     monkeypatch.setattr(quantized_linear_triton, name, tl.constexpr(value))
     assert cases.linear_gelu(33, 65, 96).mismatch()
 
@@ -58,11 +73,20 @@ def test_int8_linear_without_bias() -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        cases.rolled("a_scale"), cases.rolled("weight_scale"), cases.rolled("a"), cases.rolled("weight"), cases.rolled("bias"),
-        cases.rolled("gate"), cases.changed(bias=None), cases.changed(gate=None), cases.changed(accumulate=False),
+        cases.rolled("a_scale"),
+        cases.rolled("weight_scale"),
+        cases.rolled("a"),
+        cases.rolled("weight"),
+        cases.rolled("bias"),
+        cases.rolled("gate"),
+        cases.changed(bias=None),
+        cases.changed(gate=None),
+        cases.changed(accumulate=False),
     ],
-)  # fmt: skip
-def test_p19_a_fault_in_the_linear_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
+)
+def test_p19_a_fault_in_the_linear_shows(
+    fault: cases.Callable[[cases.Inputs], cases.Inputs],
+) -> None:
     assert cases.linear_add(33, 65, 96).mismatch(fault)
 
 
@@ -77,7 +101,9 @@ def test_p19_a_wrong_order_of_tiles_shows(monkeypatch: pytest.MonkeyPatch) -> No
     assert "unwritten" in case.mismatch()
 
 
-def test_p19_a_second_group_of_tiles_in_the_place_of_the_first_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p19_a_second_group_of_tiles_in_the_place_of_the_first_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     @triton.jit
     def first_group(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
         tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -92,12 +118,25 @@ def test_p19_a_second_group_of_tiles_in_the_place_of_the_first_shows(monkeypatch
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_p18_e4m3_linear_sums_in_fp32(m: int, n: int, k: int) -> None:
-    """The interpreter multiplies decoded bytes, as sm_80 does; the tensor cores' own e4m3 is for the tests on a GPU."""
+    """The interpreter multiplies decoded bytes, as sm_80 does; the tensor cores' own e4m3 is for
+    the tests on a GPU.
+    """
     case = cases.linear(m, n, k, code=cases.E4M3)
     expected, actual = case.run("reference")["out"], case.run("triton")["out"]
     assert torch.equal(expected.isnan(), actual.isnan())
-    assert torch.allclose(expected, actual, rtol=1e-5, atol=1e-5 * float(expected.nan_to_num().abs().max()), equal_nan=True)
-    assert not torch.allclose(expected, case.run("triton", cases.rolled("a_scale"))["out"], rtol=1e-3, equal_nan=True) or m == 1
+    assert torch.allclose(
+        expected,
+        actual,
+        rtol=1e-5,
+        atol=1e-5 * float(expected.nan_to_num().abs().max()),
+        equal_nan=True,
+    )
+    assert (
+        not torch.allclose(
+            expected, case.run("triton", cases.rolled("a_scale"))["out"], rtol=1e-3, equal_nan=True
+        )
+        or m == 1
+    )
 
 
 @triton.jit
@@ -109,15 +148,28 @@ def _encode(x_ptr, code_ptr, back_ptr, SIZE: tl.constexpr):  # type: ignore[no-u
 
 
 def test_e4m3_is_rounded_and_read_by_bits_as_torch_does() -> None:
-    """All codes, all midpoints between neighbours, values next to them, subnormals and both zeros."""
+    """All codes, all midpoints between neighbours, values next to them, subnormals and both
+    zeros.
+    """
     every = torch.arange(256, dtype=torch.uint8).view(cases.E4M3).float()
     exact = every[every.isfinite()]
     sizes = exact.abs().unique()
     middles = (sizes[1:] + sizes[:-1]) / 2
-    near = torch.cat((middles, middles * (1 + 2**-20), middles * (1 - 2**-20), sizes, torch.tensor([31.6, 1.0625001])))
+    near = torch.cat(
+        (
+            middles,
+            middles * (1 + 2**-20),
+            middles * (1 - 2**-20),
+            sizes,
+            torch.tensor([31.6, 1.0625001]),
+        )
+    )
     x = torch.cat((near, -near, exact))
     padded = torch.cat((x, torch.zeros(triton.next_power_of_2(len(x)) - len(x))))
-    code, back = torch.full(padded.shape, 0x5A, dtype=torch.uint8), torch.full(padded.shape, float("nan"))
+    code, back = (
+        torch.full(padded.shape, 0x5A, dtype=torch.uint8),
+        torch.full(padded.shape, float("nan")),
+    )
     _encode[(1,)](padded, code, back, SIZE=len(padded))
     expected = padded.to(cases.E4M3)
     assert torch.equal(code, expected.view(torch.uint8))
@@ -138,7 +190,9 @@ def test_bf16_is_rounded_half_to_even() -> None:
 
 
 def test_p20_nan_stays_nan_in_bf16_whatever_its_bits() -> None:
-    """A GPU's own NaN has all bits set, which adding a half of the last place would turn into zero."""
+    """A GPU's own NaN has all bits set, which adding a half of the last place would turn into
+    zero.
+    """
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, -0x400000], dtype=torch.int32).repeat(256)
     out = torch.zeros(1024, dtype=torch.bfloat16)
     _round[(1,)](bits.view(torch.float32), out, SIZE=1024)

@@ -1,4 +1,6 @@
-"""One step of whole models, one block against fp32 and the search for tiles, with every kernel forced to Triton's interpreter."""
+"""One step of whole models, one block against fp32 and the search for tiles, with every kernel
+forced to Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,16 @@ class Compared:
         other = out.clone()
         self.reference(*args[:5], other, **kwargs)
         self.linear(*args, **kwargs)
-        self.same.append(torch.equal(out, other) if self.exact else torch.allclose(out.float(), other.float(), rtol=0.01, atol=1e-3))
+        self.same.append(
+            torch.equal(out, other)
+            if self.exact
+            else torch.allclose(out.float(), other.float(), rtol=0.01, atol=1e-3)
+        )
 
 
-def one_step(pipeline: Pipeline, request: Request, monkeypatch: pytest.MonkeyPatch, exact: bool) -> tuple[Compared, float]:
+def one_step(
+    pipeline: Pipeline, request: Request, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> tuple[Compared, float]:
     """What `Compared` saw, and the mean difference of the frames in grey levels of 255."""
     monkeypatch.setenv("LOWVRAM_BACKEND", "reference")
     expected = pipeline.generate(request).frames
@@ -61,21 +69,33 @@ def test_one_step_gives_the_bits_of_the_reference_in_every_int8_linear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     pipeline = pipeline_of(make_store(tmp_path, CONFIG, format))
-    compared, apart = one_step(pipeline, request_of(pipeline, steps=1), monkeypatch, exact=format == "int8")
+    compared, apart = one_step(
+        pipeline, request_of(pipeline, steps=1), monkeypatch, exact=format == "int8"
+    )
     assert len(compared.same) >= 9 * CONFIG.dit.num_layers
     assert all(compared.same)
     assert apart < 0.5
 
 
-def test_one_step_of_the_demo_gives_the_bits_of_the_reference_in_every_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model that ships, quantized here: 64x64, 9 frames, 48 tokens, four blocks, heads of 64; without guidance, for its time.
+def test_one_step_of_the_demo_gives_the_bits_of_the_reference_in_every_linear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that ships, quantized here: 64x64, 9 frames, 48 tokens, four blocks, heads of 64;
+    without guidance, for its time.
 
-    Frames differ where a probability or a row's code rounds the other way: by less than one of 255 grey levels in the mean.
+    Frames differ where a probability or a row's code rounds the other way: by less than one of 255
+    grey levels in the mean.
     """
     quantize(MODEL, tmp_path / "model", "int8")
     with open_store(tmp_path / "model") as store:
         pipeline = pipeline_of(store)
-        request = pipeline.request("a red circle moves right on a blue background", steps=1, guidance_high=1.0, guidance_low=1.0, **SMALL)
+        request = pipeline.request(
+            "a red circle moves right on a blue background",
+            steps=1,
+            guidance_high=1.0,
+            guidance_low=1.0,
+            **SMALL,
+        )
         compared, apart = one_step(pipeline, request, monkeypatch, exact=True)
         assert store.config.dit.head_dim == 64
         assert len(compared.same) >= 9 * store.config.dit.num_layers
@@ -85,22 +105,38 @@ def test_one_step_of_the_demo_gives_the_bits_of_the_reference_in_every_linear(tm
 
 @pytest.mark.parametrize("pv", ["int8", "fp8"])
 def test_a_block_on_triton_is_close_to_fp32(monkeypatch: pytest.MonkeyPatch, pv: str) -> None:
-    """Cosine 0.9995 at least of an int8 block's output and of what it adds, outlier channels among its inputs; less with e4m3 values."""
+    """Cosine 0.9995 at least of an int8 block's output and of what it adds, outlier channels among
+    its inputs; less with e4m3 values.
+    """
     monkeypatch.setenv("LOWVRAM_BACKEND", "triton")
-    found = {result.provider: result for result in bench_block.results(tiny_config(), (1, 7, 10), ("int8",), "cpu", (pv,))}
+    found = {
+        result.provider: result
+        for result in bench_block.results(tiny_config(), (1, 7, 10), ("int8",), "cpu", (pv,))
+    }
     block = found["lowvram int8" if pv == "int8" else f"lowvram int8, PV {pv}"]
     assert block.cosine >= 0.9995
     assert block.update_cosine >= (0.999 if pv == "fp8" else 0.9995)
 
 
 def test_tiles_are_searched_among_candidates_that_agree(capsys: pytest.CaptureFixture[str]) -> None:
-    """The search that `scripts/tune.py` makes on a GPU, at toy sizes; a tile whose result differs is left out and named."""
+    """The search that `scripts/tune.py` makes on a GPU, at toy sizes; a tile whose result differs
+    is left out and named.
+    """
     task = tune.linear_task("ffn.2 +=", 40, 64, 96, torch.int8, "cpu")
-    found = tune.search(task, [LinearTile(32, 32, 32, 4, 1), LinearTile(16, 64, 64, 4, 1)], "cpu", repeats=1)
-    assert {tile for _, tile in found} == {LinearTile(32, 32, 32, 4, 1), LinearTile(16, 64, 64, 4, 1)}
+    found = tune.search(
+        task, [LinearTile(32, 32, 32, 4, 1), LinearTile(16, 64, 64, 4, 1)], "cpu", repeats=1
+    )
+    assert {tile for _, tile in found} == {
+        LinearTile(32, 32, 32, 4, 1),
+        LinearTile(16, 64, 64, 4, 1),
+    }
     for pv in ("int8", "fp16", "fp8"):
         attention = tune.attention_task(40, 2, pv, "cpu")
-        candidates = [tile for tile in tune.attention_candidates(pv, "interpreter") if tile.warps == 4 and tile.stages == 1]
+        candidates = [
+            tile
+            for tile in tune.attention_candidates(pv, "interpreter")
+            if tile.warps == 4 and tile.stages == 1
+        ]
         assert len(tune.search(attention, candidates, "cpu", repeats=1)) == len(candidates) == 2
     other = dataclasses.replace(task, run=lambda: task.out.copy_(torch.rand_like(task.out)))
     assert tune.search(other, [LinearTile(32, 32, 32, 4, 1)], "cpu", repeats=1) == []

@@ -1,4 +1,6 @@
-"""A NaN comes out of every kernel that it goes into (promises 19, 20): the references keep it, and the run's watch looks for it."""
+"""A NaN comes out of every kernel that it goes into (promises 19, 20): the references keep it, and
+the run's watch looks for it.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,15 @@ from tests.kernels import cases
 
 NAN = float("nan")
 # numpy warns of what a GPU does without a word.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered", "ignore:All-NaN slice")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered", "ignore:overflow encountered", "ignore:All-NaN slice"
+)
 
 
 def with_nan(case: cases.Case, name: str, *where: int) -> dict[str, torch.Tensor]:
-    """What Triton gives with one NaN, or a slice of them, in an input; the reference has NaN in the same places."""
+    """What Triton gives with one NaN, or a slice of them, in an input; the reference has NaN in the
+    same places.
+    """
     poisoned = case.inputs[name].clone()
     poisoned[where] = NAN
     case = cases.Case(case.op, case.inputs | {name: poisoned}, case.outputs)
@@ -59,7 +65,9 @@ def test_a_linear_hands_nan_on(name: str) -> None:
 
 
 @pytest.mark.parametrize("pv", PV_DTYPES)
-@pytest.mark.parametrize(("name", "where"), [("q_scale", (0, 1)), ("k_scale", (0,)), ("v_scale", (0, 5, 1))])
+@pytest.mark.parametrize(
+    ("name", "where"), [("q_scale", (0, 1)), ("k_scale", (0,)), ("v_scale", (0, 5, 1))]
+)
 def test_attention_hands_nan_on(pv: str, name: str, where: tuple[int, ...]) -> None:
     """Of one query's scale to its row, of all keys' and of one tile's values to every row."""
     case = cases.attention(3, 70, 1, pv=pv)

@@ -17,7 +17,9 @@ CODES = {"int8": torch.int8, "fp8": cases.E4M3}
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
 
-@pytest.mark.parametrize(("op", "code", "rotated"), list(itertools.product(OPS, CODES, (True, False))))
+@pytest.mark.parametrize(
+    ("op", "code", "rotated"), list(itertools.product(OPS, CODES, (True, False)))
+)
 def test_p18_rows_agree_with_the_reference(op: str, code: str, rotated: bool) -> None:
     for m, k in ((1, 256), (3, 768), (5, 256 if rotated else 200)):
         assert not cases.rows(op, m, k, code=CODES[code], rotated=rotated).mismatch(), (m, k)
@@ -36,17 +38,27 @@ def test_p18_rows_as_wide_as_the_model(op: str, width: int) -> None:
 @pytest.mark.parametrize(
     ("op", "fault"),
     [
-        ("quantize_rows", cases.rolled("x")), ("quantize_rows", cases.rolled("x", 1)), ("quantize_rows", cases.changed(rotated=False)),
-        ("gelu_quantize", cases.rolled("x")), ("adaln_quantize", cases.rolled("scale")), ("adaln_quantize", cases.rolled("shift")),
-        ("adaln_quantize", cases.changed(eps=0.1)), ("adaln_quantize", cases.changed(rotated=False)),
+        ("quantize_rows", cases.rolled("x")),
+        ("quantize_rows", cases.rolled("x", 1)),
+        ("quantize_rows", cases.changed(rotated=False)),
+        ("gelu_quantize", cases.rolled("x")),
+        ("adaln_quantize", cases.rolled("scale")),
+        ("adaln_quantize", cases.rolled("shift")),
+        ("adaln_quantize", cases.changed(eps=0.1)),
+        ("adaln_quantize", cases.changed(rotated=False)),
     ],
-)  # fmt: skip
-def test_p19_a_wrong_argument_of_a_row_kernel_shows(op: str, fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
+)
+def test_p19_a_wrong_argument_of_a_row_kernel_shows(
+    op: str, fault: cases.Callable[[cases.Inputs], cases.Inputs]
+) -> None:
     assert cases.rows(op, 3, 512, code=torch.int8, rotated=True).mismatch(fault)
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("constant", "value", "code"), [("ROUND", 0.0, "int8"), ("INT8_MAX", 126.0, "int8"), ("E4M3_MAX", 440.0, "fp8")])
+@pytest.mark.parametrize(
+    ("constant", "value", "code"),
+    [("ROUND", 0.0, "int8"), ("INT8_MAX", 126.0, "int8"), ("E4M3_MAX", 440.0, "fp8")],
+)
 def test_p19_a_wrong_constant_of_a_row_kernel_shows(
     monkeypatch: pytest.MonkeyPatch, op: str, constant: str, value: float, code: str
 ) -> None:
@@ -73,7 +85,10 @@ def test_rows_past_2_to_the_31_elements() -> None:
     adaln = cases.rows("adaln_quantize", 3, k, code=torch.int8, rotated=True, x=torch.bfloat16)
     x = torch.empty(2 * stride + k, dtype=torch.bfloat16).as_strided((3, k), (stride, 1))
     x.copy_(case.inputs["x"])
-    for one, function in ((case, quantize_rows_triton.quantize_rows), (adaln, adaln_quantize_triton.adaln_quantize)):
+    for one, function in (
+        (case, quantize_rows_triton.quantize_rows),
+        (adaln, adaln_quantize_triton.adaln_quantize),
+    ):
         out = torch.empty(2 * stride + k, dtype=torch.int8).as_strided((3, k), (stride, 1))
         scale = torch.full((3, 1), float("nan"))
         function(**(one.inputs | {"x": x}), out=out, out_scale=scale)

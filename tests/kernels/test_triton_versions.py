@@ -1,4 +1,6 @@
-"""GEMM and attention compile with the oldest and the newest supported Triton, and all documents name the same range."""
+"""GEMM and attention compile with the oldest and the newest supported Triton, and all documents
+name the same range.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,17 @@ def installed(version: str) -> Path:
         return folder
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{made}/triton", f"triton=={version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            f"{made}/triton",
+            f"triton=={version}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = f"pip cannot install triton {version}: {done.stderr[-500:]}"
@@ -41,18 +53,40 @@ def installed(version: str) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="triton compiles on Linux alone")
 @pytest.mark.parametrize("version", ENDS)
 def test_kernels_compile_with_both_ends_of_the_range(version: str) -> None:
-    """Those with gates: no spill, copies of 16 bytes, matrix instructions, and no fused sum in an int8 linear."""
+    """Those with gates: no spill, copies of 16 bytes, matrix instructions, and no fused sum in an
+    int8 linear.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(installed(version)), *(str(ROOT / folder) for folder in (".", "kernels", "quantize"))]
-    command = [sys.executable, str(ROOT / "scripts" / "compile_kernels.py"), "--kernel", "linear", "attention", "--jobs", "2"]
-    command += ["--arch", "sm_80", "sm_89", "sm_90", "sm_120", "gfx1100"]  # sm_86 differs from sm_89 by having no e4m3
-    done = subprocess.run(command, env=environment | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True)
+    paths = [
+        str(installed(version)),
+        *(str(ROOT / folder) for folder in (".", "kernels", "quantize")),
+    ]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "compile_kernels.py"),
+        "--kernel",
+        "linear",
+        "attention",
+        "--jobs",
+        "2",
+    ]
+    # sm_86 differs from sm_89 by having no e4m3
+    command += ["--arch", "sm_80", "sm_89", "sm_90", "sm_120", "gfx1100"]
+    done = subprocess.run(
+        command,
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"with Triton {version}, 0 faults" in done.stdout
 
 
 def test_the_ends_are_those_of_the_range() -> None:
-    assert [tuple(map(int, version.split(".")[:2])) for version in ENDS] == [OLDEST_TRITON, NEWEST_TRITON]
+    assert [tuple(map(int, version.split(".")[:2])) for version in ENDS] == [
+        OLDEST_TRITON,
+        NEWEST_TRITON,
+    ]
 
 
 def test_all_documents_name_the_same_range() -> None:
@@ -65,8 +99,16 @@ def test_all_documents_name_the_same_range() -> None:
     for name in ("README.md", "docs/benchmarks/kernels.md"):
         text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
         assert f"Triton {oldest} to {newest}" in text, name
-    assert f"torch {torch[1]} or later" in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    pinned = dict(re.findall(r"^(triton|triton-windows)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    assert f"torch {torch[1]} or later" in " ".join(
+        (ROOT / "README.md").read_text(encoding="utf-8").split()
+    )
+    pinned = dict(
+        re.findall(
+            r"^(triton|triton-windows)==(\d+\.\d+)",
+            (ROOT / "constraints.txt").read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+    )
     assert set(pinned) == {"triton", "triton-windows"}
     assert len(set(pinned.values())) == 1
 
@@ -94,7 +136,10 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 def test_an_old_triton_is_refused_by_name(triton: dict[str, str]) -> None:
     triton["triton"] = "3.5.1"
     assert constraints.no_triton() == "Triton 3.5 is too old: 3.6 or later is needed"
-    assert machine_module.why_triton_fails(has_gpu=True) == "Triton 3.5 is too old: 3.6 or later is needed"
+    assert (
+        machine_module.why_triton_fails(has_gpu=True)
+        == "Triton 3.5 is too old: 3.6 or later is needed"
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,12 +148,18 @@ def test_an_old_triton_is_refused_by_name(triton: dict[str, str]) -> None:
         ("triton", "3.6.0", ""),
         ("triton-windows", "3.8.0.post29", ""),
         ("pytorch-triton-rocm", "3.9.1", ""),
-        ("triton", "3.10.0", "newer than Triton 3.9, the newest that the kernels were compiled with"),
+        (
+            "triton",
+            "3.10.0",
+            "newer than Triton 3.9, the newest that the kernels were compiled with",
+        ),
         ("triton", "4.0.0+git1", "newer than Triton 3.9"),
         ("unheard-of", "9.9", ""),
     ],
 )
-def test_a_new_triton_is_used_and_said_to_be_new(package: str, version: str, note: str, triton: dict[str, str]) -> None:
+def test_a_new_triton_is_used_and_said_to_be_new(
+    package: str, version: str, note: str, triton: dict[str, str]
+) -> None:
     triton[package] = version
     assert constraints.no_triton() is None
     said = machine_module.triton_note()

@@ -34,11 +34,15 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", get)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", put)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000)
+    )
     return found
 
 
-def test_p15_torch_is_held_to_the_budget_and_let_go_however_the_run_ends(shares: list[float]) -> None:
+def test_p15_torch_is_held_to_the_budget_and_let_go_however_the_run_ends(
+    shares: list[float],
+) -> None:
     with vram_cap(GPU, 250):
         assert shares[-1] == 0.25
     assert shares[-1] == 1.0
@@ -54,7 +58,9 @@ def test_a_tighter_limit_stays(shares: list[float]) -> None:
     assert shares[-1] == 0.1
 
 
-def test_a_budget_above_the_device_and_one_below_the_context_are_shares_too(shares: list[float]) -> None:
+def test_a_budget_above_the_device_and_one_below_the_context_are_shares_too(
+    shares: list[float],
+) -> None:
     for nbytes, share in ((5000, 1.0), (-1, 0.0)):
         with vram_cap(GPU, nbytes):
             assert shares[-1] == share
@@ -65,7 +71,9 @@ def test_a_cpu_has_no_cap(shares: list[float]) -> None:
         assert shares == [1.0]
 
 
-def test_what_torch_keeps_already_belongs_to_the_context(shares: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_keeps_already_belongs_to_the_context(
+    shares: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """cuBLAS keeps its workspace in torch's allocator."""
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 34)
     with vram_cap(GPU, 250):

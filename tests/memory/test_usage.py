@@ -32,7 +32,9 @@ def test_each_phase_has_a_peak_of_its_own() -> None:
     assert all(taken.vram_bytes is None for taken in peaks.by_phase.values())
 
 
-def test_the_device_has_its_context_beside_what_torch_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_has_its_context_beside_what_torch_reserved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     reserved = {"now": 0}
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: reserved["now"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reserved.update(now=0))
@@ -40,10 +42,15 @@ def test_the_device_has_its_context_beside_what_torch_reserved(monkeypatch: pyte
     for phase, taken in (("text", 50), ("denoise", 1000)):
         peaks(Progress(phase, 0, 1, None))
         reserved["now"] = taken
-    assert {phase: usage.vram_bytes for phase, usage in peaks.by_phase.items()} == {"text": 650, "denoise": 1600}
+    assert {phase: usage.vram_bytes for phase, usage in peaks.by_phase.items()} == {
+        "text": 650,
+        "denoise": 1600,
+    }
 
 
-def test_a_system_that_does_not_say_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_system_that_does_not_say_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     missing = tmp_path / "nothing"
     monkeypatch.setattr(usage, "_STATUS", missing)
     monkeypatch.setattr(usage, "_CLEAR_REFS", missing)

@@ -1,4 +1,6 @@
-"""The VAE's tiles: they cover the clip, fade into one another, and a failed decode costs no sampling."""
+"""The VAE's tiles: they cover the clip, fade into one another, and a failed decode costs no
+sampling.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,16 @@ def vae_of(store: Store) -> WanVAE:
 
 
 def clip_of(
-    vae: WanVAE, latents: torch.Tensor, tile_pixels: int, progress: Callable[[int, int], None] = lambda done, total: None
+    vae: WanVAE,
+    latents: torch.Tensor,
+    tile_pixels: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> torch.Tensor:
     """[3, F, H, W] put together from its pieces, each pixel of which comes once."""
-    frames, height, width = 4 * (latents.shape[1] - 1) + 1, *(8 * length for length in latents.shape[2:])
+    frames, height, width = (
+        4 * (latents.shape[1] - 1) + 1,
+        *(8 * length for length in latents.shape[2:]),
+    )
     clip = torch.full((3, frames, height, width), float("nan"))
     for first, top, pixels in vae.decode(latents, tile_pixels, progress):
         area = clip[:, first : first + pixels.shape[1], top : top + pixels.shape[2]]
@@ -45,7 +53,9 @@ def test_tiles_cover_everything_and_stay_inside(length: int) -> None:
     assert len(starts) == len(set(starts))
 
 
-def test_tiles_of_a_local_decoder_join_without_a_seam(tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_a_local_decoder_join_without_a_seam(
+    tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a pixel depends on its own latent alone, any tiling must give the untiled clip."""
     vae = vae_of(tiny_store("int8"))
 
@@ -70,7 +80,9 @@ def test_tiled_frames_are_near_the_untiled_ones(tiny_store: StoreOf) -> None:
     assert float((tiled - clip_of(vae, latents, 0)).abs().mean()) < 0.1
 
 
-def test_a_failed_decode_costs_no_sampling(tiny_store: StoreOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_decode_costs_no_sampling(
+    tiny_store: StoreOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
     request, state = request_of(pipeline), tmp_path / "clip.mp4.resume"
     expected = digest(pipeline.generate(request).frames)
@@ -94,15 +106,23 @@ def test_a_failed_decode_costs_no_sampling(tiny_store: StoreOf, tmp_path: Path, 
 
 @pytest.mark.slow
 def test_seams_are_invisible_in_a_drawn_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trained VAE, four tiles against one piece: no pixel is two of 255 levels off, and no line of a tile's edge stands out.
+    """The trained VAE, four tiles against one piece: no pixel is two of 255 levels off, and no line
+    of a tile's edge stands out.
 
-    A viewer sees steps between neighbours; one level is the smallest that a frame can hold. The last line shows what would be seen
+    A viewer sees steps between neighbours; one level is the smallest that a frame can hold. The
+    last line shows what would be seen
     where one tile simply covers the other: the measure can fail.
     """
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
     found = importlib.import_module("vae_tiles").measure()
     assert found["psnr_of_tiles_against_one_piece_db"] > 70
-    assert abs(found["psnr_of_tiles_against_the_drawing_db"] - found["psnr_of_one_piece_against_the_drawing_db"]) < 0.05
+    assert (
+        abs(
+            found["psnr_of_tiles_against_the_drawing_db"]
+            - found["psnr_of_one_piece_against_the_drawing_db"]
+        )
+        < 0.05
+    )
     assert found["largest_difference_in_overlaps"] < 2
     assert found["step_at_edges_of_tiles"] < 0.1
     assert found["step_at_edges_of_tiles"] <= 2 * found["step_elsewhere"]

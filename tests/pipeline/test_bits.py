@@ -1,4 +1,6 @@
-"""The same seed gives the same frames whatever the memory plan, and after any interruption (promises 17 and 20)."""
+"""The same seed gives the same frames whatever the memory plan, and after any interruption
+(promises 17 and 20).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from tests.helpers.runs import digest, expert_velocities, pipeline_of, plan_of, 
 from tests.helpers.staged import PROCESS_BYTES, StagedPipeline
 
 StoreOf = Callable[[str], Store]
-CLIP = {"width": 112, "height": 80, "num_frames": 13}  # 140 tokens: ragged in chunks, in key tiles and in vectors
+# 140 tokens: ragged in chunks, in key tiles and in vectors
+CLIP = {"width": 112, "height": 80, "num_frames": 13}
 PLANS = {
     "smallest: one slot, everything from disk": Choice(64, 1, 0, 0, False),
     "two slots": Choice(64, 2, 0, 0, False),
@@ -36,13 +39,17 @@ PLANS = {
 def test_p17_no_plan_changes_a_bit(tiny_store: StoreOf, format: str) -> None:
     pipeline = pipeline_of(tiny_store(format))
     request = request_of(pipeline, steps=3, shift=8.0, **CLIP)
-    digests = {name: digest(pipeline.generate(request, plan=plan_of(pipeline, request, choice)).frames) for name, choice in PLANS.items()}
+    digests = {
+        name: digest(pipeline.generate(request, plan=plan_of(pipeline, request, choice)).frames)
+        for name, choice in PLANS.items()
+    }
     assert len(set(digests.values())) == 1, digests
     other = pipeline.generate(request_of(pipeline, steps=3, shift=8.0, seed=1, **CLIP))
     assert digest(other.frames) not in digests.values(), "another seed must give another video"
 
 
-# plan, and how many blocks pass from pageable RAM to staging in three steps of two branches of two blocks
+# plan, and how many blocks pass from pageable RAM to staging in three steps of two branches of two
+# blocks
 TIERS = {
     "disk only": (Choice(64, 2, 0, 0, False), 0),
     "pageable RAM": (Choice(64, 1, 0, 2, False), 12),
@@ -54,11 +61,15 @@ TIERS = {
 
 
 def test_p17_no_tier_changes_a_bit(tiny_store: StoreOf) -> None:
-    """The path of a GPU (staging, pinned and pageable RAM, three workers) gives the bits of reads straight into the slots."""
+    """The path of a GPU (staging, pinned and pageable RAM, three workers) gives the bits of reads
+    straight into the slots.
+    """
     store = tiny_store("int8")
     direct = pipeline_of(store)
     request = request_of(direct, steps=3, shift=8.0)
-    expected = digest(direct.generate(request, plan=plan_of(direct, request, PLANS["two slots"])).frames)
+    expected = digest(
+        direct.generate(request, plan=plan_of(direct, request, PLANS["two slots"])).frames
+    )
     for name, (choice, staged) in TIERS.items():
         pipeline = StagedPipeline(store)
         plan = plan_of(pipeline, request, choice)
@@ -69,7 +80,9 @@ def test_p17_no_tier_changes_a_bit(tiny_store: StoreOf) -> None:
         assert pipeline.transport.pageable_copies == 0, name
         assert not pipeline.transport.locked, "pages are unlocked at the end"
         buffers = choice.host_blocks + plan.staging_buffers
-        assert video.peak_bytes["ram"] == PROCESS_BYTES + max(buffers * plan.slot_bytes, plan.staging_buffers * plan.text_slot_bytes), name
+        assert video.peak_bytes["ram"] == PROCESS_BYTES + max(
+            buffers * plan.slot_bytes, plan.staging_buffers * plan.text_slot_bytes
+        ), name
         assert video.peak_bytes["ram"] <= plan.peak_ram_bytes, name
 
 
@@ -77,7 +90,10 @@ def test_p17_no_tier_changes_a_bit(tiny_store: StoreOf) -> None:
 def test_unquantized_plans_agree_within_rounding(tiny_store: StoreOf, format: str) -> None:
     pipeline = pipeline_of(tiny_store(format))
     request = request_of(pipeline, steps=2, **CLIP)
-    frames = [pipeline.generate(request, plan=plan_of(pipeline, request, choice)).frames.float() for choice in PLANS.values()]
+    frames = [
+        pipeline.generate(request, plan=plan_of(pipeline, request, choice)).frames.float()
+        for choice in PLANS.values()
+    ]
     assert max(float((clip - frames[0]).abs().mean()) for clip in frames) < 0.5
 
 
@@ -88,11 +104,22 @@ def test_threads_and_chunks_change_no_bit_of_a_velocity(tiny_store: StoreOf, thr
     latents = torch.randn(16, 4, 10, 14, generator=generator)
     features = [torch.randn(9, store.config.dit.text_dim, generator=generator)]
     torch.set_num_threads(1)
-    expected = expert_velocities(store, "low_noise", (112, 80), 13, latents, 500, features, Choice(192, 0, 2, 0, False))
+    expected = expert_velocities(
+        store, "low_noise", (112, 80), 13, latents, 500, features, Choice(192, 0, 2, 0, False)
+    )
     try:
         torch.set_num_threads(threads)
         for chunk in (64, 128, 192):
-            actual = expert_velocities(store, "low_noise", (112, 80), 13, latents, 500, features, Choice(chunk, 1, 0, 0, False))
+            actual = expert_velocities(
+                store,
+                "low_noise",
+                (112, 80),
+                13,
+                latents,
+                500,
+                features,
+                Choice(chunk, 1, 0, 0, False),
+            )
             assert digest(actual[0]) == digest(expected[0])
     finally:
         torch.set_num_threads(before)
@@ -124,7 +151,9 @@ def interrupt_after(step: int) -> Callable[[Progress], None]:
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
-def test_p20_resumed_at_any_step_ends_in_the_same_bits(tiny_store: StoreOf, tmp_path: Path, solver: str) -> None:
+def test_p20_resumed_at_any_step_ends_in_the_same_bits(
+    tiny_store: StoreOf, tmp_path: Path, solver: str
+) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
     request = request_of(pipeline, steps=4, shift=8.0, solver=solver)
     expected = digest(pipeline.generate(request).frames)
@@ -136,7 +165,9 @@ def test_p20_resumed_at_any_step_ends_in_the_same_bits(tiny_store: StoreOf, tmp_
         assert digest(pipeline.generate(request, state_file=state, resume=True).frames) == expected
 
 
-def test_resume_refuses_another_request_and_names_both_values(tiny_store: StoreOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_refuses_another_request_and_names_both_values(
+    tiny_store: StoreOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
     state = tmp_path / "clip.resume"
     with pytest.raises(Interrupted):
@@ -154,7 +185,9 @@ def test_resume_refuses_another_request_and_names_both_values(tiny_store: StoreO
         pipeline.generate(request_of(pipeline), state_file=state, resume=True)
 
 
-def test_p20_nan_names_step_expert_and_block(tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p20_nan_names_step_expert_and_block(
+    tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lowvram.models import wan
 
     pipeline = pipeline_of(tiny_store("int8"))
@@ -163,7 +196,8 @@ def test_p20_nan_names_step_expert_and_block(tiny_store: StoreOf, monkeypatch: p
 
     def poisoned(self: wan.WanTransformer, block: object, x: torch.Tensor, *rest: object) -> None:
         run_block(self, block, x, *rest)  # type: ignore[arg-type]
-        if next(visits) == 6:  # step 2 of a 2-block model with two branches: second block of the positive branch
+        # step 2 of a 2-block model with two branches: second block of the positive branch
+        if next(visits) == 6:
             x.fill_(float("nan"))
 
     monkeypatch.setattr(wan.WanTransformer, "_run_block", poisoned)
@@ -173,8 +207,12 @@ def test_p20_nan_names_step_expert_and_block(tiny_store: StoreOf, monkeypatch: p
         Pipeline.generate(pipeline, request, plan=plan)
 
 
-def test_p15_a_run_is_capped_at_its_budget(tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first phase to the last; less what the driver has taken, which torch's allocator does not see."""
+def test_p15_a_run_is_capped_at_its_budget(
+    tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first phase to the last; less what the driver has taken, which torch's allocator
+    does not see.
+    """
     events: list[object] = []
 
     @contextmanager
@@ -186,6 +224,8 @@ def test_p15_a_run_is_capped_at_its_budget(tiny_store: StoreOf, monkeypatch: pyt
     monkeypatch.setattr(pipeline_module, "vram_cap", cap)
     pipeline = pipeline_of(tiny_store("int8"))
     pipeline.host = replace(pipeline.host, context_bytes=1000)
-    pipeline.generate(request_of(pipeline, steps=1), listener=lambda event: events.append(event.phase))
+    pipeline.generate(
+        request_of(pipeline, steps=1), listener=lambda event: events.append(event.phase)
+    )
     assert (events[0], events[-1]) == (pipeline.vram_bytes - 1000, "end")
     assert {"text", "decode"} < set(events[1:-1])

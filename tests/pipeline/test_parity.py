@@ -29,12 +29,23 @@ StoreOf = Callable[[str], Store]
 def reference_dit(store: Store, expert: str) -> WanTransformer3DModel:
     dit = store.config.dit
     model = WanTransformer3DModel(
-        patch_size=dit.patch_size, num_attention_heads=dit.num_heads, attention_head_dim=dit.head_dim, in_channels=dit.in_dim,
-        out_channels=dit.out_dim, text_dim=dit.text_dim, freq_dim=dit.freq_dim, ffn_dim=dit.ffn_dim, num_layers=dit.num_layers,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=dit.eps,
-    )  # fmt: skip
+        patch_size=dit.patch_size,
+        num_attention_heads=dit.num_heads,
+        attention_head_dim=dit.head_dim,
+        in_channels=dit.in_dim,
+        out_channels=dit.out_dim,
+        text_dim=dit.text_dim,
+        freq_dim=dit.freq_dim,
+        ffn_dim=dit.ffn_dim,
+        num_layers=dit.num_layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=dit.eps,
+    )
     weights = tiny_weights(store.config, expert)
-    model.load_state_dict({names.diffusers_dit_from_official(name): value for name, value in weights.items()})
+    model.load_state_dict(
+        {names.diffusers_dit_from_official(name): value for name, value in weights.items()}
+    )
     return model.eval()
 
 
@@ -42,13 +53,24 @@ def reference_text_encoder(store: Store) -> UMT5EncoderModel:
     text = store.config.text_encoder
     model = UMT5EncoderModel(
         UMT5Config(
-            vocab_size=text.vocab_size, d_model=text.d_model, d_kv=text.head_dim, num_heads=text.num_heads, d_ff=text.d_ff,
-            num_layers=text.num_layers, relative_attention_num_buckets=text.num_buckets, dropout_rate=0.0,
-            relative_attention_max_distance=text.max_distance, feed_forward_proj="gated-gelu", layer_norm_epsilon=text.eps,
+            vocab_size=text.vocab_size,
+            d_model=text.d_model,
+            d_kv=text.head_dim,
+            num_heads=text.num_heads,
+            d_ff=text.d_ff,
+            num_layers=text.num_layers,
+            relative_attention_num_buckets=text.num_buckets,
+            dropout_rate=0.0,
+            relative_attention_max_distance=text.max_distance,
+            feed_forward_proj="gated-gelu",
+            layer_norm_epsilon=text.eps,
         )
-    )  # fmt: skip
+    )
     official = tiny_weights(store.config, "text_encoder")
-    weights = {names.transformers_text_from_official(name): value.float() for name, value in official.items()}
+    weights = {
+        names.transformers_text_from_official(name): value.float()
+        for name, value in official.items()
+    }
     model.load_state_dict({**weights, "encoder.embed_tokens.weight": weights["shared.weight"]})
     return model.eval()
 
@@ -56,11 +78,17 @@ def reference_text_encoder(store: Store) -> UMT5EncoderModel:
 def reference_vae(store: Store) -> AutoencoderKLWan:
     vae = store.config.vae
     model = AutoencoderKLWan(
-        base_dim=vae.base_dim, z_dim=vae.z_dim, dim_mult=list(vae.dim_mult), num_res_blocks=vae.num_res_blocks, attn_scales=[],
+        base_dim=vae.base_dim,
+        z_dim=vae.z_dim,
+        dim_mult=list(vae.dim_mult),
+        num_res_blocks=vae.num_res_blocks,
+        attn_scales=[],
         temperal_downsample=list(vae.temporal_downsample),
-    )  # fmt: skip
+    )
     weights = tiny_weights(store.config, "vae")
-    model.load_state_dict({names.diffusers_vae_from_official(name, vae): value for name, value in weights.items()})
+    model.load_state_dict(
+        {names.diffusers_vae_from_official(name, vae): value for name, value in weights.items()}
+    )
     return model.eval()
 
 
@@ -68,12 +96,19 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize(("expert", "size", "frames", "timestep"), [("high_noise", (64, 64), 9, 937), ("low_noise", (96, 48), 5, 235)])
-def test_dit_equals_diffusers(tiny_store: StoreOf, expert: str, size: tuple[int, int], frames: int, timestep: int) -> None:
+@pytest.mark.parametrize(
+    ("expert", "size", "frames", "timestep"),
+    [("high_noise", (64, 64), 9, 937), ("low_noise", (96, 48), 5, 235)],
+)
+def test_dit_equals_diffusers(
+    tiny_store: StoreOf, expert: str, size: tuple[int, int], frames: int, timestep: int
+) -> None:
     store = tiny_store("fp32")
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(latent_shape(store.config, *size, frames).shape, generator=generator)
-    features = [torch.randn(length, store.config.dit.text_dim, generator=generator) for length in (7, 32)]
+    features = [
+        torch.randn(length, store.config.dit.text_dim, generator=generator) for length in (7, 32)
+    ]
     actual = expert_velocities(store, expert, size, frames, latents, timestep, features, EVERYTHING)
     model = reference_dit(store, expert)
     for velocity, rows in zip(actual, features, strict=True):
@@ -96,7 +131,9 @@ def test_text_encoder_equals_transformers(tiny_store: StoreOf) -> None:
 
     pipeline._encode_prompts = capture  # type: ignore[method-assign]
     pipeline.generate(request)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=FastTokenizer.from_str(store.tokenizer.decode()), pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=FastTokenizer.from_str(store.tokenizer.decode()), pad_token="<pad>"
+    )
     model = reference_text_encoder(store)
     for text, actual in zip((request.prompt, request.negative_prompt), captured, strict=True):
         ids = tokenizer(text, padding="max_length", max_length=32, return_tensors="pt")
@@ -110,7 +147,9 @@ def test_whole_pipeline_equals_diffusers(tiny_store: StoreOf) -> None:
     """Same noise, timesteps and sigmas: decoded frames agree to PSNR >= 60 dB."""
     store = tiny_store("fp32")
     pipeline = pipeline_of(store)
-    request = request_of(pipeline, "a red circle moves left", negative_prompt="a blue square", steps=6, shift=5.0)
+    request = request_of(
+        pipeline, "a red circle moves left", negative_prompt="a blue square", steps=6, shift=5.0
+    )
     schedule = make_schedule("unipc", request.steps, request.shift)
 
     class OfficialGrid(UniPCMultistepScheduler):
@@ -121,21 +160,38 @@ def test_whole_pipeline_equals_diffusers(tiny_store: StoreOf) -> None:
             self.sigmas, self.timesteps = schedule.sigmas.clone(), schedule.timesteps.clone()
 
     reference = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=FastTokenizer.from_str(store.tokenizer.decode()), pad_token="<pad>"),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=FastTokenizer.from_str(store.tokenizer.decode()), pad_token="<pad>"
+        ),
         text_encoder=reference_text_encoder(store),
         transformer=reference_dit(store, "high_noise"),
         transformer_2=reference_dit(store, "low_noise"),
         vae=reference_vae(store),
-        scheduler=OfficialGrid(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=request.shift, num_train_timesteps=1000),
+        scheduler=OfficialGrid(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=request.shift,
+            num_train_timesteps=1000,
+        ),
         boundary_ratio=request.boundary,
     )
     reference.set_progress_bar_config(disable=True)
-    noise = draw_noise(latent_shape(store.config, request.width, request.height, request.num_frames), request.seed)
+    noise = draw_noise(
+        latent_shape(store.config, request.width, request.height, request.num_frames), request.seed
+    )
     expected = reference(
-        request.prompt, request.negative_prompt, request.height, request.width, request.num_frames, num_inference_steps=request.steps,
-        guidance_scale=request.guidance_high, guidance_scale_2=request.guidance_low, latents=noise[None], max_sequence_length=32,
+        request.prompt,
+        request.negative_prompt,
+        request.height,
+        request.width,
+        request.num_frames,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_high,
+        guidance_scale_2=request.guidance_low,
+        latents=noise[None],
+        max_sequence_length=32,
         output_type="np",
-    ).frames[0]  # fmt: skip
+    ).frames[0]
     actual = pipeline.generate(request).frames.numpy()
     expected_bytes = (np.clip(expected, 0, 1) * 255).astype(np.uint8)
     error = np.mean((actual.astype(np.float64) - expected_bytes) ** 2)

@@ -21,13 +21,25 @@ from torch import Tensor
 import lowvram.video
 from lowvram.errors import DiskFullError, OutputError, UsageError
 from lowvram.request import Request
-from lowvram.video import STATEMENT, TITLE, check_output, clip_metadata, read_metadata, to_uint8, write_video
+from lowvram.video import (
+    STATEMENT,
+    TITLE,
+    check_output,
+    clip_metadata,
+    read_metadata,
+    to_uint8,
+    write_video,
+)
 
-REQUEST = Request(prompt='a "red" ball; 红球 = #1\nrolls \\ away', width=832, height=480, num_frames=81, seed=7)
+REQUEST = Request(
+    prompt='a "red" ball; 红球 = #1\nrolls \\ away', width=832, height=480, num_frames=81, seed=7
+)
 
 
 def clip(frames: int = 3, height: int = 32, width: int = 48) -> Tensor:
-    """Smooth, so that the codec keeps it: red grows to the right, green downwards, blue with time."""
+    """Smooth, so that the codec keeps it: red grows to the right, green downwards, blue with
+    time.
+    """
     out = torch.zeros(frames, height, width, 3)
     out[..., 0] = torch.linspace(20, 235, width)
     out[..., 1] = torch.linspace(20, 235, height)[:, None]
@@ -37,7 +49,10 @@ def clip(frames: int = 3, height: int = 32, width: int = 48) -> Tensor:
 
 def decoded(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24", src_colorspace="ITU709") for frame in container.decode(video=0)]
+        frames = [
+            frame.to_ndarray(format="rgb24", src_colorspace="ITU709")
+            for frame in container.decode(video=0)
+        ]
     return np.stack(frames)
 
 
@@ -80,7 +95,9 @@ def test_scale_repeats_pixels(tmp_path: Path) -> None:
 
 
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
-    """Of tiny frames, many times: there x264's macroblock tree gives another file about once in fifteen."""
+    """Of tiny frames, many times: there x264's macroblock tree gives another file about once in
+    fifteen.
+    """
     contents = set()
     for _ in range(40):
         write_video(tmp_path / "clip.mp4", clip(9), 16, {"seed": 1}, overwrite=True)
@@ -151,7 +168,9 @@ def test_bad_places_are_refused_before_any_work(tmp_path: Path) -> None:
         check_output(tmp_path / "missing" / "clip.mp4", overwrite=False)
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_output(tmp_path / "clip.mp4", overwrite=False)
     assert os.listdir(tmp_path) == []
 
@@ -159,7 +178,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Pa
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(OutputError, match=rf"cannot write {tmp_path}: Permission denied: choose another folder"):
+    with pytest.raises(
+        OutputError, match=rf"cannot write {tmp_path}: Permission denied: choose another folder"
+    ):
         check_output(tmp_path / "clip.mp4", overwrite=False)
 
 
@@ -171,7 +192,9 @@ def test_a_folder_that_not_even_root_can_write_is_refused() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows allows no such names")
 @pytest.mark.parametrize("name", ["12:30.mp4", "a%d b.mp4", "-clip.mp4", "红.mp4"])
-def test_names_mean_files_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_names_mean_files_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_video(Path(name), clip(), 16, {"x": 1})
     assert os.listdir() == [name]
@@ -179,7 +202,9 @@ def test_names_mean_files_and_nothing_else(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
-def test_p20_an_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_p20_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     def frames() -> Iterator[Tensor]:
         yield from clip(20)
         raise error
@@ -193,7 +218,9 @@ def test_p20_an_interrupted_overwrite_keeps_the_old_file(tmp_path: Path) -> None
     path = tmp_path / "clip.mp4"
     path.write_text("precious")
     with pytest.raises(UsageError, match="16x16"):
-        write_video(path, [clip(1)[0], torch.zeros(16, 16, 3, dtype=torch.uint8)], 16, {}, overwrite=True)
+        write_video(
+            path, [clip(1)[0], torch.zeros(16, 16, 3, dtype=torch.uint8)], 16, {}, overwrite=True
+        )
     assert path.read_text() == "precious"
 
 
@@ -214,7 +241,9 @@ write_video(Path(sys.argv[1]), frames(), 16, {})
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_p20_kill_leaves_only_the_part(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
-    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True
+    ) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "half\n"
         time.sleep(0.1)
@@ -244,7 +273,12 @@ def test_p06_the_encoder_notices_a_full_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "frames",
-    [[], [torch.zeros(8, 8, 3)], [torch.zeros(8, 8, 4, dtype=torch.uint8)], [torch.zeros(0, 8, 3, dtype=torch.uint8)]],
+    [
+        [],
+        [torch.zeros(8, 8, 3)],
+        [torch.zeros(8, 8, 4, dtype=torch.uint8)],
+        [torch.zeros(0, 8, 3, dtype=torch.uint8)],
+    ],
     ids=["none", "float", "rgba", "empty"],
 )
 def test_frames_that_are_none_are_refused(tmp_path: Path, frames: list[Tensor]) -> None:
@@ -255,7 +289,16 @@ def test_frames_that_are_none_are_refused(tmp_path: Path, frames: list[Tensor]) 
 
 def test_to_uint8_truncates_and_clamps() -> None:
     levels = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 0.999, 1.0, 3.0])
-    assert to_uint8(levels.view(1, 1, 1, 8).expand(3, 1, 1, 8))[0, 0, :, 0].tolist() == [0, 0, 63, 127, 191, 254, 255, 255]
+    assert to_uint8(levels.view(1, 1, 1, 8).expand(3, 1, 1, 8))[0, 0, :, 0].tolist() == [
+        0,
+        0,
+        63,
+        127,
+        191,
+        254,
+        255,
+        255,
+    ]
 
 
 def test_to_uint8_keeps_frames_and_channels_apart() -> None:
@@ -263,4 +306,6 @@ def test_to_uint8_keeps_frames_and_channels_apart() -> None:
     frames = to_uint8(video)
     assert frames.shape == (4, 5, 6, 3)
     assert frames.is_contiguous()
-    assert frames[2, 3, 4].tolist() == [int((video[c, 2, 3, 4].item() + 1) / 2 * 255) for c in range(3)]
+    assert frames[2, 3, 4].tolist() == [
+        int((video[c, 2, 3, 4].item() + 1) / 2 * 255) for c in range(3)
+    ]

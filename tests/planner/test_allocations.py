@@ -1,4 +1,6 @@
-"""The plan's peaks against what runs really allocate: every allocation counted phase by phase, and RSS under a hard limit (promise 15)."""
+"""The plan's peaks against what runs really allocate: every allocation counted phase by phase, and
+RSS under a hard limit (promise 15).
+"""
 
 from __future__ import annotations
 
@@ -30,19 +32,31 @@ from tests.helpers.checkpoints import write_store
 from tests.helpers.runs import CPU, plan_of
 
 PROCESS_BYTES = 10**9
-PROMPTS = {"prompt": "a red ball " * 200, "negative_prompt": "a blue ball " * 200}  # as long as the model reads
+# as long as the model reads
+PROMPTS = {"prompt": "a red ball " * 200, "negative_prompt": "a blue ball " * 200}
 
 
 def medium_config(dim: int, text_len: int, base_dim: int = 8) -> ModelConfig:
     """Large enough that a forgotten tensor shows: two blocks of `dim`."""
-    dit = DiTConfig(dim=dim, ffn_dim=dim * 5 // 2, num_heads=dim // 128, num_layers=2, text_dim=512, text_len=text_len)
-    text = TextEncoderConfig(vocab_size=128, d_model=512, num_heads=8, head_dim=64, d_ff=1280, num_layers=2)
+    dit = DiTConfig(
+        dim=dim,
+        ffn_dim=dim * 5 // 2,
+        num_heads=dim // 128,
+        num_layers=2,
+        text_dim=512,
+        text_len=text_len,
+    )
+    text = TextEncoderConfig(
+        vocab_size=128, d_model=512, num_heads=8, head_dim=64, d_ff=1280, num_layers=2
+    )
     return ModelConfig("t2v-custom", dit, text, VAEConfig(base_dim=base_dim, num_res_blocks=1))
 
 
 @dataclass
 class Allocations:
-    """Peak bytes by phase of a run: what torch's allocator gives out, and what is mapped from files."""
+    """Peak bytes by phase of a run: what torch's allocator gives out, and what is mapped from
+    files.
+    """
 
     events: list[tuple[int, int]] = field(default_factory=list)
     phases: list[tuple[int, str]] = field(default_factory=list)
@@ -54,14 +68,18 @@ class Allocations:
     def map(self, tensor: torch.Tensor) -> torch.Tensor:
         nbytes = tensor.nbytes
         self.events.append((time.time_ns(), nbytes))
-        weakref.finalize(tensor.untyped_storage(), lambda: self.events.append((time.time_ns(), -nbytes)))
+        weakref.finalize(
+            tensor.untyped_storage(), lambda: self.events.append((time.time_ns(), -nbytes))
+        )
         return tensor
 
     def peaks(self, profiled: profile) -> dict[str, int]:
         peaks: dict[str, int] = {}
         used, starts = 0, [*self.phases]
         phase = "before"
-        for moment, nbytes in sorted([*self.events, *_allocations(profiled)], key=lambda event: event[0]):
+        for moment, nbytes in sorted(
+            [*self.events, *_allocations(profiled)], key=lambda event: event[0]
+        ):
             while starts and moment >= starts[0][0]:
                 phase = starts.pop(0)[1]
             used += nbytes
@@ -87,8 +105,16 @@ class Interrupted(Exception):
     """Stands for a kill between two steps."""
 
 
-def tracked_peaks(pipeline: Pipeline, plan: MemoryPlan, state: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, int]:
-    """Peaks of the last of three steps of a resumed run, which holds most: the solver's whole state from the start."""
+def tracked_peaks(
+    pipeline: Pipeline,
+    plan: MemoryPlan,
+    state: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    **changes: Any,
+) -> dict[str, int]:
+    """Peaks of the last of three steps of a resumed run, which holds most: the solver's whole state
+    from the start.
+    """
     size = {"width": plan.width, "height": plan.height, "num_frames": plan.num_frames}
     request = pipeline.request(**PROMPTS, **size, steps=3, **changes)  # type: ignore[arg-type]
     allocations, read = Allocations(), StoreFile.read
@@ -101,13 +127,17 @@ def tracked_peaks(pipeline: Pipeline, plan: MemoryPlan, state: Path, monkeypatch
         pipeline.generate(request, plan=plan, state_file=state, listener=stop)
     monkeypatch.setattr(StoreFile, "read", lambda file, name: allocations.map(read(file, name)))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        pipeline.generate(request, plan=plan, state_file=state, resume=True, listener=allocations.enter)
+        pipeline.generate(
+            request, plan=plan, state_file=state, resume=True, listener=allocations.enter
+        )
     return allocations.peaks(profiled)
 
 
 def planned(plan: MemoryPlan) -> dict[str, int]:
     """On a CPU both budgets are host memory; the process itself is not tracked."""
-    return {phase.phase: phase.vram_bytes + phase.ram_bytes - PROCESS_BYTES for phase in plan.phases}
+    return {
+        phase.phase: phase.vram_bytes + phase.ram_bytes - PROCESS_BYTES for phase in plan.phases
+    }
 
 
 def store_of(folder: Path, config: ModelConfig, format: str) -> Store:
@@ -116,7 +146,12 @@ def store_of(folder: Path, config: ModelConfig, format: str) -> Store:
 
 CASES = {
     "int8, chunks of 256": ("int8", (256, 256), 128, Choice(256, 2, 0, 0, False)),
-    "int8, shared visits, long text, VAE tiles": ("int8", (384, 256), 512, Choice(128, 1, 1, 1, True)),
+    "int8, shared visits, long text, VAE tiles": (
+        "int8",
+        (384, 256),
+        512,
+        Choice(128, 1, 1, 1, True),
+    ),
     "fp8": ("fp8", (192, 192), 128, Choice(512, 0, 2, 0, False)),
     "bf16": ("bf16", (256, 256), 128, Choice(768, 2, 0, 0, False)),
     "fp32": ("fp32", (256, 256), 128, Choice(768, 2, 0, 0, True)),
@@ -125,7 +160,9 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_p15_every_phase_allocates_what_the_plan_says(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p15_every_phase_allocates_what_the_plan_says(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within 5 % of the plan, and never more."""
     format, (width, height), text_len, choice = CASES[case]
     with store_of(tmp_path, medium_config(512, text_len), format) as store:
@@ -138,11 +175,26 @@ def test_p15_every_phase_allocates_what_the_plan_says(case: str, tmp_path: Path,
 
 
 def limited_run(store: Path, kind: str, share: float = 1.0) -> subprocess.CompletedProcess[str]:
-    """256x256 x 9 under a limit that the system enforces; `tests.helpers.limited` says which kinds there are."""
+    """256x256 x 9 under a limit that the system enforces; `tests.helpers.limited` says which kinds
+    there are.
+    """
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.helpers.limited", str(store), "256", "256", "9", "256", kind, str(share)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.limited",
+        str(store),
+        "256",
+        "256",
+        "9",
+        "256",
+        kind,
+        str(share),
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "scripts")))}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=root, env=environment
+    )
     if done.returncode == 3:
         pytest.skip(f"no memory control group can be made here: {done.stderr.strip()}")
     return done
@@ -152,7 +204,9 @@ def limited_run(store: Path, kind: str, share: float = 1.0) -> subprocess.Comple
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self and limits memory")
 @pytest.mark.parametrize("kind", ["private", "group"])
 def test_p15_a_run_lives_within_a_limit_of_what_the_plan_says(kind: str, tmp_path: Path) -> None:
-    """Held to what the process had before and the plan's peak: the run survives, and no more was ever resident."""
+    """Held to what the process had before and the plan's peak: the run survives, and no more was
+    ever resident.
+    """
     with store_of(tmp_path, medium_config(512, 128), "int8") as store:
         done = limited_run(store.path, kind)
     assert done.returncode == 0, done.stderr
@@ -173,5 +227,8 @@ def test_p15_the_kernel_kills_a_run_in_a_group_of_less_than_the_plan(tmp_path: P
 
 
 def test_constants_that_the_planner_cannot_import() -> None:
-    assert (slices.REFERENCE_ROWS, slices.REFERENCE_VALUES) == (phases.REFERENCE_ROWS, phases.REFERENCE_VALUES)
+    assert (slices.REFERENCE_ROWS, slices.REFERENCE_VALUES) == (
+        phases.REFERENCE_ROWS,
+        phases.REFERENCE_VALUES,
+    )
     assert text_encoder.HEADS_AT_ONCE == phases.TEXT_HEADS_AT_ONCE

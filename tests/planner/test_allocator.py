@@ -1,4 +1,6 @@
-"""The plan of a device of its own against a model of torch's caching allocator: what other programs see (promise 15)."""
+"""The plan of a device of its own against a model of torch's caching allocator: what other programs
+see (promise 15).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ from lowvram.sampling.schedule import make_schedule
 from lowvram.sampling.solvers import Euler
 from lowvram.store.layout import component_layout
 from lowvram.store.reader import StoreFile, open_store
-from lowvram.variants import I2V_A14B, T2V_A14B, DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from lowvram.variants import (
+    I2V_A14B,
+    T2V_A14B,
+    DiTConfig,
+    ModelConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
 from tests.helpers.checkpoints import tiny_config, write_store
 from tests.helpers.runs import CPU, plan_of
 from tests.helpers.segments import MIB, Replay, Segments
@@ -37,8 +46,12 @@ META = torch.device("meta")
 
 @pytest.mark.parametrize("config", [T2V_A14B, I2V_A14B])
 def test_p15_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None:
-    """At the real size: left where they are made, some megabytes keep segments of weights; made anew they take what the plan says."""
-    shapes = {tensor.name: tensor.shape for tensor in component_layout("high_noise", config, "int8").rest}
+    """At the real size: left where they are made, some megabytes keep segments of weights; made
+    anew they take what the plan says.
+    """
+    shapes = {
+        tensor.name: tensor.shape for tensor in component_layout("high_noise", config, "int8").rest
+    }
     weight = torch.zeros((), dtype=torch.bfloat16)
     features = [weight.expand(512, config.dit.text_dim)] * 2
     segments = Segments()
@@ -57,13 +70,21 @@ def test_p15_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None
     for _ in range(2):
         for tensor in kept:
             together.allocate(tensor.nbytes)
-    assert together.reserved == segment_sizes.segments_bytes(2 * phases._conditioning_tensors(config, "int8", STEPS))
+    assert together.reserved == segment_sizes.segments_bytes(
+        2 * phases._conditioning_tensors(config, "int8", STEPS)
+    )
     assert together.reserved < 2 * sum(tensor.nbytes for tensor in kept) + 40 * MIB
 
 
 @pytest.mark.parametrize(
     "sizes",
-    [[5 * MIB] * 5, [9 * MIB] * 3, [10 * MIB, 11 * MIB - 5], [1, 600, MIB, MIB + 1], [3 * MIB, 600_000, 17 * MIB, 30 * MIB + 1, 9 * MIB]],
+    [
+        [5 * MIB] * 5,
+        [9 * MIB] * 3,
+        [10 * MIB, 11 * MIB - 5],
+        [1, 600, MIB, MIB + 1],
+        [3 * MIB, 600_000, 17 * MIB, 30 * MIB + 1, 9 * MIB],
+    ],
 )
 def test_segments_are_those_of_the_allocator(sizes: list[int]) -> None:
     segments = Segments()
@@ -75,15 +96,25 @@ def test_segments_are_those_of_the_allocator(sizes: list[int]) -> None:
 @pytest.mark.parametrize("nbytes", [300_000, 3 * MIB, 9 * MIB, 16 * MIB + 1, 352 * 10**6])
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
 def test_many_equal_buffers_take_no_more_than_their_share(nbytes: int, count: int) -> None:
-    bound = count * segment_sizes.packed_bytes(nbytes) + (segment_sizes.SEGMENT_BYTES if nbytes < segment_sizes.LARGE_BYTES else 0)
+    bound = count * segment_sizes.packed_bytes(nbytes) + (
+        segment_sizes.SEGMENT_BYTES if nbytes < segment_sizes.LARGE_BYTES else 0
+    )
     assert segment_sizes.segments_bytes([nbytes] * count) <= bound
 
 
 def test_moving_changes_no_bit() -> None:
-    values = [torch.randn(3, 4), torch.randn(3, 6, 4), torch.randn(5, 4).bfloat16(), *(torch.randn(4, count) for count in range(1, 6))]
+    values = [
+        torch.randn(3, 4),
+        torch.randn(3, 6, 4),
+        torch.randn(5, 4).bfloat16(),
+        *(torch.randn(4, count) for count in range(1, 6)),
+    ]
     before = Expert(Conditioning(values[0], values[1], (values[2],)), Ends(*values[3:]))
     after = moved(before, CPU)
-    pairs = [(*expert.conditioning[:2], *expert.conditioning.contexts, *expert.ends) for expert in (before, after)]
+    pairs = [
+        (*expert.conditioning[:2], *expert.conditioning.contexts, *expert.ends)
+        for expert in (before, after)
+    ]
     for old, new in zip(*pairs, strict=True):
         assert torch.equal(old, new)
         assert old.dtype == new.dtype
@@ -112,11 +143,20 @@ CHOICES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICES)
-def test_p15_segments_of_a_run_stay_under_the_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every operator of text, conditioning and loop, replayed; what the cache keeps between them included."""
-    text = TextEncoderConfig(vocab_size=128, d_model=512, num_heads=8, head_dim=64, d_ff=1280, num_layers=2)
+def test_p15_segments_of_a_run_stay_under_the_plan(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every operator of text, conditioning and loop, replayed; what the cache keeps between them
+    included.
+    """
+    text = TextEncoderConfig(
+        vocab_size=128, d_model=512, num_heads=8, head_dim=64, d_ff=1280, num_layers=2
+    )
     config = ModelConfig(
-        "t2v-custom", DiTConfig(dim=1024, ffn_dim=2816, num_heads=8, num_layers=2, text_dim=512), text, VAEConfig(base_dim=8)
+        "t2v-custom",
+        DiTConfig(dim=1024, ffn_dim=2816, num_heads=8, num_layers=2, text_dim=512),
+        text,
+        VAEConfig(base_dim=8),
     )
     segments, peaks, phase = follow_hand_backs(Segments(), monkeypatch), dict[str, int](), [""]
 
@@ -155,14 +195,18 @@ class WithoutPrompts(Pipeline):
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes at the end of a step: what the cache holds, the most since the step before, and what tensors take of it."""
+    """Bytes at the end of a step: what the cache holds, the most since the step before, and what
+    tensors take of it.
+    """
 
     reserved: int
     peak_reserved: int
     used: int
 
 
-def held_after_steps(folder: Path, solver: str, choice: Choice, monkeypatch: pytest.MonkeyPatch) -> list[Held]:
+def held_after_steps(
+    folder: Path, solver: str, choice: Choice, monkeypatch: pytest.MonkeyPatch
+) -> list[Held]:
     """Six steps, three of either expert."""
     segments, held = follow_hand_backs(Segments(), monkeypatch), list[Held]()
 
@@ -176,39 +220,68 @@ def held_after_steps(folder: Path, solver: str, choice: Choice, monkeypatch: pyt
         pipeline = WithoutPrompts(store, CPU, 2**40, 2**40, 10**9)
         pipeline.host = Host(staged=False, context_bytes=600 * 10**6)
         boundary = (times[2] + times[3]) / 2000
-        request = pipeline.request("a", width=64, height=64, num_frames=9, steps=6, shift=5.0, boundary=boundary, solver=solver)
+        request = pipeline.request(
+            "a",
+            width=64,
+            height=64,
+            num_frames=9,
+            steps=6,
+            shift=5.0,
+            boundary=boundary,
+            solver=solver,
+        )
         with torch.no_grad(), Replay(segments, "cpu"):
             pipeline.latents(pipeline.new_run(request, plan_of(pipeline, request, choice), listen))
     assert len(held) == 6
     return held
 
 
-@pytest.mark.parametrize(("solver", "steady", "choice"), [("euler", 1, "two slots"), ("unipc", 2, "resident, shared visits")])
+@pytest.mark.parametrize(
+    ("solver", "steady", "choice"),
+    [("euler", 1, "two slots"), ("unipc", 2, "resident, shared visits")],
+)
 def test_the_loop_takes_nothing_more_after_the_first_step(
     solver: str, steady: int, choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second expert takes nothing that the first has not taken. UniPC's second step, and none after it, keeps two tensors more: a
-    corrected sample, where the first step's is the noise itself, and the clean sample of the step before.
+    """The second expert takes nothing that the first has not taken. UniPC's second step, and none
+    after it, keeps two tensors more: a corrected sample, where the first step's is the noise
+    itself, and the clean sample of the step before.
     """
     held = held_after_steps(tmp_path, solver, CHOICES[choice], monkeypatch)
-    assert [each.peak_reserved for each in held[steady:]] == [held[steady - 1].reserved] * (6 - steady)
+    assert [each.peak_reserved for each in held[steady:]] == [held[steady - 1].reserved] * (
+        6 - steady
+    )
     assert len({each.used for each in held[steady - 1 :]}) == 1
     sample = 16 * 3 * 8 * 8 * 4
     assert held[steady - 1].used - held[0].used == (2 * sample if solver == "unipc" else 0)
-    assert held[steady - 1].reserved - held[0].reserved <= 2 * segment_sizes.segment_bytes(sample) * (steady - 1)
+    assert held[steady - 1].reserved - held[0].reserved <= 2 * segment_sizes.segment_bytes(
+        sample
+    ) * (steady - 1)
 
 
-def test_a_loop_that_keeps_a_tensor_of_every_step_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_keeps_a_tensor_of_every_step_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What makes the test above able to fail: a solver that keeps its velocities."""
     kept: list[torch.Tensor] = []
     step = Euler.step
-    monkeypatch.setattr(Euler, "step", lambda self, x, velocity: (kept.append(velocity.repeat(80, 1, 1, 1)), step(self, x, velocity))[1])
+    monkeypatch.setattr(
+        Euler,
+        "step",
+        lambda self, x, velocity: (
+            kept.append(velocity.repeat(80, 1, 1, 1)),
+            step(self, x, velocity),
+        )[1],
+    )
     held = held_after_steps(tmp_path, "euler", CHOICES["smallest"], monkeypatch)
     assert all(after.used > before.used for before, after in pairwise(held))
     assert held[-1].reserved > held[0].reserved
 
 
-@pytest.mark.parametrize(("measured", "context"), [(None, CUDA_CONTEXT_BYTES), (1, CUDA_CONTEXT_BYTES), (9 * 10**8, 9 * 10**8)])
+@pytest.mark.parametrize(
+    ("measured", "context"),
+    [(None, CUDA_CONTEXT_BYTES), (1, CUDA_CONTEXT_BYTES), (9 * 10**8, 9 * 10**8)],
+)
 def test_a_gpu_by_number_becomes_the_current_one_and_its_context_counts(
     measured: int | None, context: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +289,11 @@ def test_a_gpu_by_number_becomes_the_current_one_and_its_context_counts(
     (tmp_path / "lowvram.json").write_text("{}")
     current: list[torch.device] = []
     asked: list[list[torch.device]] = []
-    monkeypatch.setattr(budget, "resolve_budgets", lambda vram, ram, device: budget.Budgets(device, 2**33, 2**34, 10**9, measured))
+    monkeypatch.setattr(
+        budget,
+        "resolve_budgets",
+        lambda vram, ram, device: budget.Budgets(device, 2**33, 2**34, 10**9, measured),
+    )
     monkeypatch.setattr(measure, "this_machine", lambda device: asked.append([*current]))
     monkeypatch.setattr(pipeline_module, "open_store", lambda path: SimpleNamespace(path=path))
     monkeypatch.setattr(torch.cuda, "set_device", current.append)

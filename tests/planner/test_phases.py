@@ -1,4 +1,6 @@
-"""The formulas of single phases at the real model's size; tests/planner/test_allocations.py holds them against what runs allocate."""
+"""The formulas of single phases at the real model's size; tests/planner/test_allocations.py holds
+them against what runs allocate.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ HD = latent_shape(T2V_A14B, 1280, 720, 81)
 
 
 def test_the_text_encoder_streams_in_little_memory() -> None:
-    """UMT5-XXL: two slots of a block of 24, one matrix in bf16, one prompt's activations; no table of 256,384 rows."""
+    """UMT5-XXL: two slots of a block of 24, one matrix in bf16, one prompt's activations; no table
+    of 256,384 rows.
+    """
     layout = component_layout("text_encoder", T2V_A14B, "int8")
     table = next(tensor.nbytes for tensor in layout.rest if tensor.name == "token_embedding.weight")
     assert table == 256_384 * 4096 * 2
@@ -33,8 +37,13 @@ def test_the_text_encoder_streams_in_little_memory() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_temporaries_stay_small_whatever_the_chunk(format: str) -> None:
-    sizes = {chunk: phases.loop_temporaries_bytes(T2V_A14B, format, HD, chunk, references=True) for chunk in (64, 1024, 8192, 65536)}
-    assert sizes[8192] < 1.35 * sizes[1024], "beside the angles of its tokens, a chunk adds nothing past the slices"
+    sizes = {
+        chunk: phases.loop_temporaries_bytes(T2V_A14B, format, HD, chunk, references=True)
+        for chunk in (64, 1024, 8192, 65536)
+    }
+    assert sizes[8192] < 1.35 * sizes[1024], (
+        "beside the angles of its tokens, a chunk adds nothing past the slices"
+    )
     assert max(sizes[chunk] for chunk in (64, 1024, 8192)) < 0.4e9
     if format in ("int8", "int8-plain", "fp8"):
         kernels = phases.loop_temporaries_bytes(T2V_A14B, format, HD, 8192, references=False)
@@ -43,18 +52,25 @@ def test_temporaries_stay_small_whatever_the_chunk(format: str) -> None:
 
 def test_the_plan_lists_the_references_temporaries_where_they_run() -> None:
     def items(host: Host) -> dict[str, int]:
-        return describe_plan(T2V_A14B, "int8", (832, 480), 81, 40, Choice(1024, 2, 0, 0, False), host).items
+        return describe_plan(
+            T2V_A14B, "int8", (832, 480), 81, 40, Choice(1024, 2, 0, 0, False), host
+        ).items
 
-    assert items(Host.of("cpu"))["reference temporaries"] > items(Host.of("cuda"))["temporaries"] > 0
+    assert (
+        items(Host.of("cpu"))["reference temporaries"] > items(Host.of("cuda"))["temporaries"] > 0
+    )
 
 
 def test_the_tile_follows_from_the_size_alone() -> None:
-    assert [phases.vae_tile_pixels(*size) for size in ((64, 64), (256, 256), (272, 256), (1280, 720))] == [0, 0, 256, 256]
+    assert [
+        phases.vae_tile_pixels(*size) for size in ((64, 64), (256, 256), (272, 256), (1280, 720))
+    ] == [0, 0, 256, 256]
 
 
 def test_decoding_takes_a_tile_whatever_the_size_and_a_row_of_tiles_on_the_host() -> None:
     small, large = (
-        phases.decode_bytes(T2V_A14B, latent_shape(T2V_A14B, width, height, 81), 256) for width, height in ((832, 480), (1280, 720))
+        phases.decode_bytes(T2V_A14B, latent_shape(T2V_A14B, width, height, 81), 256)
+        for width, height in ((832, 480), (1280, 720))
     )
     assert large[0] == pytest.approx(small[0], rel=0.05)
     frames = 81 * 1280 * 720 * 3

@@ -1,4 +1,6 @@
-"""The planner's arithmetic: the design's table, budgets that hold, refusals that say what would do."""
+"""The planner's arithmetic: the design's table, budgets that hold, refusals that say what would
+do.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,15 @@ HD, GIB = (1280, 720), 2**30
 
 
 def plan_for(vram_gib: float, ram_gib: float, size: tuple[int, int] = HD) -> MemoryPlan:
-    return choose_plan(T2V_A14B, "int8", size, 81, 40, CUDA, int(vram_gib * GIB), int(ram_gib * GIB))
+    return choose_plan(
+        T2V_A14B, "int8", size, 81, 40, CUDA, int(vram_gib * GIB), int(ram_gib * GIB)
+    )
 
 
 def test_the_table_of_the_design_at_720p() -> None:
-    """x 1.55 GB, K and V 0.77 GB of codes (and 40 MB of scales), chunk about 0.5 GB at most, two slots 0.71 GB: about 3.6 GB."""
+    """x 1.55 GB, K and V 0.77 GB of codes (and 40 MB of scales), chunk about 0.5 GB at most, two
+    slots 0.71 GB: about 3.6 GB.
+    """
     plan = describe_plan(T2V_A14B, "int8", HD, 81, 40, Choice(8192, 2, 0, 0, False), CUDA)
     assert plan.num_tokens == 75_600
     assert plan.items["residual stream"] == 75_600 * 5120 * 4
@@ -39,11 +45,14 @@ def test_the_table_of_the_design_at_720p() -> None:
     assert sum(plan.items[name] for name in rows) == pytest.approx(3.6e9, rel=0.05)
     beside = (*rows, "context of the driver", "allocator rounding")
     others = sum(nbytes for name, nbytes in plan.items.items() if name not in beside)
-    assert 0 < others < 0.4e9  # conditioning, latents, temporaries: what the design's table leaves out
+    # conditioning, latents, temporaries: what the design's table leaves out
+    assert 0 < others < 0.4e9
 
 
 def test_rounding_of_the_allocator_is_an_item_where_there_is_one() -> None:
-    """Segments of torch's caching allocator: on a device of its own, never on a CPU; a few per cent of the smallest plan."""
+    """Segments of torch's caching allocator: on a device of its own, never on a CPU; a few per cent
+    of the smallest plan.
+    """
 
     def plan(host: Host, choice: Choice) -> MemoryPlan:
         return describe_plan(T2V_A14B, "int8", HD, 81, 40, choice, host)
@@ -52,11 +61,15 @@ def test_rounding_of_the_allocator_is_an_item_where_there_is_one() -> None:
         made, on_host = plan(CUDA, choice), plan(Host.of("cpu"), choice)
         assert 0 < made.items["allocator rounding"] < 0.05 * made.peak_vram_bytes
         assert "allocator rounding" not in on_host.items
-        assert sum(made.items.values()) == next(phase.vram_bytes for phase in made.phases if phase.phase == "denoise")
+        assert sum(made.items.values()) == next(
+            phase.vram_bytes for phase in made.phases if phase.phase == "denoise"
+        )
     bare = plan(replace(CUDA, context_bytes=0), choice)
     for phase, without in zip(made.phases, bare.phases, strict=True):
         assert phase.vram_bytes > without.vram_bytes + CUDA.context_bytes
-    one, two = (plan(CUDA, Choice(64, 1, count, 0, False)).items["allocator rounding"] for count in (0, 1))
+    one, two = (
+        plan(CUDA, Choice(64, 1, count, 0, False)).items["allocator rounding"] for count in (0, 1)
+    )
     assert 0 < two - one < 2 * 2**20
 
 
@@ -64,8 +77,11 @@ def test_a_block_is_as_large_as_the_spec_says() -> None:
     layout = component_layout("high_noise", T2V_A14B, "int8")
     assert len(layout.blocks) == 40
     assert layout.block_bytes == pytest.approx(352e6, rel=0.002)
-    assert sum(len(layout.blocks[0]) for _ in range(40)) == 40 * (10 + 10 + 10 + 7 + 10)  # weights, scales, biases, small, markers
-    assert component_layout("high_noise", T2V_A14B, "bf16").total_bytes == pytest.approx(28.577e9, rel=0.02)
+    # weights, scales, biases, small, markers
+    assert sum(len(layout.blocks[0]) for _ in range(40)) == 40 * (10 + 10 + 10 + 7 + 10)
+    assert component_layout("high_noise", T2V_A14B, "bf16").total_bytes == pytest.approx(
+        28.577e9, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("size", [HD, (832, 480)])
@@ -117,14 +133,22 @@ def test_the_vae_tile_depends_on_the_size_alone() -> None:
         ({"guidance_low": float("inf")}, "guidance_low inf is not a finite number"),
     ],
 )
-def test_impossible_requests_say_what_would_be_possible(changes: dict[str, object], text: str) -> None:
+def test_impossible_requests_say_what_would_be_possible(
+    changes: dict[str, object], text: str
+) -> None:
     with pytest.raises(UsageError, match=re.escape(text)):
         Request("a circle", **changes)  # type: ignore[arg-type]
 
 
 def test_sizes_and_amounts() -> None:
     assert parse_size("832x480") == parse_size(" 832 * 480") == (832, 480)
-    assert [parse_bytes(text) for text in ("8GiB", "8GB", "8192MiB", "1.5 gb", "100")] == [8 * GIB, 8 * 10**9, 8 * GIB, 15 * 10**8, 100]
+    assert [parse_bytes(text) for text in ("8GiB", "8GB", "8192MiB", "1.5 gb", "100")] == [
+        8 * GIB,
+        8 * 10**9,
+        8 * GIB,
+        15 * 10**8,
+        100,
+    ]
     for text in ("8Gi", "-1GB", "", "eight"):
         with pytest.raises(UsageError):
             parse_bytes(text)
@@ -139,10 +163,19 @@ def forecast_of(card: str, ram_gib: float = 16, format: str = "int8", **speeds: 
     return Forecast(T2V_A14B, format, profile, sampling.steps, sampling.shift, sampling.boundary)
 
 
-def timed_plan(clock: Forecast, vram_gib: float, ram_gib: float, size: tuple[int, int], frames: int, format: str = "int8") -> MemoryPlan:
+def timed_plan(
+    clock: Forecast,
+    vram_gib: float,
+    ram_gib: float,
+    size: tuple[int, int],
+    frames: int,
+    format: str = "int8",
+) -> MemoryPlan:
     limit = clock.pinned_limit_bytes
     budgets = int(vram_gib * GIB), int(ram_gib * GIB)
-    return choose_plan(T2V_A14B, format, size, frames, 40, CUDA, *budgets, clock=clock, pinned_limit_bytes=limit)
+    return choose_plan(
+        T2V_A14B, format, size, frames, 40, CUDA, *budgets, clock=clock, pinned_limit_bytes=limit
+    )
 
 
 SMALL, SHORT = (480, 272), (832, 480)
@@ -157,12 +190,17 @@ def test_a_plan_by_prediction_fits_and_is_no_slower_than_the_rule(
     clock = forecast_of(card, ram_gib)
     began = time.perf_counter()
     plan = timed_plan(clock, vram_gib, ram_gib, size, frames)
-    assert time.perf_counter() - began < 3  # well under one second on a machine that does nothing else
+    # well under one second on a machine that does nothing else
+    assert time.perf_counter() - began < 3
     assert plan.peak_vram_bytes <= vram_gib * GIB
     assert plan.peak_ram_bytes <= ram_gib * GIB
     choice = plan.choice
-    assert 0 <= choice.pinned_blocks <= choice.host_blocks <= plan.num_blocks - choice.resident_blocks
-    assert (choice.pinned_blocks + plan.staging_buffers) * plan.slot_bytes <= max(ram_gib * GIB / 2, plan.staging_buffers * plan.slot_bytes)
+    assert (
+        0 <= choice.pinned_blocks <= choice.host_blocks <= plan.num_blocks - choice.resident_blocks
+    )
+    assert (choice.pinned_blocks + plan.staging_buffers) * plan.slot_bytes <= max(
+        ram_gib * GIB / 2, plan.staging_buffers * plan.slot_bytes
+    )
     assert plan.prediction is not None
     rule = choose_plan(T2V_A14B, "int8", size, frames, 40, CUDA, vram_gib * GIB, ram_gib * GIB)
     assert rule.prediction is None
@@ -187,9 +225,13 @@ def test_short_clips_share_visits_and_long_ones_need_not() -> None:
 
 
 def test_more_slots_where_they_help() -> None:
-    """A short clip whose blocks come by turns from page-locked RAM and from a slow disk: more slots bridge the slow ones."""
+    """A short clip whose blocks come by turns from page-locked RAM and from a slow disk: more slots
+    bridge the slow ones.
+    """
     plans = [
-        timed_plan(forecast_of(card, ram), vram, ram, (640, 384), 33) for card in ("RTX 4090", "H200") for vram, ram in ((8, 16), (12, 16))
+        timed_plan(forecast_of(card, ram), vram, ram, (640, 384), 33)
+        for card in ("RTX 4090", "H200")
+        for vram, ram in ((8, 16), (12, 16))
     ]
     assert any(plan.choice.ring_slots > 2 for plan in plans)
 
@@ -212,6 +254,9 @@ def test_a_format_whose_rate_nobody_knows_is_planned_without_a_time() -> None:
 
 def test_image_to_video_takes_wider_latents() -> None:
     assert I2V_A14B.dit.in_dim == 36
-    plans = [describe_plan(config, "int8", HD, 81, 40, Choice(8192, 2, 0, 0, False), CUDA) for config in (T2V_A14B, I2V_A14B)]
+    plans = [
+        describe_plan(config, "int8", HD, 81, 40, Choice(8192, 2, 0, 0, False), CUDA)
+        for config in (T2V_A14B, I2V_A14B)
+    ]
     assert plans[1].items["conditioning"] > plans[0].items["conditioning"]
     assert plans[1].slot_bytes == plans[0].slot_bytes

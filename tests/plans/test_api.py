@@ -1,4 +1,6 @@
-"""`lowvram.plan` and `plan_matrix`: what no run would take is refused by the same rules, and `auto` is what a run here would take."""
+"""`lowvram.plan` and `plan_matrix`: what no run would take is refused by the same rules, and `auto`
+is what a run here would take.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,16 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"frames": 6}, {"frames": 0}, {"frames": "5"}, {"steps": 0}, {"steps": -1}, {"steps": 1001}, {"steps": 2.5}, {"steps": True}],
+    [
+        {"frames": 6},
+        {"frames": 0},
+        {"frames": "5"},
+        {"steps": 0},
+        {"steps": -1},
+        {"steps": 1001},
+        {"steps": 2.5},
+        {"steps": True},
+    ],
 )
 def test_a_plan_refuses_what_a_request_refuses_in_the_same_words(changes: dict[str, Any]) -> None:
     fields = {"num_frames" if name == "frames" else name: value for name, value in changes.items()}
@@ -57,7 +68,11 @@ def test_what_is_named_is_planned() -> None:
     assert (made.width, made.height, made.num_frames) == (64, 48, 5)
     default = planning.plan("t2v-a14b")
     assert (default.width, default.height, default.num_frames) == (1280, 720, 81)
-    assert made.items["conditioning"] < planning.plan("t2v-a14b", size="64x48", frames=5).items["conditioning"]  # of 1 step and of 40
+    # of 1 step and of 40
+    assert (
+        made.items["conditioning"]
+        < planning.plan("t2v-a14b", size="64x48", frames=5).items["conditioning"]
+    )
 
 
 @pytest.mark.parametrize("amount", [-5, 0, 1.5, True, None, "0GiB", "lots"])
@@ -78,9 +93,14 @@ def test_other_devices_are_refused() -> None:
 def test_auto_of_a_card_is_its_share() -> None:
     card = find_card("RTX 3060")
     named = planning.plan("t2v-a14b", size="832x480", gpu="RTX 3060", vram="auto")
-    assert named == planning.plan("t2v-a14b", size="832x480", gpu="RTX 3060", vram=int(card.vram_bytes * AUTO_SHARE))
+    assert named == planning.plan(
+        "t2v-a14b", size="832x480", gpu="RTX 3060", vram=int(card.vram_bytes * AUTO_SHARE)
+    )
     assert named == planning.plan("t2v-a14b", size="832x480", gpu="RTX 3060")
-    (share,) = {cell.vram_bytes for cell in planning.plan_matrix("t2v-a14b", gpu="RTX 3060", vram="auto").cells}
+    (share,) = {
+        cell.vram_bytes
+        for cell in planning.plan_matrix("t2v-a14b", gpu="RTX 3060", vram="auto").cells
+    }
     assert share == int(card.vram_bytes * AUTO_SHARE)
 
 
@@ -93,7 +113,9 @@ def test_auto_ram_is_a_share_of_what_is_free_here(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("here", "context"), [("cuda", True), ("cpu", False)])
-def test_auto_vram_without_a_card_is_what_a_run_here_would_take(here: str, context: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_vram_without_a_card_is_what_a_run_here_would_take(
+    here: str, context: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def resolve(vram: str, ram: str, device: str) -> Budgets:
@@ -102,8 +124,11 @@ def test_auto_vram_without_a_card_is_what_a_run_here_would_take(here: str, conte
 
     monkeypatch.setattr(planning, "resolve_budgets", resolve)
     plan = planning.plan("t2v-a14b", size="832x480", vram="auto", ram="auto")
-    assert (plan.items["context of the driver"] > 0) == context  # the plan is of the device that the run would take
-    assert plan == planning.plan("t2v-a14b", size="832x480", vram=11 * GIB, ram=20 * GIB, device=here)
+    # the plan is of the device that the run would take
+    assert (plan.items["context of the driver"] > 0) == context
+    assert plan == planning.plan(
+        "t2v-a14b", size="832x480", vram=11 * GIB, ram=20 * GIB, device=here
+    )
     assert plan.peak_vram_bytes <= 11 * GIB
     matrix = planning.plan_matrix("t2v-a14b", vram="auto", ram="12GiB", frames=33)
     assert (matrix.ram_bytes, {cell.vram_bytes for cell in matrix.cells}) == (12 * GIB, {11 * GIB})
@@ -117,14 +142,20 @@ def test_auto_vram_here_is_really_asked(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(budget, "_total_ram", lambda: 64 * GIB)
     plan = planning.plan("t2v-a14b", size="64x64", frames=5, vram="auto", ram="16GiB")
     half = int(64 * GIB * AUTO_SHARE / 2)
-    assert plan == planning.plan("t2v-a14b", size="64x64", frames=5, vram=half, ram="16GiB", device="cpu")
-    assert {cell.vram_bytes for cell in planning.plan_matrix("t2v-a14b", vram="auto", frames=33).cells} == {half}
+    assert plan == planning.plan(
+        "t2v-a14b", size="64x64", frames=5, vram=half, ram="16GiB", device="cpu"
+    )
+    assert {
+        cell.vram_bytes for cell in planning.plan_matrix("t2v-a14b", vram="auto", frames=33).cells
+    } == {half}
 
 
 @pytest.mark.parametrize("vram", ["24GB", "100000GB", 12 * GIB + 1])
 def test_vram_that_a_card_has_not_is_refused_with_what_it_has(vram: str | int) -> None:
     for plan in (planning.plan, planning.plan_matrix):
-        with pytest.raises(BudgetError, match=r"was asked for, RTX 3060 12GB has 12\.88 GB: ask for less"):
+        with pytest.raises(
+            BudgetError, match=r"was asked for, RTX 3060 12GB has 12\.88 GB: ask for less"
+        ):
             plan("t2v-a14b", gpu="RTX 3060 12GB", vram=vram)
 
 
@@ -132,12 +163,19 @@ def test_all_that_a_card_has_is_planned() -> None:
     plan = planning.plan("t2v-a14b", size="832x480", gpu="RTX 3060 12GB", vram="12GiB")
     assert plan.prediction is not None
     assert plan.prediction.machine == "RTX 3060 12GB"
-    (cell,) = planning.plan_matrix("t2v-a14b", gpu="RTX 3060 12GB", vram="12GiB", sizes=[(832, 480)], frames=81).cells
+    (cell,) = planning.plan_matrix(
+        "t2v-a14b", gpu="RTX 3060 12GB", vram="12GiB", sizes=[(832, 480)], frames=81
+    ).cells
     assert cell.plan == plan
 
 
-@pytest.mark.parametrize(("vram", "machine"), [(None, "RTX 4090"), ("24GB", "RTX 4090"), ("30GB", "RTX 5090"), ("100GB", "H200")])
-def test_a_matrix_without_a_card_is_that_of_one_that_has_the_vram(vram: str | None, machine: str) -> None:
+@pytest.mark.parametrize(
+    ("vram", "machine"),
+    [(None, "RTX 4090"), ("24GB", "RTX 4090"), ("30GB", "RTX 5090"), ("100GB", "H200")],
+)
+def test_a_matrix_without_a_card_is_that_of_one_that_has_the_vram(
+    vram: str | None, machine: str
+) -> None:
     matrix = planning.plan_matrix("t2v-a14b", vram=vram, frames=33, sizes=[(640, 384)])
     assert matrix.machine == machine
     card = find_card(machine)
@@ -155,13 +193,17 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., M
         values: dict[str, Any] = {"disk_bytes_s": 7e9, "disk_folder": str(tmp_path)} | changes
         made = replace(find_card(card).profile(), **values)
         made = replace(made, sources=dict.fromkeys(made.sources, MEASURED))
-        monkeypatch.setattr(planning, "this_machine", lambda device: made if device == made.device else None)
+        monkeypatch.setattr(
+            planning, "this_machine", lambda device: made if device == made.device else None
+        )
         return made
 
     return known
 
 
-def test_a_matrix_of_this_machine_leaves_out_what_it_has_not(measured: Callable[..., MachineProfile]) -> None:
+def test_a_matrix_of_this_machine_leaves_out_what_it_has_not(
+    measured: Callable[..., MachineProfile],
+) -> None:
     measured("RTX 3060 12GB")
     matrix = planning.plan_matrix("t2v-a14b", frames=33, sizes=[(640, 384)])
     assert [cell.vram_bytes for cell in matrix.cells] == [12 * 10**9, 8 * 10**9, 6 * 10**9]
@@ -170,17 +212,27 @@ def test_a_matrix_of_this_machine_leaves_out_what_it_has_not(measured: Callable[
     measured("RTX 3060 12GB", vram_total_bytes=5 * GIB)
     (cell,) = planning.plan_matrix("t2v-a14b", frames=33, sizes=[(640, 384)]).cells
     assert cell.vram_bytes == int(5 * GIB * AUTO_SHARE)
-    assert planning.plan("t2v-a14b", size="640x384", frames=33).peak_vram_bytes <= 5 * GIB  # 8 GiB, or what there is
+    # 8 GiB, or what there is
+    assert planning.plan("t2v-a14b", size="640x384", frames=33).peak_vram_bytes <= 5 * GIB
 
 
-def test_auto_on_a_host_with_more_memory_than_any_card_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "resolve_budgets", lambda vram, ram, device: Budgets("cpu", 400 * GIB, 400 * GIB, GIB))
-    matrix = planning.plan_matrix("t2v-a14b", vram="auto", ram="16GiB", frames=33, sizes=[(640, 384)])
+def test_auto_on_a_host_with_more_memory_than_any_card_is_no_refusal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        planning,
+        "resolve_budgets",
+        lambda vram, ram, device: Budgets("cpu", 400 * GIB, 400 * GIB, GIB),
+    )
+    matrix = planning.plan_matrix(
+        "t2v-a14b", vram="auto", ram="16GiB", frames=33, sizes=[(640, 384)]
+    )
     assert (matrix.machine, matrix.cells[0].vram_bytes) == ("H200", find_card("H200").vram_bytes)
     assert planning.plan("t2v-a14b", vram="auto", ram="16GiB").peak_vram_bytes <= 400 * GIB
 
 
-OTHER_DISK = Path("/proc")  # of no disk; where it is missing, a folder that is gone: no disk that was measured either
+# of no disk; where it is missing, a folder that is gone: no disk that was measured either
+OTHER_DISK = Path("/proc")
 
 
 def test_a_store_on_another_disk_is_not_planned_with_the_speed_of_the_measured_one(
@@ -197,7 +249,10 @@ def test_a_store_on_another_disk_is_not_planned_with_the_speed_of_the_measured_o
         machine = planning.planned_machine(store, None, *asked)
     assert machine is not None
     assert (machine.disk_bytes_s, machine.sources["disk_bytes_s"]) == (DISK_BYTES_S, "table")
-    assert replace(machine, disk_bytes_s=7e9, disk_folder=str(OTHER_DISK), sources=elsewhere.sources) == elsewhere, "all other rates stay"
+    assert (
+        replace(machine, disk_bytes_s=7e9, disk_folder=str(OTHER_DISK), sources=elsewhere.sources)
+        == elsewhere
+    ), "all other rates stay"
     (told,) = [record.getMessage() for record in caplog.records]
     for text in (str(store), str(OTHER_DISK), f"lowvram doctor --path {store}", "3.50 GB/s"):
         assert text in told
@@ -209,10 +264,17 @@ def test_a_store_on_another_disk_is_not_planned_with_the_speed_of_the_measured_o
 
 
 @pytest.mark.parametrize("speed", [{"link": "PCIe 3.0 x8"}, {"disk": "7GB"}])
-def test_a_speed_without_a_prediction_is_not_ignored(speed: dict[str, str], measured: Callable[..., MachineProfile]) -> None:
-    with pytest.raises(UsageError, match=r"there are none: name a card with --gpu, or run `lowvram doctor`"):
+def test_a_speed_without_a_prediction_is_not_ignored(
+    speed: dict[str, str], measured: Callable[..., MachineProfile]
+) -> None:
+    with pytest.raises(
+        UsageError, match=r"there are none: name a card with --gpu, or run `lowvram doctor`"
+    ):
         planning.plan("t2v-a14b", **speed)
     assert planning.plan("t2v-a14b", gpu="RTX 4090", **speed).prediction is not None
-    assert planning.plan_matrix("t2v-a14b", frames=33, sizes=[(640, 384)], **speed).machine == "RTX 4090"
+    assert (
+        planning.plan_matrix("t2v-a14b", frames=33, sizes=[(640, 384)], **speed).machine
+        == "RTX 4090"
+    )
     measured("RTX 3060 12GB")
     assert planning.plan("t2v-a14b", **speed).prediction is not None

@@ -55,9 +55,19 @@ MODULES = modules()
 def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
     """The contracts of pyproject.toml on the packages below `root`."""
     paths = os.pathsep.join(str(root / folder) for folder in (".", "kernels", "quantize"))
-    command = [sys.executable, "-c", "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from importlinter.cli import lint_imports_command; "
+        "sys.exit(lint_imports_command())",
+    ]
     return subprocess.run(
-        [*command, "--no-cache"], cwd=root, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+        [*command, "--no-cache"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -66,19 +76,52 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
     [
         ("", "", ""),
         ("lowvram/units.py", "import lowvram.checkpoint.names", "Rooms of lowvram import one way"),
-        ("lowvram/planner/plan.py", "from lowvram.streaming.slots import Slots", "Rooms of lowvram import one way"),
-        ("lowvram/pipeline.py", "def late():\n    from lowvram.cli.app import main", "Rooms of lowvram import one way"),
-        ("kernels/lowvram_kernels/dispatch.py", "from lowvram.request import Request", "The kernels know nothing of lowvram"),
-        ("quantize/lowvram_quantize/convert.py", "from lowvram.models import wan", "The quantizer stands on checkpoints and the store"),
+        (
+            "lowvram/planner/plan.py",
+            "from lowvram.streaming.slots import Slots",
+            "Rooms of lowvram import one way",
+        ),
+        (
+            "lowvram/pipeline.py",
+            "def late():\n    from lowvram.cli.app import main",
+            "Rooms of lowvram import one way",
+        ),
+        (
+            "kernels/lowvram_kernels/dispatch.py",
+            "from lowvram.request import Request",
+            "The kernels know nothing of lowvram",
+        ),
+        (
+            "quantize/lowvram_quantize/convert.py",
+            "from lowvram.models import wan",
+            "The quantizer stands on checkpoints and the store",
+        ),
         ("lowvram/models/wan.py", "import diffusers", "Libraries that only some modules import"),
-        ("lowvram/prompt/tokenizer.py", "from transformers import T5Tokenizer", "Libraries that only some modules import"),
+        (
+            "lowvram/prompt/tokenizer.py",
+            "from transformers import T5Tokenizer",
+            "Libraries that only some modules import",
+        ),
     ],
-    ids=["as it is", "base", "planner", "pipeline", "kernels", "quantizer", "diffusers", "transformers"],
+    ids=[
+        "as it is",
+        "base",
+        "planner",
+        "pipeline",
+        "kernels",
+        "quantizer",
+        "diffusers",
+        "transformers",
+    ],
 )
-def test_imports_follow_the_contracts_and_a_wrong_one_breaks_them(module: str, line: str, contract: str, tmp_path: Path) -> None:
+def test_imports_follow_the_contracts_and_a_wrong_one_breaks_them(
+    module: str, line: str, contract: str, tmp_path: Path
+) -> None:
     for name, folder in PACKAGES.items():
         target = tmp_path / folder.relative_to(ROOT)
-        shutil.copytree(folder, target, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+        shutil.copytree(
+            folder, target, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
+        )
         assert target.name == name
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     if module:
@@ -92,7 +135,9 @@ def test_imports_follow_the_contracts_and_a_wrong_one_breaks_them(module: str, l
 def test_no_import_is_relative() -> None:
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{module} line {node.lineno}"
+            assert not (isinstance(node, ast.ImportFrom) and node.level), (
+                f"{module} line {node.lineno}"
+            )
 
 
 def test_torch_and_triton_load_late() -> None:
@@ -108,8 +153,13 @@ for name in {WITHOUT_TORCH!r}:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "told"), [(["--help"], "generate"), (["plan", "t2v-a14b", "--size", "832x480"], "denoise")])
-def test_help_and_plans_load_neither_torch_nor_triton(arguments: list[str], told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["--help"], "generate"), (["plan", "t2v-a14b", "--size", "832x480"], "denoise")],
+)
+def test_help_and_plans_load_neither_torch_nor_triton(
+    arguments: list[str], told: str, tmp_path: Path
+) -> None:
     """Where no machine profile is cached; with one, torch is asked which machine this is."""
     code = f"""
 import runpy, sys
@@ -120,24 +170,45 @@ except SystemExit as end:
     heavy = {{"torch", "triton"}} & set(sys.modules)
     sys.exit(f"it loads {{heavy}}" if heavy else end.code)
 """
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "LOCALAPPDATA": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert told in done.stdout
 
 
 def matches(pattern: str) -> list[str]:
-    return [module for module, path in MODULES.items() if re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)]
+    return [
+        module
+        for module, path in MODULES.items()
+        if re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
 
 
 def test_p13_pickle_is_read_in_one_file() -> None:
     reader = ["lowvram.checkpoint.readers.pickle"]
     assert matches(r"torch\.load\(") == reader
-    assert matches(r"^\s*(import|from) (_?pickle|dill|cloudpickle|torch\.serialization)\b") in ([], reader)
+    assert matches(r"^\s*(import|from) (_?pickle|dill|cloudpickle|torch\.serialization)\b") in (
+        [],
+        reader,
+    )
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"^\s*except\s*:", r"^\s*assert\b", r"make_block_ptr", r"except (Base)?Exception[^:]*:\s*pass\b", r"\bTODO\b"]
+    "pattern",
+    [
+        r"^\s*except\s*:",
+        r"^\s*assert\b",
+        r"make_block_ptr",
+        r"except (Base)?Exception[^:]*:\s*pass\b",
+        r"\bTODO\b",
+    ],
 )
 def test_the_library_does_without(pattern: str) -> None:
     assert matches(pattern) == []

@@ -1,4 +1,6 @@
-"""What the Python interface refuses: a wrong type or range, by an error that names the field, the value and what is expected."""
+"""What the Python interface refuses: a wrong type or range, by an error that names the field, the
+value and what is expected.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ HUGE = 10**5000  # Python refuses to print it
         ({"steps": 2.5}, "steps is 2.5: expected an integer"),
         ({"steps": True}, "steps is True: expected an integer"),
         ({"steps": -1}, "steps -1 is less than 1"),
-        ({"steps": 1001}, "steps 1001 is more than the 1000 timesteps that the model knows: use 1000 at most"),
+        (
+            {"steps": 1001},
+            "steps 1001 is more than the 1000 timesteps that the model knows: use 1000 at most",
+        ),
         ({"fps": 16.0}, "fps is 16.0: expected an integer"),
         ({"seed": 1.5}, "seed is 1.5: expected an integer"),
         ({"seed": "a"}, "seed is 'a': expected an integer"),
@@ -48,13 +53,17 @@ HUGE = 10**5000  # Python refuses to print it
         ({"boundary": float("nan")}, "boundary nan is outside 0 .. 1"),
     ],
 )
-def test_a_request_names_the_field_the_value_and_what_is_expected(changes: dict[str, Any], text: str) -> None:
+def test_a_request_names_the_field_the_value_and_what_is_expected(
+    changes: dict[str, Any], text: str
+) -> None:
     with pytest.raises(UsageError, match=re.escape(text)):
         Request(**{"prompt": "a circle", **changes})
 
 
 def test_whole_numbers_are_numbers_and_the_limits_are_allowed() -> None:
-    assert Request("a circle", guidance_high=4, shift=12, boundary=1) == Request("a circle", guidance_high=4.0, shift=12.0, boundary=1.0)
+    assert Request("a circle", guidance_high=4, shift=12, boundary=1) == Request(
+        "a circle", guidance_high=4.0, shift=12.0, boundary=1.0
+    )
     assert Request("a circle", steps=1000, seed=2**63 - 1).steps == MAX_STEPS
     check_clip(16, 16, 1, 1)
 
@@ -67,11 +76,15 @@ def test_the_steps_are_those_that_the_schedule_can_tell_apart() -> None:
     ("wrong", "near"), [(1, 16), (23, 16), (25, 32), (70, 64), (73, 80), (830, 832)]
 )  # fmt: skip
 def test_the_size_proposed_is_the_nearest(wrong: int, near: int) -> None:
-    with pytest.raises(UsageError, match=f"height {wrong} is not a positive multiple of 16: use {near}$"):
+    with pytest.raises(
+        UsageError, match=f"height {wrong} is not a positive multiple of 16: use {near}$"
+    ):
         check_clip(16, wrong, 1, 1)
 
 
-@pytest.mark.parametrize(("wrong", "near"), [(-3, 1), (0, 1), (2, 1), (4, 5), (6, 5), (8, 9), (80, 81)])
+@pytest.mark.parametrize(
+    ("wrong", "near"), [(-3, 1), (0, 1), (2, 1), (4, 5), (6, 5), (8, 9), (80, 81)]
+)
 def test_the_length_proposed_is_the_nearest(wrong: int, near: int) -> None:
     with pytest.raises(UsageError, match=f"frames {wrong} is not 4n.1: use {near}$"):
         check_clip(16, 16, wrong, 1)
@@ -80,7 +93,11 @@ def test_the_length_proposed_is_the_nearest(wrong: int, near: int) -> None:
 def test_a_size_is_a_pair_or_text() -> None:
     assert clip_size("64x48") == clip_size((64, 48)) == clip_size([64, 48]) == (64, 48)
     for wrong in ((64,), (64, 48, 3), 64, {64: 48}, b"64x48"):
-        with pytest.raises(UsageError, match=rf"size is {re.escape(repr(wrong))}: expected \(width, height\) or text like 832x480"):
+        with pytest.raises(
+            UsageError,
+            match=rf"size is {re.escape(repr(wrong))}: expected \(width, height\) or text like "
+            rf"832x480",
+        ):
             clip_size(wrong)  # type: ignore[arg-type]
     for text in ("64", "9" * 5000 + "x64"):
         with pytest.raises(UsageError, match="832x480"):
@@ -89,7 +106,21 @@ def test_a_size_is_a_pair_or_text() -> None:
 
 @pytest.mark.parametrize(
     "amount",
-    [-5, 0, 1.5, True, None, [8], "0GiB", "-5", "lots", "", 2**63, pytest.param(HUGE, id="huge"), pytest.param("9" * 400, id="long")],
+    [
+        -5,
+        0,
+        1.5,
+        True,
+        None,
+        [8],
+        "0GiB",
+        "-5",
+        "lots",
+        "",
+        2**63,
+        pytest.param(HUGE, id="huge"),
+        pytest.param("9" * 400, id="long"),
+    ],
 )
 @pytest.mark.parametrize("label", ["VRAM", "RAM"])
 def test_a_budget_is_a_positive_amount(amount: Any, label: str) -> None:
@@ -102,25 +133,44 @@ def test_a_budget_is_a_positive_amount(amount: Any, label: str) -> None:
 
 def test_an_amount_is_bytes_or_text() -> None:
     assert amount_bytes("RAM", 8 * 2**30) == amount_bytes("RAM", "8GiB") == parse_bytes("8GiB")
-    with pytest.raises(UsageError, match=re.escape("the VRAM budget is 1.5: expected a positive number of bytes")):
+    with pytest.raises(
+        UsageError, match=re.escape("the VRAM budget is 1.5: expected a positive number of bytes")
+    ):
         amount_bytes("VRAM", 1.5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:abc", "cuda:", "cuda:-1", "cuda:01", "cuda:0 ", "cuda0", "", 0, None])
-def test_an_unknown_device_is_answered_with_those_that_there_are(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "device", ["tpu", "cuda:abc", "cuda:", "cuda:-1", "cuda:01", "cuda:0 ", "cuda0", "", 0, None]
+)
+def test_an_unknown_device_is_answered_with_those_that_there_are(
+    device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match=re.escape(f"unknown device {device!r}: here are auto, cpu") + "$"):
+    with pytest.raises(
+        UsageError, match=re.escape(f"unknown device {device!r}: here are auto, cpu") + "$"
+    ):
         resolve_budgets("auto", "auto", device)
 
 
-def test_a_gpu_that_is_not_there_is_answered_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_not_there_is_answered_with_those_that_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: ("RTX 3060", "RTX 4090")[number])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda number: ("RTX 3060", "RTX 4090")[number]
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 12 * 2**30))
     monkeypatch.setattr(budget, "_context", lambda device: None)
-    for device, start in (("cuda:9", "there is no device cuda:9"), ("cuda:2", "there is no device cuda:2"), ("cuda:abc", "unknown device")):
-        with pytest.raises(UsageError, match=f"^{start}.*: here are auto, cpu, cuda:0 .RTX 3060., cuda:1 .RTX 4090.$"):
+    for device, start in (
+        ("cuda:9", "there is no device cuda:9"),
+        ("cuda:2", "there is no device cuda:2"),
+        ("cuda:abc", "unknown device"),
+    ):
+        with pytest.raises(
+            UsageError,
+            match=f"^{start}.*: here are auto, cpu, cuda:0 .RTX 3060., cuda:1 .RTX 4090.$",
+        ):
             resolve_budgets("auto", "auto", device)
     for device, taken in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
         assert resolve_budgets("auto", "auto", device).device == taken
@@ -129,5 +179,7 @@ def test_a_gpu_that_is_not_there_is_answered_with_those_that_are(monkeypatch: py
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_without_a_gpu_none_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(LowvramError, match=f"device {device} was asked for, but torch sees no GPU: use auto or cpu"):
+    with pytest.raises(
+        LowvramError, match=f"device {device} was asked for, but torch sees no GPU: use auto or cpu"
+    ):
         resolve_budgets("auto", "auto", device)

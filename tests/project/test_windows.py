@@ -1,4 +1,6 @@
-"""Nothing but Triton's own compiler assumes Linux: every module is imported where the platform says that it is Windows."""
+"""Nothing but Triton's own compiler assumes Linux: every module is imported where the platform says
+that it is Windows.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,11 @@ for name in ("SIGKILL", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "S
 
 def modules() -> list[str]:
     found = [path.stem for path in sorted((ROOT / "scripts").glob("*.py"))]
-    for folder, package in (("", "lowvram"), ("kernels", "lowvram_kernels"), ("quantize", "lowvram_quantize")):
+    for folder, package in (
+        ("", "lowvram"),
+        ("kernels", "lowvram_kernels"),
+        ("quantize", "lowvram_quantize"),
+    ):
         base = ROOT / folder
         for path in sorted((base / package).rglob("*.py")):
             name = ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
@@ -51,11 +57,20 @@ def modules() -> list[str]:
 @pytest.mark.slow
 def test_every_module_is_imported_on_windows() -> None:
     pytest.importorskip("triton")
-    code = FAKE.format(root=str(ROOT)) + f"for name in {modules()!r}:\n    importlib.import_module(name)\nprint('all of them')"
+    code = (
+        FAKE.format(root=str(ROOT))
+        + f"for name in {modules()!r}:\n    importlib.import_module(name)\nprint('all of them')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.endswith("all of them\n")
 
 
 def test_all_modules_are_found() -> None:
-    assert {"lowvram.cli.app", "lowvram_kernels.check", "lowvram_quantize.convert", "bench_all", "memory_group"} <= set(modules())
+    assert {
+        "lowvram.cli.app",
+        "lowvram_kernels.check",
+        "lowvram_quantize.convert",
+        "bench_all",
+        "memory_group",
+    } <= set(modules())

@@ -1,4 +1,6 @@
-"""Kept prompts: the same bits without reading the encoder, and never a reason for a run to fail; prompts longer than the model reads."""
+"""Kept prompts: the same bits without reading the encoder, and never a reason for a run to fail;
+prompts longer than the model reads.
+"""
 
 from __future__ import annotations
 
@@ -91,21 +93,29 @@ def test_a_repeated_prompt_gives_the_same_bits_and_reads_no_encoder(
     assert len(encoder_reads) == whole
 
 
-def test_the_embedding_is_read_row_by_row(tiny_store: StoreOf, encoder_reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedding_is_read_row_by_row(
+    tiny_store: StoreOf, encoder_reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The table of UMT5-XXL is 2.1 GB; a prompt needs a few rows of it."""
     whole: list[str] = []
     read = StoreFile.read
-    monkeypatch.setattr(StoreFile, "read", lambda file, name: whole.append(name) or read(file, name))
+    monkeypatch.setattr(
+        StoreFile, "read", lambda file, name: whole.append(name) or read(file, name)
+    )
     pipeline = pipeline_of(tiny_store("int8"))
     pipeline.generate(request_of(pipeline, prompt="a ball", negative_prompt="a", steps=1))
-    assert [name for name in encoder_reads if name != "block"] == [f"token_embedding.weight: {count} rows" for count in (3, 2)]
+    assert [name for name in encoder_reads if name != "block"] == [
+        f"token_embedding.weight: {count} rows" for count in (3, 2)
+    ]
     assert "token_embedding.weight" not in whole
 
 
 def test_rows_are_those_of_the_whole_tensor(tiny_store: StoreOf) -> None:
     file = tiny_store("int8").files["text_encoder"]
     rows = [7, 0, 255, 7]
-    assert torch.equal(file.read_rows("token_embedding.weight", rows), file.read("token_embedding.weight")[rows])
+    assert torch.equal(
+        file.read_rows("token_embedding.weight", rows), file.read("token_embedding.weight")[rows]
+    )
     for wrong in ([256], [-1]):
         with pytest.raises(CheckpointError, match="missing"):
             file.read_rows("token_embedding.weight", wrong)
@@ -120,7 +130,13 @@ def test_the_key_tells_apart_everything_that_features_follow_from(tiny_store: St
         features_key({"a": "2"}, config, [1, 2], torch.bfloat16, CPU),
         features_key({"a": "1"}, config, [2, 1], torch.bfloat16, CPU),
         features_key({"a": "1"}, config, [1, 2], torch.float32, CPU),
-        features_key({"a": "1"}, tiny_store("int8").config.text_encoder.__class__(num_heads=4), [1, 2], torch.bfloat16, CPU),
+        features_key(
+            {"a": "1"},
+            tiny_store("int8").config.text_encoder.__class__(num_heads=4),
+            [1, 2],
+            torch.bfloat16,
+            CPU,
+        ),
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == features_key({"a": "1"}, config, (1, 2), torch.bfloat16, CPU)
@@ -138,7 +154,14 @@ def test_what_is_kept_comes_back_and_damage_does_not(cache: PromptCache) -> None
     assert cache.load(key_of(2), SHAPE, DTYPE) is None
     path = next(cache.folder.iterdir())
     good = path.read_bytes()
-    for damaged in (good[:-1], good + b"\0", b"", b"garbage", good[:-20] + bytes(20), good.replace(key.encode(), key_of(2).encode())):
+    for damaged in (
+        good[:-1],
+        good + b"\0",
+        b"",
+        b"garbage",
+        good[:-20] + bytes(20),
+        good.replace(key.encode(), key_of(2).encode()),
+    ):
         path.write_bytes(damaged)
         assert cache.load(key, SHAPE, DTYPE) is None
     save_file({"features": features(1)}, path)  # a good file, but not one of lowvram's
@@ -163,7 +186,9 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
         cache.save(key_of(number), features())
     now = time.time()
     for number in range(3):
-        os.utime(tmp_path / f"{key_of(number)}.safetensors", (now - 100 + number, now - 100 + number))
+        os.utime(
+            tmp_path / f"{key_of(number)}.safetensors", (now - 100 + number, now - 100 + number)
+        )
     assert cache.load(key_of(0), SHAPE, DTYPE) is not None  # used now, so the next is the oldest
     (tmp_path / "notes.txt").write_text("not ours")
     old = tmp_path / "dead.partial"
@@ -175,7 +200,9 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     assert not old.exists()
 
 
-def test_a_folder_that_cannot_be_written_or_read_fails_no_run(tiny_store: StoreOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_or_read_fails_no_run(
+    tiny_store: StoreOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
     request = request_of(pipeline, steps=1)
     expected = digest(pipeline.generate(request).frames)
@@ -194,27 +221,50 @@ def test_a_folder_that_cannot_be_written_or_read_fails_no_run(tiny_store: StoreO
 
 def test_two_processes_keep_the_same_prompt_without_harm(tmp_path: Path) -> None:
     code = (
-        "import sys, torch; from pathlib import Path; from lowvram.prompt.cache import PromptCache\n"
-        "cache = PromptCache(Path(sys.argv[1])); rows = torch.arange(64000, dtype=torch.float32).view(1000, 64)\n"
+        "import sys, torch; from pathlib import Path; from lowvram.prompt.cache import "
+        "PromptCache\n"
+        "cache = PromptCache(Path(sys.argv[1])); rows = torch.arange(64000, "
+        "dtype=torch.float32).view(1000, 64)\n"
         "for _ in range(40):\n"
         "    cache.save('a' * 64, rows); found = cache.load('a' * 64, (1000, 64), torch.float32)\n"
         "    assert found is not None and torch.equal(found, rows)\n"
     )
-    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     for process in running:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert [path.name for path in tmp_path.iterdir()] == [f"{'a' * 64}.safetensors"]
 
 
-def test_the_option_and_the_parameter_turn_it_off(tiny_store: StoreOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_option_and_the_parameter_turn_it_off(
+    tiny_store: StoreOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     store = tiny_store("int8").path
     kept = tmp_path / "cache" / "lowvram" / "prompts"
     loaded = lowvram.load(store, device="cpu", prompt_cache=False)
     loaded.store.close()
     assert loaded.prompt_cache is None
-    command = ["generate", store, "--prompt", "a", "--size", "64x64", "--frames", 1, "--steps", 1, "--device", "cpu", "--overwrite"]
+    command = [
+        "generate",
+        store,
+        "--prompt",
+        "a",
+        "--size",
+        "64x64",
+        "--frames",
+        1,
+        "--steps",
+        1,
+        "--device",
+        "cpu",
+        "--overwrite",
+    ]
     arguments = [str(part) for part in (*command, "--out", tmp_path / "clip.mp4")]
     assert CliRunner().invoke(app, [*arguments, "--no-prompt-cache"]).exit_code == 0
     assert not kept.exists()
@@ -222,7 +272,9 @@ def test_the_option_and_the_parameter_turn_it_off(tiny_store: StoreOf, tmp_path:
     assert len(list(kept.iterdir())) == 2
 
 
-def test_a_prompt_longer_than_the_model_reads_is_told_of(tiny_store: StoreOf, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_prompt_longer_than_the_model_reads_is_told_of(
+    tiny_store: StoreOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pipeline: Pipeline = pipeline_of(tiny_store("int8"))  # reads 32 tokens
     long = request_of(pipeline, prompt="a ball " * 30, negative_prompt="a red ball " * 15, steps=1)
     with caplog.at_level(logging.WARNING):
@@ -231,15 +283,41 @@ def test_a_prompt_longer_than_the_model_reads_is_told_of(tiny_store: StoreOf, tm
         "the prompt has 61 tokens, the model reads 32 of them: what follows is cut off",
         "the negative prompt has 46 tokens, the model reads 32 of them: what follows is cut off",
     ]
-    assert pipeline.prompt_tokens(long) == {"prompt": {"tokens": 61, "kept": 32}, "negative_prompt": {"tokens": 46, "kept": 32}}
+    assert pipeline.prompt_tokens(long) == {
+        "prompt": {"tokens": 61, "kept": 32},
+        "negative_prompt": {"tokens": 46, "kept": 32},
+    }
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         pipeline.generate(request_of(pipeline, prompt="a ball", negative_prompt="a", steps=1))
     assert not caplog.records
-    command = ["generate", tiny_store("int8").path, "--prompt", "a ball " * 30, "--negative-prompt", "a", "--json", "--overwrite"]
-    sizes = ["--size", "64x64", "--frames", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path / "clip.mp4"]
+    command = [
+        "generate",
+        tiny_store("int8").path,
+        "--prompt",
+        "a ball " * 30,
+        "--negative-prompt",
+        "a",
+        "--json",
+        "--overwrite",
+    ]
+    sizes = [
+        "--size",
+        "64x64",
+        "--frames",
+        1,
+        "--steps",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "clip.mp4",
+    ]
     result = CliRunner().invoke(app, [str(part) for part in (*command, *sizes)])
-    assert json.loads(result.stdout)["prompt_tokens"] == {"prompt": {"tokens": 61, "kept": 32}, "negative_prompt": {"tokens": 2, "kept": 2}}
+    assert json.loads(result.stdout)["prompt_tokens"] == {
+        "prompt": {"tokens": 61, "kept": 32},
+        "negative_prompt": {"tokens": 2, "kept": 2},
+    }
 
 
 def test_reading_rows_of_a_file_that_was_cut_short_says_so(tmp_path: Path) -> None:

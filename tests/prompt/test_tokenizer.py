@@ -1,4 +1,6 @@
-"""Cleaning and tokenizing against the examples of spec section 3.2 and the `tokenizers` library's own truncation."""
+"""Cleaning and tokenizing against the examples of spec section 3.2 and the `tokenizers` library's
+own truncation.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def small_tokenizer() -> tokenizers.Tokenizer:
     scores = [(piece, 0.0 if at < 4 else -float(at)) for at, piece in enumerate(PIECES)]
     built = tokenizers.Tokenizer(models.Unigram(scores, unk_id=3, byte_fallback=False))
     built.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    built.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    built.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     built.add_special_tokens(["<pad>", "</s>", "<s>", "<unk>"])
     return built
 
@@ -55,7 +59,9 @@ def test_cleaning_the_negative_prompt_changes_only_the_commas() -> None:
 def test_white_space_is_what_the_official_pattern_calls_so() -> None:
     spaces = [chr(code) for code in range(0x10000) if re.match(r"\s", chr(code))]
     assert all(not space.strip() for space in spaces)
-    assert not [chr(code) for code in range(0xD800) if not chr(code).strip() and chr(code) not in spaces]
+    assert not [
+        chr(code) for code in range(0xD800) if not chr(code).strip() and chr(code) not in spaces
+    ]
 
 
 def test_ids_end_with_the_end_token(tokenizer: Tokenizer) -> None:
@@ -91,7 +97,9 @@ def test_padding_and_truncation_of_the_file_are_ignored() -> None:
     assert Tokenizer(built.to_str().encode()).encode("a red ball", 512) == [5, 6, 7, 1]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b'{"model": {"type": "Unigram"}}', b"not json\nat all"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\xff\xfe", b'{"model": {"type": "Unigram"}}', b"not json\nat all"]
+)
 def test_an_unreadable_file_is_refused_in_one_line(content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json") as caught:
         Tokenizer(content)

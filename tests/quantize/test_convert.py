@@ -50,7 +50,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hashes(model: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(model.iterdir()) if path.is_file()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(model.iterdir())
+        if path.is_file()
+    }
 
 
 class Stopped(Exception):
@@ -60,7 +64,9 @@ class Stopped(Exception):
 class StopAt:
     """A progress callback that ends the run at the n-th event of the phase."""
 
-    def __init__(self, count: int, phase: str = "quantize", error: type[BaseException] = Stopped) -> None:
+    def __init__(
+        self, count: int, phase: str = "quantize", error: type[BaseException] = Stopped
+    ) -> None:
         self.count = count
         self.phase = phase
         self.error = error
@@ -72,14 +78,18 @@ class StopAt:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_makes_a_store_that_opens_and_verifies(format: str, source: Path, tmp_path: Path) -> None:
+def test_every_format_makes_a_store_that_opens_and_verifies(
+    format: str, source: Path, tmp_path: Path
+) -> None:
     report = quantize(source, tmp_path / "m", format)
     with open_store(tmp_path / "m") as store:
         assert store.format == format
         assert store.config == CONFIG
         assert store.tokenizer == (source / "google/umt5-xxl/tokenizer.json").read_bytes()
     inspect_path(tmp_path / "m", verify=True)
-    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == sorted([MANIFEST_NAME, *build.STORE_FILES])
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == sorted(
+        [MANIFEST_NAME, *build.STORE_FILES]
+    )
     assert report == read_report(tmp_path / "m")
 
 
@@ -90,10 +100,17 @@ def test_the_stored_int8_weights_are_the_rotated_sources(source: Path, tmp_path:
         stored = load_file(tmp_path / "m" / f"{expert}.safetensors")
         for name in ("blocks.0.self_attn.q.weight", "blocks.0.ffn.2.weight"):
             restored = rotate(dequantize_int8(stored[name], stored[f"{name}_scale"]))
-            assert torch.nn.functional.cosine_similarity(restored.flatten(), weights[name].flatten(), 0) > 0.9999
+            assert (
+                torch.nn.functional.cosine_similarity(
+                    restored.flatten(), weights[name].flatten(), 0
+                )
+                > 0.9999
+            )
         assert torch.equal(stored["blocks.0.ffn.2.bias"], weights["blocks.0.ffn.2.bias"])
         assert torch.equal(stored["time_projection.1.weight"], weights["time_projection.1.weight"])
-        assert torch.equal(stored["text_embedding.0.weight"], weights["text_embedding.0.weight"].bfloat16())
+        assert torch.equal(
+            stored["text_embedding.0.weight"], weights["text_embedding.0.weight"].bfloat16()
+        )
 
 
 def test_the_files_are_what_comfyui_reads(source: Path, tmp_path: Path) -> None:
@@ -104,11 +121,18 @@ def test_the_files_are_what_comfyui_reads(source: Path, tmp_path: Path) -> None:
         assert len(markers) == len(layers) == 10
         for marker in markers:
             text = bytes(file.get_tensor(marker).numpy()).decode()
-            assert json.loads(text) == {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}
+            assert json.loads(text) == {
+                "format": "int8_tensorwise",
+                "convrot": True,
+                "convrot_groupsize": 256,
+            }
             layer = marker.removesuffix(".comfy_quant")
             assert layers[layer] == json.loads(text)
             assert file.get_slice(f"{layer}.weight").get_dtype() == "I8"
-            assert file.get_tensor(f"{layer}.weight_scale").shape == (file.get_slice(f"{layer}.weight").get_shape()[0], 1)
+            assert file.get_tensor(f"{layer}.weight_scale").shape == (
+                file.get_slice(f"{layer}.weight").get_shape()[0],
+                1,
+            )
 
 
 def test_the_yardstick_fp32_keeps_every_bit(source: Path, tmp_path: Path) -> None:
@@ -136,11 +160,17 @@ def test_pickled_parts_need_leave_and_give_the_same_files(source: Path, tmp_path
     quantize(pickled, tmp_path / "m", allow_pickle=True)
     quantize(source, tmp_path / "plain")
     assert hashes(tmp_path / "m").keys() == hashes(tmp_path / "plain").keys()
-    assert all(hashes(tmp_path / "m")[f"{name}.safetensors"] == hashes(tmp_path / "plain")[f"{name}.safetensors"] for name in COMPONENTS)
+    assert all(
+        hashes(tmp_path / "m")[f"{name}.safetensors"]
+        == hashes(tmp_path / "plain")[f"{name}.safetensors"]
+        for name in COMPONENTS
+    )
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8"])
-def test_p04_the_number_of_threads_changes_no_byte(format: str, source: Path, tmp_path: Path) -> None:
+def test_p04_the_number_of_threads_changes_no_byte(
+    format: str, source: Path, tmp_path: Path
+) -> None:
     found = []
     for threads in (1, 2, 3):
         quantize(source, tmp_path / str(threads), format, threads=threads)
@@ -149,7 +179,9 @@ def test_p04_the_number_of_threads_changes_no_byte(format: str, source: Path, tm
 
 
 @pytest.mark.parametrize("stop", [1, 7, 60, 130])
-def test_p01_a_stopped_run_is_resumed_to_the_same_bytes(stop: int, source: Path, tmp_path: Path) -> None:
+def test_p01_a_stopped_run_is_resumed_to_the_same_bytes(
+    stop: int, source: Path, tmp_path: Path
+) -> None:
     quantize(source, tmp_path / "whole")
     with pytest.raises(Stopped):
         quantize(source, tmp_path / "m", progress=StopAt(stop))
@@ -161,7 +193,9 @@ def test_p01_a_stopped_run_is_resumed_to_the_same_bytes(stop: int, source: Path,
     assert hashes(tmp_path / "m") == hashes(tmp_path / "whole")
 
 
-def test_resume_where_there_is_nothing_starts_and_where_all_is_done_does_nothing(source: Path, tmp_path: Path) -> None:
+def test_resume_where_there_is_nothing_starts_and_where_all_is_done_does_nothing(
+    source: Path, tmp_path: Path
+) -> None:
     quantize(source, tmp_path / "m", resume=True)
     before = hashes(tmp_path / "m")
     events: list[Progress] = []
@@ -193,7 +227,9 @@ def test_p05_another_format_is_refused_with_both(source: Path, tmp_path: Path) -
         quantize(source, tmp_path / "m", "fp8", resume=True)
 
 
-def test_p05_another_version_is_refused_with_both(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p05_another_version_is_refused_with_both(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(recipe, "lowvram_version", lambda: "1.0")
     with pytest.raises(Stopped):
         quantize(source, tmp_path / "m", progress=StopAt(5))
@@ -224,7 +260,9 @@ def test_a_source_that_changes_under_the_run_gives_no_store(tmp_path: Path) -> N
     assert not (tmp_path / "m" / MANIFEST_NAME).exists()
 
 
-def test_errors_of_the_system_name_what_they_are_about(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_system_name_what_they_are_about(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
@@ -240,28 +278,40 @@ def test_errors_of_the_system_name_what_they_are_about(source: Path, tmp_path: P
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_a_folder_that_may_not_be_written_is_refused_with_advice(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_written_is_refused_with_advice(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OutputError, match=r"m: Permission denied: choose another folder or change its permissions"):
+    with pytest.raises(
+        OutputError, match=r"m: Permission denied: choose another folder or change its permissions"
+    ):
         quantize(source, tmp_path / "m")
 
 
 def poisoned(path: Path) -> Path:
     source = write_official(path, CONFIG, shards=1)
-    for expert, name, count in (("high_noise", "blocks.0.ffn.0.weight", 3), ("low_noise", "head.head.bias", 1)):
+    for expert, name, count in (
+        ("high_noise", "blocks.0.ffn.0.weight", 3),
+        ("low_noise", "head.head.bias", 1),
+    ):
         file = source / f"{expert}_model" / "diffusion_pytorch_model.safetensors"
         weights = load_file(file)
-        weights[name].view(-1)[-count:] = torch.tensor([float("nan"), float("inf"), float("-inf")])[:count]
+        weights[name].view(-1)[-count:] = torch.tensor([float("nan"), float("inf"), float("-inf")])[
+            :count
+        ]
         save_file(weights, file)
     return source
 
 
 def test_p08_nan_and_infinity_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = poisoned(tmp_path / "source")
-    text = r"in 2 tensors: high_noise blocks\.0\.ffn\.0\.weight \(3\), low_noise head\.head\.bias \(1\)"
+    text = (
+        r"in 2 tensors: high_noise blocks\.0\.ffn\.0\.weight \(3\), low_noise "
+        r"head\.head\.bias \(1\)"
+    )
     with pytest.raises(NonFiniteError, match=text):
         quantize(source, tmp_path / "m")
     assert not (tmp_path / "m").exists()
@@ -272,7 +322,9 @@ def test_p08_nan_and_infinity_are_refused_before_anything_is_written(tmp_path: P
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["notes.txt"]
 
 
-def test_a_finished_store_is_replaced_only_on_request_and_only_when_the_new_one_is_complete(source: Path, tmp_path: Path) -> None:
+def test_a_finished_store_is_replaced_only_on_request_and_only_when_the_new_one_is_complete(
+    source: Path, tmp_path: Path
+) -> None:
     model = tmp_path / "m"
     quantize(source, model, "fp8")
     old = hashes(model)
@@ -295,7 +347,9 @@ def test_p02_files_of_something_else_are_left_alone(source: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["vae.safetensors"]
 
 
-def test_p02_leftovers_are_named_and_removed(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_p02_leftovers_are_named_and_removed(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(Stopped):
         quantize(source, tmp_path / "m", "fp8", progress=StopAt(20))
     (tmp_path / "m" / "lowvram.json.partial").write_text("{")
@@ -303,7 +357,9 @@ def test_p02_leftovers_are_named_and_removed(source: Path, tmp_path: Path, caplo
         quantize(source, tmp_path / "m", "int8")
     assert STAGING_NAME in caplog.text
     assert "lowvram.json.partial" in caplog.text
-    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == sorted([MANIFEST_NAME, *build.STORE_FILES])
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == sorted(
+        [MANIFEST_NAME, *build.STORE_FILES]
+    )
 
 
 def test_p02_files_of_the_user_that_end_in_partial_survive(source: Path, tmp_path: Path) -> None:
@@ -312,9 +368,14 @@ def test_p02_files_of_the_user_that_end_in_partial_survive(source: Path, tmp_pat
     (model / "thesis.partial-draft" / "one.txt").write_text("years")
     (model / "movie.mkv.partial").write_text("hours")
     (model / "vae.safetensors.partial").mkdir()  # a folder: no run makes one of this name
-    with pytest.raises(CheckpointError, match="it is not a store"):  # nor are they taken for an unfinished run
+    # nor are they taken for an unfinished run
+    with pytest.raises(CheckpointError, match="it is not a store"):
         open_store(model)
-    for name in ("low_noise.safetensors.partial", "low_noise.safetensors.partial.journal", "tokenizer.json.partial"):
+    for name in (
+        "low_noise.safetensors.partial",
+        "low_noise.safetensors.partial.journal",
+        "tokenizer.json.partial",
+    ):
         (model / name).write_text("left")
     with pytest.raises(CheckpointError, match="is unfinished: go on with"):
         open_store(model)
@@ -322,10 +383,14 @@ def test_p02_files_of_the_user_that_end_in_partial_survive(source: Path, tmp_pat
     assert (model / "thesis.partial-draft" / "one.txt").read_text() == "years"
     assert (model / "movie.mkv.partial").read_text() == "hours"
     theirs = ["movie.mkv.partial", "thesis.partial-draft", "vae.safetensors.partial"]
-    assert sorted(path.name for path in model.iterdir()) == sorted([*theirs, MANIFEST_NAME, *build.STORE_FILES])
+    assert sorted(path.name for path in model.iterdir()) == sorted(
+        [*theirs, MANIFEST_NAME, *build.STORE_FILES]
+    )
 
 
-def test_ctrl_c_says_how_to_go_on(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ctrl_c_says_how_to_go_on(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "m", progress=StopAt(20, error=KeyboardInterrupt))
     assert "--resume" in caplog.text
@@ -335,7 +400,9 @@ def test_ctrl_c_says_how_to_go_on(source: Path, tmp_path: Path, caplog: pytest.L
     assert not (tmp_path / "n").exists()
 
 
-def test_p06_too_little_room_is_told_before_any_work(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p06_too_little_room_is_told_before_any_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     events: list[Progress] = []
@@ -356,7 +423,10 @@ def test_progress_counts_bytes_speed_and_time_left(source: Path, tmp_path: Path)
         assert {event.component for event in of_phase} == set(COMPONENTS)
         assert all(event.bytes_per_s > 0 for event in of_phase)
         assert of_phase[0].left_s > 0 == of_phase[-1].left_s
-    assert [event.phase for event in events] == sorted((event.phase for event in events), reverse=True)  # scan first
+    # scan first
+    assert [event.phase for event in events] == sorted(
+        (event.phase for event in events), reverse=True
+    )
 
 
 def test_a_resumed_run_counts_what_is_done_but_not_as_speed(source: Path, tmp_path: Path) -> None:
@@ -367,22 +437,32 @@ def test_a_resumed_run_counts_what_is_done_but_not_as_speed(source: Path, tmp_pa
         quantize(source, tmp_path / "m", progress=StopAt(100))
     events: list[Progress] = []
     quantize(source, tmp_path / "m", resume=True, progress=events.append)
-    assert [(event.tensor, event.done_bytes) for event in events] == [(event.tensor, event.done_bytes) for event in whole[100:]]
+    assert [(event.tensor, event.done_bytes) for event in events] == [
+        (event.tensor, event.done_bytes) for event in whole[100:]
+    ]
     assert events[0].done_bytes > 1e6
     new_bytes = whole[100].done_bytes - whole[99].done_bytes
     assert events[0].bytes_per_s < new_bytes / 1e-5
 
 
-def test_the_report_lists_every_linear_and_its_table_fits_a_terminal(source: Path, tmp_path: Path) -> None:
+def test_the_report_lists_every_linear_and_its_table_fits_a_terminal(
+    source: Path, tmp_path: Path
+) -> None:
     report = quantize(source, tmp_path / "m")
     data = json.loads((tmp_path / "m" / REPORT_NAME).read_text())
     linears = [entry for entry in data["tensors"] if entry["dtype"] == "I8"]
     assert len(linears) == 2 * 10 * 1 + 7 * 2
-    assert all(40 < entry["sqnr_db"] < 50 and 0.999 < entry["cosine"] <= 1 and entry["max_abs_error"] > 0 for entry in linears)
+    assert all(
+        40 < entry["sqnr_db"] < 50 and 0.999 < entry["cosine"] <= 1 and entry["max_abs_error"] > 0
+        for entry in linears
+    )
     assert data["groups"] == summarize(report.tensors)
     groups = {(group["component"], group["kind"]): group for group in data["groups"]}
     assert groups["text_encoder", "attn.q"]["tensors"] == 2
-    assert groups["text_encoder", "attn.q"]["min_sqnr_db"] <= groups["text_encoder", "attn.q"]["mean_sqnr_db"]
+    assert (
+        groups["text_encoder", "attn.q"]["min_sqnr_db"]
+        <= groups["text_encoder", "attn.q"]["mean_sqnr_db"]
+    )
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(summary_table(report))
     text = console.export_text()
@@ -407,7 +487,10 @@ def test_wrong_requests_are_refused_before_work(source: Path, tmp_path: Path) ->
 def test_missing_tensors_are_named_before_work(tmp_path: Path) -> None:
     source = write_official(tmp_path / "source", CONFIG, shards=1)
     file = source / "low_noise_model" / "diffusion_pytorch_model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(file).items() if name != "head.modulation"}, file)
+    save_file(
+        {name: tensor for name, tensor in load_file(file).items() if name != "head.modulation"},
+        file,
+    )
     with pytest.raises(MissingTensorsError, match=r"head\.modulation"):
         quantize(source, tmp_path / "m")
     assert not (tmp_path / "m").exists()
@@ -422,7 +505,9 @@ def test_a_state_cut_at_any_byte_keeps_its_whole_lines(source: Path, tmp_path: P
     identity = {"format": "int8"}
     with pytest.raises(Stopped):
         quantize(source, tmp_path / "m", progress=StopAt(8))
-    lines = (tmp_path / "m" / STAGING_NAME / build.STATE_NAME).read_bytes().splitlines(keepends=True)
+    lines = (
+        (tmp_path / "m" / STAGING_NAME / build.STATE_NAME).read_bytes().splitlines(keepends=True)
+    )
     content = json.dumps({"identity": identity}).encode() + b"\n" + b"".join(lines[1:4])
     path = tmp_path / "state"
     for length in range(len(content) + 1):

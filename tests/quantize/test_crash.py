@@ -54,7 +54,9 @@ def hashes(model: Path) -> dict[str, str]:
 
 
 def start(work: Callable[[], Any]) -> int:
-    """Runs `work` in a forked process and returns its id; it ends with 0, or 1 where `work` raised."""
+    """Runs `work` in a forked process and returns its id; it ends with 0, or 1 where `work`
+    raised.
+    """
     child = os.fork()
     if child:
         return child
@@ -73,7 +75,9 @@ def wait(child: int) -> int:
 
 @dataclass
 class Ticker:
-    """Counts a forked run's progress reports in its parent, so that a kill lands at a chosen point however slow the machine is."""
+    """Counts a forked run's progress reports in its parent, so that a kill lands at a chosen point
+    however slow the machine is.
+    """
 
     ends: tuple[int, int] = field(default_factory=os.pipe)
 
@@ -107,14 +111,19 @@ def count_reports(source: Path, model: Path) -> int:
 
 
 @pytest.mark.slow
-def test_p01_killed_at_any_moment_and_resumed_it_ends_in_the_same_bytes(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_p01_killed_at_any_moment_and_resumed_it_ends_in_the_same_bytes(
+    source: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
     reports = count_reports(source, tmp_path / "counted")
     draw, stages, done = random.Random(7), set(), 0
     for number in range(KILLS // 2):
         model = tmp_path / str(number)
-        for latest in (reports, reports // 2):  # the second run continues the first, so it has less to report
+        # the second run continues the first, so it has less to report
+        for latest in (reports, reports // 2):
             ticker = Ticker()
-            child = ticker.start(partial(quantize, source, model, threads=1, resume=True, progress=ticker.report))
+            child = ticker.start(
+                partial(quantize, source, model, threads=1, resume=True, progress=ticker.report)
+            )
             ticker.wait_for(draw.randrange(latest))
             time.sleep(draw.uniform(0, 0.002))
             os.kill(child, signal.SIGKILL)
@@ -136,7 +145,9 @@ def test_p01_killed_at_any_moment_and_resumed_it_ends_in_the_same_bytes(source: 
 
 def stage(model: Path) -> str:
     """The file that a killed run was writing."""
-    partials = [path.name.split(".")[0] for path in (model / STAGING_NAME).glob("*.safetensors.partial")]
+    partials = [
+        path.name.split(".")[0] for path in (model / STAGING_NAME).glob("*.safetensors.partial")
+    ]
     return partials[0] if partials else "none"
 
 
@@ -193,7 +204,9 @@ def test_p01_a_crash_between_any_two_renames_is_resumed(
                 assert store.format == "fp32"
         quantize(source, model, resume=True)
         assert hashes(model) == whole
-    assert count == 1 + 4 + 3 + 7  # files and notes in the staging folder, then files, tokenizer, report and manifest to their names
+    # files and notes in the staging folder, then files, tokenizer, report and manifest to their
+    # names
+    assert count == 1 + 4 + 3 + 7
 
 
 class FullDisk:
@@ -207,7 +220,11 @@ class FullDisk:
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**40))
 
     def __call__(self, fd: int, data: Any) -> int:
-        fits = memoryview(data).nbytes if self.room_bytes < 0 else min(memoryview(data).nbytes, self.room_bytes - self.written_bytes)
+        fits = (
+            memoryview(data).nbytes
+            if self.room_bytes < 0
+            else min(memoryview(data).nbytes, self.room_bytes - self.written_bytes)
+        )
         if not fits:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.written_bytes += fits
@@ -225,7 +242,18 @@ def test_p06_a_disk_that_fills_up_anywhere_leaves_the_old_store_and_a_run_to_res
     old_model = tmp_path / "old"
     quantize(source, old_model, "fp8")
     old = hashes(old_model)
-    for room in (0, 50, 5000, 100_000, total // 3, total // 2, total - 60_000, total - 20_000, total - 100, total - 1):
+    for room in (
+        0,
+        50,
+        5000,
+        100_000,
+        total // 3,
+        total // 2,
+        total - 60_000,
+        total - 20_000,
+        total - 100,
+        total - 1,
+    ):
         for model in (tmp_path / f"new-{room}", old_model):
             with monkeypatch.context() as patch:
                 FullDisk(patch, room)
@@ -246,13 +274,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(command, capture_output=True, check=False).returncode != 0
+    ):
         pytest.skip("may not mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_p06_on_a_real_small_disk(source: Path, whole: dict[str, str], small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p06_on_a_real_small_disk(
+    source: Path, whole: dict[str, str], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = small_disk / "m"
     with pytest.raises(DiskFullError, match="needs"):
         quantize(source, model)
@@ -267,7 +300,9 @@ def test_p06_on_a_real_small_disk(source: Path, whole: dict[str, str], small_dis
     assert hashes(model) == whole
 
 
-def test_p07_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_p07_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(
+    source: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
     model, ready = tmp_path / "m", tmp_path / "ready"
 
     def stall(progress: object) -> None:
@@ -307,7 +342,9 @@ print(peak_rss_bytes())  # ru_maxrss would begin at the parent's size
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA covers maps on Linux alone")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="RLIMIT_DATA covers maps on Linux alone"
+)
 def test_p09_memory_is_bounded_by_the_largest_tensor_not_by_the_source(tmp_path: Path) -> None:
     from scripts.bench_quantize import write_sparse_source
 
@@ -316,8 +353,21 @@ def test_p09_memory_is_bounded_by_the_largest_tensor_not_by_the_source(tmp_path:
     limit = 4 * (config.dit.ffn_dim * config.dit.dim * 4) + 2**30
     files = [path.stat().st_size for path in (tmp_path / "source").rglob("*.safetensors")]
     assert sum(files) > 2 * limit
-    command = [sys.executable, "-c", LIMITED, str(tmp_path / "source"), str(tmp_path / "m"), str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    command = [
+        sys.executable,
+        "-c",
+        LIMITED,
+        str(tmp_path / "source"),
+        str(tmp_path / "m"),
+        str(limit),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < limit
     open_store(tmp_path / "m").close()

@@ -1,4 +1,6 @@
-"""Rotation, int8 and fp8 against formulas written down a second time, and their independence of chunks and threads."""
+"""Rotation, int8 and fp8 against formulas written down a second time, and their independence of
+chunks and threads.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from lowvram_quantize import rows
 from lowvram_quantize.fp8 import quantize_fp8
 from lowvram_quantize.int8 import dequantize_int8, quantize_int8
 from lowvram_quantize.rotate import rotate, rotation_matrix
-from lowvram_quantize.rows import SMALLEST_SCALE, ErrorSums, RowEngine, cast_rows, count_nonfinite, row_scales
+from lowvram_quantize.rows import (
+    SMALLEST_SCALE,
+    ErrorSums,
+    RowEngine,
+    cast_rows,
+    count_nonfinite,
+    row_scales,
+)
 
 from lowvram.errors import NonFiniteError
 
@@ -24,7 +33,9 @@ def engine() -> Iterator[RowEngine]:
 
 
 def random_weight(outputs: int, inputs: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(outputs * 7 + inputs))
+    weight = torch.randn(
+        outputs, inputs, generator=torch.Generator().manual_seed(outputs * 7 + inputs)
+    )
     weight[:, 3] *= 30  # an outlier channel
     return weight.to(dtype)
 
@@ -62,7 +73,9 @@ def naive_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One row at a time in numpy fp32."""
     codes, scales = np.empty(weight.shape, np.int8), np.empty((len(weight), 1), np.float32)
     for index, row in enumerate(weight):
-        scales[index] = max(np.float32(np.abs(row).max()) / np.float32(127), np.finfo(np.float32).tiny)
+        scales[index] = max(
+            np.float32(np.abs(row).max()) / np.float32(127), np.finfo(np.float32).tiny
+        )
         codes[index] = np.clip(np.rint(row / scales[index]), -127, 127)
     return codes, scales
 
@@ -70,7 +83,9 @@ def naive_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 256), (7, 512), (65, 768)])
 @pytest.mark.parametrize("rotated", [True, False])
-def test_int8_is_the_naive_formula(outputs: int, inputs: int, dtype: torch.dtype, rotated: bool, engine: RowEngine) -> None:
+def test_int8_is_the_naive_formula(
+    outputs: int, inputs: int, dtype: torch.dtype, rotated: bool, engine: RowEngine
+) -> None:
     weight = random_weight(outputs, inputs, dtype)
     codes, scales, _ = quantize_int8(weight, engine, rotated)
     values = rotate(weight.float()) if rotated else weight.float()
@@ -90,10 +105,14 @@ def test_int8_rounds_half_to_even(engine: RowEngine) -> None:
 
 
 def e4m3_values() -> np.ndarray:
-    """All finite values of e4m3fn by its definition: 4 bits of exponent with bias 7, 3 of mantissa, 0x7f is NaN."""
+    """All finite values of e4m3fn by its definition: 4 bits of exponent with bias 7, 3 of mantissa,
+    0x7f is NaN.
+    """
     codes = np.arange(127)
     exponent, mantissa = codes >> 3, codes & 7
-    return np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    return np.where(
+        exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0)
+    )
 
 
 def naive_fp8(quotients: np.ndarray) -> np.ndarray:
@@ -150,14 +169,25 @@ def test_overflow_in_the_rotation_is_refused(engine: RowEngine) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("chunk_elements", [1, 5000, 2**19])
-def test_p04_neither_chunks_nor_threads_change_a_bit(threads: int, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p04_neither_chunks_nor_threads_change_a_bit(
+    threads: int, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = random_weight(61, 512)
     with RowEngine(1) as one:
-        expected = [quantize_int8(weight, one), quantize_int8(weight, one, False), quantize_fp8(weight, one)]
-    # The default of `over_rows` was bound at definition, so it is the function's default that changes.
+        expected = [
+            quantize_int8(weight, one),
+            quantize_int8(weight, one, False),
+            quantize_fp8(weight, one),
+        ]
+    # The default of `over_rows` was bound at definition, so it is the function's default that
+    # changes.
     monkeypatch.setattr(RowEngine.over_rows, "__defaults__", (chunk_elements,))
     with RowEngine(threads) as many:
-        found = [quantize_int8(weight, many), quantize_int8(weight, many, False), quantize_fp8(weight, many)]
+        found = [
+            quantize_int8(weight, many),
+            quantize_int8(weight, many, False),
+            quantize_fp8(weight, many),
+        ]
         cast = cast_rows(many, weight, torch.bfloat16)[0]
     for (codes, scales, _), (other_codes, other_scales, _) in zip(expected, found, strict=True):
         assert torch.equal(codes.view(torch.uint8), other_codes.view(torch.uint8))
@@ -190,7 +220,9 @@ def test_errors_are_those_of_the_dequantized_weight(engine: RowEngine) -> None:
     noise = ((restored - values) ** 2).sum()
     assert error.elements == weight.numel()
     assert error.sqnr_db == pytest.approx(10 * math.log10((values**2).sum() / noise), abs=1e-3)
-    assert error.cosine == pytest.approx(torch.cosine_similarity(values.flatten(), restored.flatten(), dim=0).item(), abs=1e-6)
+    assert error.cosine == pytest.approx(
+        torch.cosine_similarity(values.flatten(), restored.flatten(), dim=0).item(), abs=1e-6
+    )
     assert error.largest == pytest.approx((restored - values).abs().max().item(), rel=1e-5)
     # The rotation is orthogonal: the error in the rotated space is that of the weight turned back.
     back = rotate(restored.float()).double() - weight.double()
@@ -199,7 +231,10 @@ def test_errors_are_those_of_the_dequantized_weight(engine: RowEngine) -> None:
 
 def test_rotation_pays_where_there_are_outliers(engine: RowEngine) -> None:
     weight = random_weight(64, 1024)
-    assert quantize_int8(weight, engine, True)[2].sqnr_db > quantize_int8(weight, engine, False)[2].sqnr_db + 10
+    assert (
+        quantize_int8(weight, engine, True)[2].sqnr_db
+        > quantize_int8(weight, engine, False)[2].sqnr_db + 10
+    )
 
 
 def test_sums_of_nothing_lost_and_of_zeros() -> None:
@@ -210,7 +245,9 @@ def test_sums_of_nothing_lost_and_of_zeros() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
-def test_p08_every_nonfinite_element_is_counted(bad: float, dtype: torch.dtype, engine: RowEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p08_every_nonfinite_element_is_counted(
+    bad: float, dtype: torch.dtype, engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 64)
     values = torch.ones(50, 33)
     assert count_nonfinite(engine, values.to(dtype)) == 0

@@ -21,7 +21,9 @@ def test_the_official_defaults_visit_26_steps_of_the_high_and_14_of_the_low_expe
     visits = block_schedule(make_schedule("unipc", 40, 12.0), request, 40, joint=True, first_step=0)
     assert visits[: 26 * 40] == [("high_noise", index) for _ in range(26) for index in range(40)]
     assert visits[26 * 40 :] == [("low_noise", index) for _ in range(14) for index in range(40)]
-    apart = block_schedule(make_schedule("unipc", 40, 12.0), request, 40, joint=False, first_step=39)
+    apart = block_schedule(
+        make_schedule("unipc", 40, 12.0), request, 40, joint=False, first_step=39
+    )
     assert apart == [("low_noise", index) for _ in range(2) for index in range(40)]
 
 
@@ -34,26 +36,36 @@ def test_guidance_one_runs_the_positive_prompt_alone() -> None:
 
 
 def test_each_expert_has_its_own_guidance(tiny_store: StoreOf) -> None:
-    """Changing the guidance of one expert changes the video; of an expert that never works, nothing."""
+    """Changing the guidance of one expert changes the video; of an expert that never works,
+    nothing.
+    """
     pipeline = pipeline_of(tiny_store("int8"))
     steps = {"steps": 2, "shift": 1.0}  # timesteps 999 and 499: one step for each expert
     base = digest(pipeline.generate(request_of(pipeline, **steps)).frames)
     for change in ({"guidance_high": 1.0}, {"guidance_low": 1.0}):
         assert digest(pipeline.generate(request_of(pipeline, **steps, **change)).frames) != base
     alone = {"steps": 1, "shift": 1.0}  # timestep 999 only
-    frames = [digest(pipeline.generate(request_of(pipeline, **alone, guidance_low=scale)).frames) for scale in (1.0, 7.0)]
+    frames = [
+        digest(pipeline.generate(request_of(pipeline, **alone, guidance_low=scale)).frames)
+        for scale in (1.0, 7.0)
+    ]
     assert frames[0] == frames[1]
 
 
 def test_the_prompt_steers_the_video(tiny_store: StoreOf) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
     texts = ("a red circle", "a blue square moves left")
-    assert len({digest(pipeline.generate(request_of(pipeline, text)).frames) for text in texts}) == 2
+    assert (
+        len({digest(pipeline.generate(request_of(pipeline, text)).frames) for text in texts}) == 2
+    )
 
 
 def test_another_negative_prompt_gives_another_video(tiny_store: StoreOf) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
-    digests = {digest(pipeline.generate(request_of(pipeline, negative_prompt=text)).frames) for text in ("blue", "red square")}
+    digests = {
+        digest(pipeline.generate(request_of(pipeline, negative_prompt=text)).frames)
+        for text in ("blue", "red square")
+    }
     assert len(digests) == 2
 
 

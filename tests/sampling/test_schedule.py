@@ -18,7 +18,11 @@ TI2V = """999 995 991 987 982 978 973 968 963 957 952 946 940 934 927 920 913 90
     737 720 701 681 660 636 611 584 555 522 487 448 405 356 302 241 172 92"""
 
 
-@pytest.mark.parametrize(("shift", "steps", "expected"), [(12.0, 40, T2V), (5.0, 40, I2V), (5.0, 50, TI2V)], ids=["t2v", "i2v", "ti2v"])
+@pytest.mark.parametrize(
+    ("shift", "steps", "expected"),
+    [(12.0, 40, T2V), (5.0, 40, I2V), (5.0, 50, TI2V)],
+    ids=["t2v", "i2v", "ti2v"],
+)
 def test_timesteps_equal_the_official_integers(shift: float, steps: int, expected: str) -> None:
     schedule = unipc_grid(steps, shift)
     assert schedule.timesteps.tolist() == [int(word) for word in expected.split()]
@@ -34,14 +38,22 @@ def test_timesteps_at_shift_3() -> None:
 
 @pytest.mark.parametrize(
     ("shift", "steps", "first", "second", "last"),
-    [(12.0, 40, 0.999917, 0.997783, 0.235110), (5.0, 40, 0.999800, 0.994695, 0.113533), (5.0, 50, 0.999800, 0.995732, 0.092507)],
+    [
+        (12.0, 40, 0.999917, 0.997783, 0.235110),
+        (5.0, 40, 0.999800, 0.994695, 0.113533),
+        (5.0, 50, 0.999800, 0.995732, 0.092507),
+    ],
 )
-def test_sigmas_equal_the_official_values(shift: float, steps: int, first: float, second: float, last: float) -> None:
+def test_sigmas_equal_the_official_values(
+    shift: float, steps: int, first: float, second: float, last: float
+) -> None:
     sigmas = unipc_grid(steps, shift).sigmas
     assert sigmas.dtype == torch.float32
     assert len(sigmas) == steps + 1
     assert sigmas[-1] == 0
-    assert [round(value, 6) for value in (sigmas[0].item(), sigmas[1].item(), sigmas[-2].item())] == [first, second, last]
+    assert [
+        round(value, 6) for value in (sigmas[0].item(), sigmas[1].item(), sigmas[-2].item())
+    ] == [first, second, last]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 40, 1000])
@@ -53,14 +65,22 @@ def test_sigmas_equal_numpy_bit_for_bit(steps: int) -> None:
     assert torch.equal(schedule.timesteps, torch.from_numpy(sigmas * 1000).to(torch.int64))
 
 
-@pytest.mark.parametrize(("shift", "boundary", "high"), [(12.0, 0.875, 26), (5.0, 0.9, 15), (3.0, 0.9, 10)], ids=["t2v", "i2v", "i2v-480p"])
+@pytest.mark.parametrize(
+    ("shift", "boundary", "high"),
+    [(12.0, 0.875, 26), (5.0, 0.9, 15), (3.0, 0.9, 10)],
+    ids=["t2v", "i2v", "i2v-480p"],
+)
 def test_expert_switches_once_at_the_boundary(shift: float, boundary: float, high: int) -> None:
     experts = [expert_of(t, boundary) for t in unipc_grid(40, shift).timesteps.tolist()]
     assert experts == ["high_noise"] * high + ["low_noise"] * (40 - high)
 
 
 def test_expert_at_the_boundary_is_the_high_one() -> None:
-    assert [expert_of(t, 0.875) for t in (876, 875, 874)] == ["high_noise", "high_noise", "low_noise"]
+    assert [expert_of(t, 0.875) for t in (876, 875, 874)] == [
+        "high_noise",
+        "high_noise",
+        "low_noise",
+    ]
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(0, 12.0), (40, 1e9), (40, 1e-44), (20_000, 1e3)])

@@ -1,4 +1,6 @@
-"""UniPC against diffusers' scheduler on the same grid, Euler against its formula, and resuming with the same bits."""
+"""UniPC against diffusers' scheduler on the same grid, Euler against its formula, and resuming with
+the same bits.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ def noise() -> Tensor:
 
 def diffusers_steps(schedule: Schedule) -> list[Tensor]:
     scheduler = UniPCMultistepScheduler(
-        use_flow_sigmas=True, solver_order=2, solver_type="bh2", prediction_type="flow_prediction", lower_order_final=True
+        use_flow_sigmas=True,
+        solver_order=2,
+        solver_type="bh2",
+        prediction_type="flow_prediction",
+        lower_order_final=True,
     )
     scheduler.set_timesteps(schedule.steps)
     scheduler.sigmas, scheduler.timesteps = schedule.sigmas, schedule.timesteps
@@ -44,7 +50,9 @@ def diffusers_steps(schedule: Schedule) -> list[Tensor]:
     return out
 
 
-def our_steps(name: str, schedule: Schedule, between: Callable[[int, object], object] | None = None) -> list[Tensor]:
+def our_steps(
+    name: str, schedule: Schedule, between: Callable[[int, object], object] | None = None
+) -> list[Tensor]:
     solver, x, out = make_solver(name, schedule), noise(), []
     for i, t in enumerate(schedule.timesteps.tolist()):
         if between is not None:
@@ -58,7 +66,9 @@ def our_steps(name: str, schedule: Schedule, between: Callable[[int, object], ob
 @pytest.mark.parametrize("steps", STEPS)
 def test_unipc_equals_diffusers_at_every_step(steps: int, shift: float) -> None:
     schedule = unipc_grid(steps, shift)
-    for i, (ours, theirs) in enumerate(zip(our_steps("unipc", schedule), diffusers_steps(schedule), strict=True)):
+    for i, (ours, theirs) in enumerate(
+        zip(our_steps("unipc", schedule), diffusers_steps(schedule), strict=True)
+    ):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), f"step {i}"
 
 
@@ -74,12 +84,17 @@ def test_a_field_that_points_at_one_sample_ends_there(name: str, steps: int) -> 
 
 
 def test_unipc_works_where_the_first_timesteps_are_equal() -> None:
-    """The official scheduler fails there; the result must lie on the line through its neighbours: the finer, the nearer."""
+    """The official scheduler fails there; the result must lie on the line through its neighbours:
+    the finer, the nearer.
+    """
     apart, equal = unipc_grid(91, 12.0), unipc_grid(92, 12.0)
     assert apart.timesteps[0] != apart.timesteps[1]
     assert equal.timesteps[0] == equal.timesteps[1]
     exact = our_steps("unipc", unipc_grid(400, 12.0))[-1]
-    errors = [(our_steps("unipc", schedule)[-1] - exact).norm() / exact.norm() for schedule in (apart, equal)]
+    errors = [
+        (our_steps("unipc", schedule)[-1] - exact).norm() / exact.norm()
+        for schedule in (apart, equal)
+    ]
     assert errors[1] < errors[0] < 0.03
 
 
@@ -87,7 +102,9 @@ def test_euler_follows_its_formula() -> None:
     schedule = unipc_grid(5, 3.0)
     x = noise()
     for i, ours in enumerate(our_steps("euler", schedule)):
-        x = x + (schedule.sigmas[i + 1] - schedule.sigmas[i]) * velocity_of(x, int(schedule.timesteps[i]))
+        x = x + (schedule.sigmas[i + 1] - schedule.sigmas[i]) * velocity_of(
+            x, int(schedule.timesteps[i])
+        )
         torch.testing.assert_close(ours, x, rtol=1e-6, atol=1e-6)
 
 
@@ -127,7 +144,9 @@ def test_p20_resume_at_every_step_gives_the_same_bits(name: str, tmp_path: Path)
         return between
 
     for at in range(schedule.steps):
-        for i, (resumed, uninterrupted) in enumerate(zip(our_steps(name, schedule, through_a_file(at)), whole, strict=True)):
+        for i, (resumed, uninterrupted) in enumerate(
+            zip(our_steps(name, schedule, through_a_file(at)), whole, strict=True)
+        ):
             assert torch.equal(resumed, uninterrupted), f"stopped before step {at}, differs at {i}"
 
 

@@ -1,4 +1,6 @@
-"""`bench.py all`: a step that fails in whatever way costs itself alone, nothing measured is lost, and the last page names all of it."""
+"""`bench.py all`: a step that fails in whatever way costs itself alone, nothing measured is lost,
+and the last page names all of it.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,20 @@ ROOT = Path(__file__).parents[2]
 IDENTITY = "machine | torch | triton | source"
 
 
-def context_of(folder: Path, seconds: float = 60.0, call: str = "now", earlier: tuple[Path, ...] = ()) -> Context:
+def context_of(
+    folder: Path, seconds: float = 60.0, call: str = "now", earlier: tuple[Path, ...] = ()
+) -> Context:
     results = Results(folder, call, earlier)
-    return Context(results, folder, folder / "work", time.monotonic() + seconds, True, IDENTITY, {"gpu": "none"}, [])
+    return Context(
+        results,
+        folder,
+        folder / "work",
+        time.monotonic() + seconds,
+        True,
+        IDENTITY,
+        {"gpu": "none"},
+        [],
+    )
 
 
 def rows(*values: Row) -> Callable[[], Iterator[Row]]:
@@ -43,24 +56,47 @@ def failing(error: BaseException) -> Callable[[], Iterator[Row]]:
 STEP = Step("speed", "a step", 10, 1)
 
 
-def test_a_failing_unit_costs_itself_alone_and_keeps_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_unit_costs_itself_alone_and_keeps_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     context = context_of(tmp_path)
-    units = [Unit("one", rows({"name": "a"})), Unit("bad", failing(RuntimeError("boom\nmore"))), Unit("two", rows({"name": "b"}))]
+    units = [
+        Unit("one", rows({"name": "a"})),
+        Unit("bad", failing(RuntimeError("boom\nmore"))),
+        Unit("two", rows({"name": "b"})),
+    ]
     assert bench_steps.run_units(STEP, units, context) == FAILED
-    assert [row["name"] for row in context.rows("speed")] == ["a", "measured before the failure", "b"]
+    assert [row["name"] for row in context.rows("speed")] == [
+        "a",
+        "measured before the failure",
+        "b",
+    ]
     assert capsys.readouterr().out.splitlines()[-1] == "1 of 3 failed: bad: RuntimeError: boom"
 
 
-def test_what_cannot_run_is_left_out_and_that_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_run_is_left_out_and_that_is_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     context = context_of(tmp_path)
-    units = [Unit("peer", failing(LeftOut("no backend"))), Unit("lacks", rows({"name": "a"}), ("no_such_package",)), Unit("one", rows({}))]
+    units = [
+        Unit("peer", failing(LeftOut("no backend"))),
+        Unit("lacks", rows({"name": "a"}), ("no_such_package",)),
+        Unit("one", rows({})),
+    ]
     assert bench_steps.run_units(STEP, units, context) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "left out: peer: no backend; lacks: not installed: no_such_package"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "left out: peer: no backend; lacks: not installed: no_such_package"
+    )
     assert bench_steps.run_units(STEP, units[:2], context_of(tmp_path)) == LEFT_OUT
 
 
-def test_a_later_call_measures_what_an_earlier_one_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also from another folder; what failed or ran out of time is tried again, what another machine or other code measured counts not."""
+def test_a_later_call_measures_what_an_earlier_one_has_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also from another folder; what failed or ran out of time is tried again, what another machine
+    or other code measured counts not.
+    """
     ran: list[str] = []
 
     def unit(name: str, error: BaseException | None = None) -> Unit:
@@ -73,7 +109,12 @@ def test_a_later_call_measures_what_an_earlier_one_has_not(tmp_path: Path, capsy
         return Unit(name, run)
 
     (tmp_path / "later").mkdir()
-    first = [unit("done"), unit("failed", ValueError("no")), unit("slow", OutOfTime()), unit("last")]
+    first = [
+        unit("done"),
+        unit("failed", ValueError("no")),
+        unit("slow", OutOfTime()),
+        unit("last"),
+    ]
     assert bench_steps.run_units(STEP, first, context_of(tmp_path, call="first")) == FAILED
     second = [unit(one.name) for one in first]
     later = context_of(tmp_path / "later", call="second", earlier=(tmp_path,))
@@ -87,7 +128,9 @@ def test_a_later_call_measures_what_an_earlier_one_has_not(tmp_path: Path, capsy
     assert ran[6:] == [one.name for one in first]
 
 
-def test_units_stop_when_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_units_stop_when_the_time_is_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     context = context_of(tmp_path)
 
     def run() -> Iterator[Row]:
@@ -96,12 +139,17 @@ def test_units_stop_when_the_time_is_over(tmp_path: Path, capsys: pytest.Capture
         context.require_time()
         yield {"name": "second"}
 
-    assert bench_steps.run_units(STEP, [Unit("long", run), Unit("late", rows({}))], context) == OUT_OF_TIME
+    assert (
+        bench_steps.run_units(STEP, [Unit("long", run), Unit("late", rows({}))], context)
+        == OUT_OF_TIME
+    )
     assert [row["name"] for row in context.rows("speed")] == ["first"]
     assert capsys.readouterr().out.splitlines()[-1] == "no time for long; late"
 
 
-def test_a_lost_device_ends_its_process_and_names_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_ends_its_process_and_names_the_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context, lost = context_of(tmp_path), [False]
 
     def run() -> Iterator[Row]:
@@ -110,10 +158,18 @@ def test_a_lost_device_ends_its_process_and_names_the_unit(tmp_path: Path, monke
         yield {}
 
     monkeypatch.setattr(bench_steps, "device_is_lost", lambda device: lost[0])
-    assert bench_steps.run_units(STEP, [Unit("breaks it", run), Unit("next", rows({}))], context) == DEVICE_LOST
+    assert (
+        bench_steps.run_units(STEP, [Unit("breaks it", run), Unit("next", rows({}))], context)
+        == DEVICE_LOST
+    )
     assert "illegal memory access" in context.results.failed("speed")["breaks it"]
     lost[0] = False  # in a new process
-    assert bench_steps.run_units(STEP, [Unit("breaks it", run), Unit("next", rows({"name": "a"}))], context) == FAILED
+    assert (
+        bench_steps.run_units(
+            STEP, [Unit("breaks it", run), Unit("next", rows({"name": "a"}))], context
+        )
+        == FAILED
+    )
     assert [row["name"] for row in context.rows("speed")] == ["a"]
 
 
@@ -156,7 +212,8 @@ def test_the_code_that_is_measured_has_a_digest(tmp_path: Path) -> None:
     assert commit_of(tmp_path / "nowhere") == "unknown"
 
 
-# --- the command, with small programs in the place of the steps -----------------------------------------------------------------------
+# --- the command, with small programs in the place of the steps
+# -----------------------------------------------------------------------
 
 STUB = """
 import json, os, sys, time
@@ -180,12 +237,20 @@ GOOD = "unit('a'); unit('b'); print('all of it')"
 NAMES = [step.name for step in bench_all.STEPS]
 
 
-def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bodies: dict[str, str], *arguments: str) -> tuple[int, str]:
+def run_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bodies: dict[str, str], *arguments: str
+) -> tuple[int, str]:
     """(exit code, the page) of the command whose steps run `bodies`, `GOOD` where none is named."""
     out = tmp_path / "out"
 
     def command(run: Any, step: Step, seconds: float) -> list[str]:
-        values = {"scripts": str(ROOT / "scripts"), "out": str(out), "call": run.results.call, "step": step.name, "identity": IDENTITY}
+        values = {
+            "scripts": str(ROOT / "scripts"),
+            "out": str(out),
+            "call": run.results.call,
+            "step": step.name,
+            "identity": IDENTITY,
+        }
         return [sys.executable, "-c", STUB.format(**values, body=bodies.get(step.name, GOOD))]
 
     monkeypatch.setattr(bench_all.Run, "_command", command)
@@ -200,12 +265,32 @@ def line_of(page: str, step: str) -> str:
 
 
 FAULTS = {
-    "kernel wrong": ("unit('a'); print('1 of 2 failed: check: relative error'); sys.exit(1)", "failed", "relative error"),
-    "package missing": ("print('not installed: diffusers'); sys.exit(3)", "left out", "not installed: diffusers"),
+    "kernel wrong": (
+        "unit('a'); print('1 of 2 failed: check: relative error'); sys.exit(1)",
+        "failed",
+        "relative error",
+    ),
+    "package missing": (
+        "print('not installed: diffusers'); sys.exit(3)",
+        "left out",
+        "not installed: diffusers",
+    ),
     "no device": ("print('no CUDA device'); sys.exit(5)", "no device", "no CUDA device"),
-    "too slow": ("unit('a'); unit('hangs', lambda: time.sleep(60))", "out of time", "hangs: stopped after"),
-    "killed": ("unit('a'); unit('dies', lambda: os.kill(os.getpid(), 9)); unit('b')", "failed", "dies: was killed (SIGKILL)"),
-    "disk full": ("unit('a'); print('rows.jsonl cannot be written: the disk is full'); sys.exit(1)", "failed", "the disk is full"),
+    "too slow": (
+        "unit('a'); unit('hangs', lambda: time.sleep(60))",
+        "out of time",
+        "hangs: stopped after",
+    ),
+    "killed": (
+        "unit('a'); unit('dies', lambda: os.kill(os.getpid(), 9)); unit('b')",
+        "failed",
+        "dies: was killed (SIGKILL)",
+    ),
+    "disk full": (
+        "unit('a'); print('rows.jsonl cannot be written: the disk is full'); sys.exit(1)",
+        "failed",
+        "the disk is full",
+    ),
     "syntax error": ("import no_such_module", "failed", "No module named 'no_such_module'"),
     "dies at once": ("os.kill(os.getpid(), 11)", "failed", "was killed (SIGSEGV)"),
 }
@@ -218,26 +303,46 @@ def test_a_planted_fault_costs_its_step_alone_and_is_named_on_the_last_page(
 ) -> None:
     body, status, said = FAULTS[fault]
     seconds = 9.0 if fault == "too slow" else 90.0
-    monkeypatch.setattr(bench_all, "STEPS", tuple(bench_all.Step(one.name, one.title, 60, 0.5) for one in bench_all.STEPS))
+    monkeypatch.setattr(
+        bench_all,
+        "STEPS",
+        tuple(bench_all.Step(one.name, one.title, 60, 0.5) for one in bench_all.STEPS),
+    )
     chosen = [step, next(name for name in NAMES if name != step)]
-    _, page = run_all(tmp_path, monkeypatch, {step: body}, "--seconds", str(seconds), "--only", *chosen)
+    _, page = run_all(
+        tmp_path, monkeypatch, {step: body}, "--seconds", str(seconds), "--only", *chosen
+    )
     assert f"| {status} |" in line_of(page, step)
     assert said in line_of(page, step)
     assert "| done |" in line_of(page, chosen[1])
     assert "2 rows" in line_of(page, chosen[1])
 
 
-def test_a_step_goes_on_in_a_new_process_without_the_unit_that_it_died_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_goes_on_in_a_new_process_without_the_unit_that_it_died_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = "unit('a'); unit('dies', lambda: os.kill(os.getpid(), 9)); unit('b'); print('all of it')"
     code, page = run_all(tmp_path, monkeypatch, {"speed": body}, "--only", "speed")
     assert code == 1
     assert "2 rows; dies: was killed (SIGKILL)" in line_of(page, "speed")
 
 
-def test_later_steps_are_dropped_when_no_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_all, "STEPS", tuple(bench_all.Step(one.name, one.title, 60, 2.0) for one in bench_all.STEPS))
+def test_later_steps_are_dropped_when_no_time_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        bench_all,
+        "STEPS",
+        tuple(bench_all.Step(one.name, one.title, 60, 2.0) for one in bench_all.STEPS),
+    )
     begin = time.monotonic()
-    code, page = run_all(tmp_path, monkeypatch, dict.fromkeys(NAMES, "unit('hangs', lambda: time.sleep(60))"), "--seconds", "5")
+    code, page = run_all(
+        tmp_path,
+        monkeypatch,
+        dict.fromkeys(NAMES, "unit('hangs', lambda: time.sleep(60))"),
+        "--seconds",
+        "5",
+    )
     assert time.monotonic() - begin < 12
     assert "| out of time |" in line_of(page, NAMES[0])
     assert "| dropped | 0 | 0 rows; no time was left" in line_of(page, NAMES[-1])
@@ -264,7 +369,9 @@ sys.exit(bench_all.main(["--out", {str(tmp_path)!r}, "--work", {str(tmp_path / "
     assert (tmp_path / "page.md").exists()
 
 
-def test_what_a_step_leaves_behind_is_ended_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_step_leaves_behind_is_ended_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pids = tmp_path / "pid"
     body = f"""
 import subprocess
@@ -293,16 +400,22 @@ def test_a_relative_folder_is_the_callers(tmp_path: Path, monkeypatch: pytest.Mo
     assert options.earlier == [tmp_path / "one", tmp_path / "two"]
 
 
-def test_a_process_that_dies_before_its_unit_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_process_that_dies_before_its_unit_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a step whose units run in processes of their own."""
     context = context_of(tmp_path)
     context.command = [sys.executable, "-c", "raise SystemExit(7)"]
     step = Step("correct", "a step", 10, 1, parallel=True)
     assert bench_steps.run_units(step, [Unit("one", rows({}))], context) == FAILED
-    assert capsys.readouterr().out.splitlines()[-1] == "1 of 1 failed: one: its process ended with 7"
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == "1 of 1 failed: one: its process ended with 7"
+    )
 
 
-def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert bench_all.main(["--out", str(tmp_path / "file" / "out")]) == 2
     assert "bench.py all: cannot make" in capsys.readouterr().err

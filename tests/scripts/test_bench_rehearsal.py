@@ -1,4 +1,6 @@
-"""The whole of `bench.py all` on a CPU: as it is, on a bare machine, and with a fault planted in each of several steps."""
+"""The whole of `bench.py all` on a CPU: as it is, on a bare machine, and with a fault planted in
+each of several steps.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
+]
 
 # Runs in every process of the command, before anything else.
 PLANT = """
@@ -54,18 +59,49 @@ if step == "tiles":
     tune.tried = tried
 """
 # Packages that a machine for measuring may lack.
-BARE = ("av", "ftfy", "diffusers", "optimum", "transformers", "tokenizers", "safetensors", "huggingface_hub", "psutil", "typer", "rich")
+BARE = (
+    "av",
+    "ftfy",
+    "diffusers",
+    "optimum",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "psutil",
+    "typer",
+    "rich",
+)
 
 
 def run(out: Path, *arguments: str, plant: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET", "LOWVRAM_BACKEND")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "TRITON_INTERPRET", "LOWVRAM_BACKEND")
+    }
     if plant:
         folder = out.parent / "plant"
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(plant)
         environment["PYTHONPATH"] = str(folder)
-    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "all", "--out", str(out), "--work", str(out.parent / "work"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env={**environment, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "bench.py"),
+        "all",
+        "--out",
+        str(out),
+        "--work",
+        str(out.parent / "work"),
+        *arguments,
+    ]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=out.parent,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def lines(out: Path, words: Sequence[str]) -> dict[str, str]:
@@ -78,19 +114,40 @@ def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
     done = run(tmp_path / "out", "--rehearse")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     assert time.monotonic() - begin < 300, "two minutes where nothing else runs"
-    found = lines(tmp_path / "out", ("machine", "correct", "speed", "block", "stream", "demo", "tiles", "more", "ncu"))
+    found = lines(
+        tmp_path / "out",
+        ("machine", "correct", "speed", "block", "stream", "demo", "tiles", "more", "ncu"),
+    )
     for step, line in found.items():
         assert "| done |" in line or (step == "ncu" and "ncu is not installed" in line), line
-    for goal in ("every kernel agrees", "budgets change no bit of the latents", "no peak", "budgets change no bit of the demo"):
+    for goal in (
+        "every kernel agrees",
+        "budgets change no bit of the latents",
+        "no peak",
+        "budgets change no bit of the demo",
+    ):
         assert "| met |" in lines(tmp_path / "out", (goal,))[goal]
     assert (tmp_path / "out" / "demo.mp4").stat().st_size > 1000
     assert "A rehearsal on a CPU" in (tmp_path / "out" / "page.md").read_text(encoding="utf-8")
     assert not (tmp_path / "work").exists() or not list((tmp_path / "work").iterdir())
-    again = run(tmp_path / "again", "--rehearse", "--earlier", str(tmp_path / "out"), "--only", "speed", "block")
+    again = run(
+        tmp_path / "again",
+        "--rehearse",
+        "--earlier",
+        str(tmp_path / "out"),
+        "--only",
+        "speed",
+        "block",
+    )
     assert again.returncode == 0, again.stdout
     assert "lowvram int8: measured before" in again.stdout
-    units = [json.loads(line)["unit"] for line in (tmp_path / "again" / "rows.jsonl").read_text().splitlines()]
-    assert all("SDPA" in unit or unit.startswith("a peer") for unit in units), "only what did not run before is tried again"
+    units = [
+        json.loads(line)["unit"]
+        for line in (tmp_path / "again" / "rows.jsonl").read_text().splitlines()
+    ]
+    assert all("SDPA" in unit or unit.startswith("a peer") for unit in units), (
+        "only what did not run before is tried again"
+    )
 
 
 def test_a_fault_costs_its_step_alone(tmp_path: Path) -> None:
@@ -118,7 +175,9 @@ def test_a_fault_costs_its_step_alone(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("bare", [True, False])
 def test_without_a_gpu_every_step_says_so_and_none_a_traceback(tmp_path: Path, bare: bool) -> None:
-    hidden = f"import sys\nif 'step' in sys.orig_argv:\n    sys.modules.update(dict.fromkeys({BARE!r}))"
+    hidden = (
+        f"import sys\nif 'step' in sys.orig_argv:\n    sys.modules.update(dict.fromkeys({BARE!r}))"
+    )
     done = run(tmp_path / "out", plant=hidden if bare else "")
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr

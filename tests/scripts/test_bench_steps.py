@@ -22,7 +22,16 @@ from bench_steps import Context, LeftOut
 
 def context_of(folder: Path, rehearse: bool = True) -> Context:
     command = [sys.executable, "-c", "pass"]
-    return Context(Results(folder, "now"), folder, folder / "work", time.monotonic() + 60, rehearse, "I", {}, command)
+    return Context(
+        Results(folder, "now"),
+        folder,
+        folder / "work",
+        time.monotonic() + 60,
+        rehearse,
+        "I",
+        {},
+        command,
+    )
 
 
 @pytest.fixture
@@ -39,12 +48,22 @@ def test_a_gpu_is_described(cuda: None, tmp_path: Path, monkeypatch: pytest.Monk
     assert versions["torch"] == torch.__version__
     assert versions["sageattention"] == "not installed"
     assert set(tools) == {"name", "ncu", "nsys", "cc", "gcc", "ptxas"}
-    assert (device["capability"], device["sms"], device["l2_mb"], device["free_gb"]) == ("9.0", 132, 50.0, 70.0)
+    assert (device["capability"], device["sms"], device["l2_mb"], device["free_gb"]) == (
+        "9.0",
+        132,
+        50.0,
+        70.0,
+    )
     assert "580.1" in device["driver"]
 
 
-@pytest.mark.parametrize(("code", "said", "driver"), [(0, "580.1, 1980 MHz, 700.00 W\n", "580.1, 1980 MHz, 700.00 W"), (9, "", "unknown")])
-def test_the_driver_is_asked_and_nothing_else(code: int, said: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "said", "driver"),
+    [(0, "580.1, 1980 MHz, 700.00 W\n", "580.1, 1980 MHz, 700.00 W"), (9, "", "unknown")],
+)
+def test_the_driver_is_asked_and_nothing_else(
+    code: int, said: str, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -60,8 +79,12 @@ def test_the_driver_is_asked_and_nothing_else(code: int, said: str, driver: str,
 def test_the_link_is_measured_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(bench_machine, "LINK_BYTES", 1000)
-    monkeypatch.setattr(bench_machine.torch, "empty", lambda size, dtype, **_: empty(size, dtype=dtype))
-    monkeypatch.setattr(bench_machine, "measure", lambda run, repeats: (run(0), (1e-3, 1e-3, 1e-3))[1])
+    monkeypatch.setattr(
+        bench_machine.torch, "empty", lambda size, dtype, **_: empty(size, dtype=dtype)
+    )
+    monkeypatch.setattr(
+        bench_machine, "measure", lambda run, repeats: (run(0), (1e-3, 1e-3, 1e-3))[1]
+    )
     there, back = bench_machine.link(context_of(tmp_path, rehearse=False))
     assert there == {"name": "link host to device", "rate": 1.0, "unit": "GB/s"}
     assert back["name"] == "link device to host"
@@ -104,9 +127,14 @@ def fake_ncu(folder: Path, monkeypatch: pytest.MonkeyPatch, code: int = 0, text:
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def test_the_slowest_attention_and_linear_are_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slowest_attention_and_linear_are_profiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slowest = bench_ncu.slowest_of(ROWS)
-    assert [(row["op"], row["median_ms"]) for row in slowest] == [("attention", 5.0), ("linear o +=", 2.0)]
+    assert [(row["op"], row["median_ms"]) for row in slowest] == [
+        ("attention", 5.0),
+        ("linear o +=", 2.0),
+    ]
     fake_ncu(tmp_path, monkeypatch)
     (row,) = bench_ncu.profiled(slowest[0], context_of(tmp_path))
     assert row["metrics"] == {"Compute (SM) Throughput": "61.5 %", "Achieved Occupancy": "12.4 %"}
@@ -115,8 +143,16 @@ def test_the_slowest_attention_and_linear_are_profiled(tmp_path: Path, monkeypat
     assert "--launch attention 8 keys, lowvram int8, PV int8" in arguments
 
 
-def test_an_ncu_that_may_not_read_counters_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_ncu(tmp_path, monkeypatch, 1, "#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM - The user does not have permission'\nexit {code}\n")
+def test_an_ncu_that_may_not_read_counters_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_ncu(
+        tmp_path,
+        monkeypatch,
+        1,
+        "#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM - The user does not have "
+        "permission'\nexit {code}\n",
+    )
     with pytest.raises(LeftOut, match="ERR_NVGPUCTRPERM"):
         list(bench_ncu.profiled(ROWS[3], context_of(tmp_path)))
 
@@ -142,7 +178,13 @@ def test_peers_that_are_not_installed_are_named(tmp_path: Path) -> None:
 def test_true_shapes_are_those_of_a14b(tmp_path: Path) -> None:
     context = context_of(tmp_path, rehearse=False)
     shapes = bench_speed.Shapes.of(context)
-    assert (shapes.device, shapes.tokens, shapes.heads, shapes.dim, shapes.ffn) == ("cuda", 32760, 40, 5120, 13824)
+    assert (shapes.device, shapes.tokens, shapes.heads, shapes.dim, shapes.ffn) == (
+        "cuda",
+        32760,
+        40,
+        5120,
+        13824,
+    )
     assert shapes.linears["ffn.2 +="] == (5120, 13824)
     warm = bench_speed.Shapes.of(context, warm=True)
     assert warm.tokens % 16 == shapes.tokens % 16 == 8, "the compiler may count on nothing else"

@@ -1,4 +1,6 @@
-"""The streaming benchmark runs from end to end on a CPU at toy sizes: its rows, files and complaints."""
+"""The streaming benchmark runs from end to end on a CPU at toy sizes: its rows, files and
+complaints.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,18 @@ LAYERS = 24  # their slots take more than decoding does
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store of 24 blocks per expert."""
-    with random_store.write_random_store(tmp_path_factory.mktemp("deep") / "store", tiny_config(num_layers=LAYERS)) as store:
+    with random_store.write_random_store(
+        tmp_path_factory.mktemp("deep") / "store", tiny_config(num_layers=LAYERS)
+    ) as store:
         yield store
 
 
 def least_vram_bytes(store: Store) -> int:
     """What decoding takes anyway: too little for all of `deep`."""
     pipeline = BenchPipeline(store, CPU, 2 * GIB, 16 * GIB, HOST)
-    return plan_of(pipeline, bench_stream.request_of(pipeline, (64, 64), 9, 4), Choice(64, 2, 0, 0, False)).peak_vram_bytes
+    return plan_of(
+        pipeline, bench_stream.request_of(pipeline, (64, 64), 9, 4), Choice(64, 2, 0, 0, False)
+    ).peak_vram_bytes
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +82,18 @@ def rows(deep: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[St
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store of four blocks per expert."""
-    with random_store.write_random_store(tmp_path_factory.mktemp("small") / "store", tiny_config(num_layers=4)) as store:
+    with random_store.write_random_store(
+        tmp_path_factory.mktemp("small") / "store", tiny_config(num_layers=4)
+    ) as store:
         yield store
 
 
-def measured(store: Store, output: Path, *budgets: tuple[int, int], only: str = "lowvram", steps: int = 4) -> list[StreamRow]:
-    return bench_stream.run(store, store.config, [Case((64, 64), 9, steps, budgets)], CPU, output, only)
+def measured(
+    store: Store, output: Path, *budgets: tuple[int, int], only: str = "lowvram", steps: int = 4
+) -> list[StreamRow]:
+    return bench_stream.run(
+        store, store.config, [Case((64, 64), 9, steps, budgets)], CPU, output, only
+    )
 
 
 def in_file(output: Path) -> list[StreamRow]:
@@ -136,7 +148,8 @@ def test_csv_and_plots_show_what_was_measured(rows: tuple[list[StreamRow], Path]
     bars = ElementTree.parse(folder / "stream-cpu.svg").getroot().findall(".//{*}rect")
     assert len(bars) == 1 + sum(row.step_s is not None for row in found)
     timeline = ElementTree.parse(folder / "stream-cpu-timeline-64x64.svg").getroot()
-    assert len(timeline.findall(".//{*}rect[@y='70']")) == 60  # a bar for each of the last visits, resident or not
+    # a bar for each of the last visits, resident or not
+    assert len(timeline.findall(".//{*}rect[@y='70']")) == 60
 
 
 def test_a_run_in_parts_keeps_the_rows_of_every_part(small: Store, tmp_path: Path) -> None:
@@ -154,10 +167,14 @@ def test_a_run_in_parts_keeps_the_rows_of_every_part(small: Store, tmp_path: Pat
     assert len(bars) == 1 + 3
 
 
-def test_rows_of_another_commit_are_kept_under_its_name(small: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_another_commit_are_kept_under_its_name(
+    small: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "stream"
     for number, name in enumerate(("stream-abc1234.csv", "stream-abc1234-2.csv")):
-        old = StreamRow("lowvram int8", "64x64", 9, 48, 4, 4, step_s=float(number), commit="abc1234")
+        old = StreamRow(
+            "lowvram int8", "64x64", 9, 48, 4, 4, step_s=float(number), commit="abc1234"
+        )
         bench_stream.write_csv(output.with_suffix(".csv"), [old])
         before = output.with_suffix(".csv").read_bytes()
         found = measured(small, output, (MIB, 16 * GIB))
@@ -166,25 +183,60 @@ def test_rows_of_another_commit_are_kept_under_its_name(small: Store, tmp_path: 
         assert f"kept as {name}" in capsys.readouterr().out
 
 
-def test_a_plan_is_measured_once_and_named_by_the_rows_that_share_it(small: Store, tmp_path: Path) -> None:
-    first, same, other = measured(small, tmp_path / "stream", (2 * GIB, 16 * GIB), (3 * GIB, 16 * GIB), (MIB, 16 * GIB))
+def test_a_plan_is_measured_once_and_named_by_the_rows_that_share_it(
+    small: Store, tmp_path: Path
+) -> None:
+    first, same, other = measured(
+        small, tmp_path / "stream", (2 * GIB, 16 * GIB), (3 * GIB, 16 * GIB), (MIB, 16 * GIB)
+    )
     assert first.step_s is not None
     assert same.note == f"not measured: same plan as {first.budgets}"
     assert same == replace(
-        first, note=same.note, vram_budget_gb=3 * GIB / 1e9, **dict.fromkeys(NUMBERS), steps_s="", latents_sha256="", rates=""
+        first,
+        note=same.note,
+        vram_budget_gb=3 * GIB / 1e9,
+        **dict.fromkeys(NUMBERS),
+        steps_s="",
+        latents_sha256="",
+        rates="",
     )
     assert "too little" in other.note
     assert stream_rows.problems([first, same, other]) == []
 
 
 NUMBERS = (
-    *("resident", "ring", "host", "pinned", "chunk", "joint", "step_s", "switch_s", "block_s", "stall_s", "switch_stall_s", "overhead"),
-    *("peak_vram_gb", "planned_vram_gb", "peak_rss_gb", "planned_ram_gb", "predicted_s", "predicted_switch_stall_s", "disk_gb_s"),
+    *(
+        "resident",
+        "ring",
+        "host",
+        "pinned",
+        "chunk",
+        "joint",
+        "step_s",
+        "switch_s",
+        "block_s",
+        "stall_s",
+        "switch_stall_s",
+        "overhead",
+    ),
+    *(
+        "peak_vram_gb",
+        "planned_vram_gb",
+        "peak_rss_gb",
+        "planned_ram_gb",
+        "predicted_s",
+        "predicted_switch_stall_s",
+        "disk_gb_s",
+    ),
 )
 
 
-def test_a_plan_that_was_left_is_named_and_fails_the_benchmark(small: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One copy finds no memory, as where another program has taken it: the row is that of the plan the run ended with."""
+def test_a_plan_that_was_left_is_named_and_fails_the_benchmark(
+    small: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One copy finds no memory, as where another program has taken it: the row is that of the plan
+    the run ended with.
+    """
     copies = [0]
 
     class Crowded(TimedHost):
@@ -204,8 +256,12 @@ def test_a_plan_that_was_left_is_named_and_fails_the_benchmark(small: Store, tmp
     assert in_file(tmp_path / "stream") == [row]
 
 
-def test_a_failing_row_ends_no_other(small: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The resident row fails, so that nothing has an overhead; a provider of diffusers fails, too, which is no fault of lowvram's."""
+def test_a_failing_row_ends_no_other(
+    small: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resident row fails, so that nothing has an overhead; a provider of diffusers fails, too,
+    which is no fault of lowvram's.
+    """
     latents = BenchPipeline.latents
 
     def failing(self: BenchPipeline, run: bench_stream.TimedRun) -> torch.Tensor:
@@ -218,27 +274,40 @@ def test_a_failing_row_ends_no_other(small: Store, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(BenchPipeline, "latents", failing)
     monkeypatch.setattr(diffusers_model, "quantize_weights", unfit)
-    broken, fine, *others = measured(small, tmp_path / "stream", (2 * GIB, 16 * GIB), (3 * GIB, 16 * GIB), only="")
+    broken, fine, *others = measured(
+        small, tmp_path / "stream", (2 * GIB, 16 * GIB), (3 * GIB, 16 * GIB), only=""
+    )
     assert broken.note == "failed: RuntimeError: no such kernel"
     assert broken.step_s is None
     assert fine.step_s is not None
     assert (fine.overhead, fine.note) == (None, "")
     assert [row.step_s is None for row in others] == [False, True, True]
     assert others[2].note == "not measured: NotImplementedError: not for this model"
-    assert stream_rows.problems([broken, fine, *others]) == [f"64x64 within {broken.budgets}: {broken.note}"]
+    assert stream_rows.problems([broken, fine, *others]) == [
+        f"64x64 within {broken.budgets}: {broken.note}"
+    ]
 
 
 def test_all_of_lowvram_is_measured_before_any_baseline(small: Store, tmp_path: Path) -> None:
     cases = [Case(size, 5, 2, [(2 * GIB, 16 * GIB)]) for size in ((64, 64), (32, 64))]
     found = bench_stream.run(small, small.config, cases, CPU, tmp_path / "stream")
     order = [(row.provider.split()[0], row.size) for row in found]
-    assert order == [("lowvram", "64x64"), ("lowvram", "32x64"), *3 * [("diffusers", "64x64")], *3 * [("diffusers", "32x64")]]
+    assert order == [
+        ("lowvram", "64x64"),
+        ("lowvram", "32x64"),
+        *3 * [("diffusers", "64x64")],
+        *3 * [("diffusers", "32x64")],
+    ]
     assert [row.size for row in in_file(tmp_path / "stream")] == 4 * ["64x64"] + 4 * ["32x64"]
 
 
 @pytest.mark.parametrize("slow", ["copy", "read"])
-def test_stalls_are_seen_and_resident_blocks_have_bars_of_their_own(small: Store, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
-    """Two of four blocks stay; a slow link or a slow disk holds up the two that share a slot in every pass, the others once per expert."""
+def test_stalls_are_seen_and_resident_blocks_have_bars_of_their_own(
+    small: Store, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    """Two of four blocks stay; a slow link or a slow disk holds up the two that share a slot in
+    every pass, the others once per expert.
+    """
     delay_s = 0.2  # many times what a block computes, also beside other tests
 
     class Delayed(TimedHost):
@@ -257,26 +326,41 @@ def test_stalls_are_seen_and_resident_blocks_have_bars_of_their_own(small: Store
     request = bench_stream.request_of(pipeline, (64, 64), 9, 4)
     plan = plan_of(pipeline, request, Choice(64, 1, 2, 0, False))
     values, timeline = bench_stream._measure(pipeline, request, plan, CPU)
-    assert [visit.component for visit in timeline.visits] == 16 * ["high_noise"] + 16 * ["low_noise"]
+    assert [visit.component for visit in timeline.visits] == 16 * ["high_noise"] + 16 * [
+        "low_noise"
+    ]
     assert [visit.index for visit in timeline.visits] == 8 * [0, 1, 2, 3]
     moments = [moment for visit in timeline.visits for moment in visit[2:]]
     assert moments == sorted(moments)
     stay, _ = tiers(4, 2, 0)
-    settled = [visit.stall_s for visit in timeline.visits[4:16] + timeline.visits[20:] if visit.index in stay]
+    settled = [
+        visit.stall_s
+        for visit in timeline.visits[4:16] + timeline.visits[20:]
+        if visit.index in stay
+    ]
     assert max(settled) < delay_s / 2
-    high, low = ([visit.stall_s for visit in timeline.visits if visit.component == name] for name in ("high_noise", "low_noise"))
+    high, low = (
+        [visit.stall_s for visit in timeline.visits if visit.component == name]
+        for name in ("high_noise", "low_noise")
+    )
     assert values["switch_stall_s"] == pytest.approx(sum(low[:8]))
     assert values["stall_s"] == pytest.approx(sum(high[8:]) + sum(low))
-    # Six passes of two loads, and two more at the switch: computing, some milliseconds a block, hides less than half of each.
+    # Six passes of two loads, and two more at the switch: computing, some milliseconds a block,
+    # hides less than half of each.
     assert 14 * delay_s / 2 < values["stall_s"] < sum(map(float, values["steps_s"].split()))
     assert 6 * delay_s / 2 < values["switch_stall_s"]
     drawn = ElementTree.fromstring(timeline_plot(timeline, "a test"))
-    bars = [(float(bar.attrib["x"]), float(bar.attrib["width"])) for bar in drawn.findall(".//{*}rect[@y='70']")]
+    bars = [
+        (float(bar.attrib["x"]), float(bar.attrib["width"]))
+        for bar in drawn.findall(".//{*}rect[@y='70']")
+    ]
     assert len(bars) == 32
     gaps = [after - (x + width) for (x, width), (after, _) in pairwise(bars)]
     scale = 960 / (timeline.visits[-1].end_s - timeline.visits[0].asked_s)
     longest = max(range(1, 32), key=lambda number: timeline.visits[number].stall_s)
-    assert gaps[longest - 1] == pytest.approx((timeline.visits[longest].start_s - timeline.visits[longest - 1].end_s) * scale, abs=0.5)
+    assert gaps[longest - 1] == pytest.approx(
+        (timeline.visits[longest].start_s - timeline.visits[longest - 1].end_s) * scale, abs=0.5
+    )
     assert gaps[longest - 1] > delay_s / 2 * scale
 
 
@@ -284,7 +368,9 @@ def test_a_stream_of_no_visits_has_no_timeline() -> None:
     assert TimedHost().timeline() == Timeline()
 
 
-def test_the_switch_is_in_the_middle_of_the_steps(rows: tuple[list[StreamRow], Path], tmp_path: Path) -> None:
+def test_the_switch_is_in_the_middle_of_the_steps(
+    rows: tuple[list[StreamRow], Path], tmp_path: Path
+) -> None:
     from lowvram.sampling.denoise import block_schedule
     from lowvram.sampling.schedule import make_schedule
 
@@ -292,11 +378,17 @@ def test_the_switch_is_in_the_middle_of_the_steps(rows: tuple[list[StreamRow], P
         pipeline = BenchPipeline(store, CPU, 2 * GIB, 16 * GIB, HOST)
         for steps in (2, 3, 4, 8):
             request = bench_stream.request_of(pipeline, (64, 64), 9, steps)
-            visits = block_schedule(make_schedule("unipc", steps, request.shift), request, 1, True, 0)
-            assert [name for name, _ in visits] == ["high_noise"] * (steps // 2) + ["low_noise"] * (steps - steps // 2)
+            visits = block_schedule(
+                make_schedule("unipc", steps, request.shift), request, 1, True, 0
+            )
+            assert [name for name, _ in visits] == ["high_noise"] * (steps // 2) + ["low_noise"] * (
+                steps - steps // 2
+            )
 
 
-def test_other_bits_and_exceeded_plans_are_complained_about(rows: tuple[list[StreamRow], Path]) -> None:
+def test_other_bits_and_exceeded_plans_are_complained_about(
+    rows: tuple[list[StreamRow], Path],
+) -> None:
     first, second = rows[0][0], replace(rows[0][1], latents_sha256="0" * 64, peak_vram_gb=1e3)
     changed, above = stream_rows.problems([first, second])
     assert "64x64: the budgets changed the latents" in changed
@@ -306,7 +398,10 @@ def test_other_bits_and_exceeded_plans_are_complained_about(rows: tuple[list[Str
 def test_the_store_of_true_shapes_holds_both_experts() -> None:
     from lowvram.store.layout import component_layout
 
-    layouts = [component_layout(name, random_store.bench_config(40), "int8") for name in ("high_noise", "low_noise", "text_encoder", "vae")]
+    layouts = [
+        component_layout(name, random_store.bench_config(40), "int8")
+        for name in ("high_noise", "low_noise", "text_encoder", "vae")
+    ]
     assert layouts[0].block_bytes == component_layout("high_noise", T2V_A14B, "int8").block_bytes
     assert sum(layout.total_bytes for layout in layouts) == pytest.approx(29.9e9, rel=0.02)
     options = bench_commands.make_parser().parse_args(["stream"])
@@ -316,7 +411,9 @@ def test_the_store_of_true_shapes_holds_both_experts() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_one_line_says_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_one_line_says_that_nothing_was_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert bench_commands.main(["stream", "--layers", "1"]) == 1
     said = capsys.readouterr().out.strip()
     assert "no CUDA device here, nothing was measured" in said
@@ -327,7 +424,9 @@ def test_without_a_gpu_one_line_says_that_nothing_was_measured(capsys: pytest.Ca
 def test_the_whole_command_can_be_rehearsed_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As on a GPU but for the gate of tests: store, rates, rows of both sizes, baselines, plots and goals, under the processor's name."""
+    """As on a GPU but for the gate of tests: store, rates, rows of both sizes, baselines, plots and
+    goals, under the processor's name.
+    """
     monkeypatch.setattr(bench_stream, "bench_config", lambda layers: tiny_config(num_layers=layers))
     monkeypatch.setattr(stream_rows, "processor", lambda: "An Old CPU @ 2.0GHz")
     sizes = ["--sizes", "64x64", "32x64", "--frames", "9", "--steps", "2", "--layers", "2"]
@@ -362,15 +461,22 @@ def test_the_whole_command_can_be_rehearsed_on_a_cpu(
         assert (tmp_path / f"{output.name}-timeline-{size}.svg").exists()
     said = capsys.readouterr().out
     assert "goal not measured: 832x480 x 81, 40 layers: " in said
-    assert said.count("\ngoal ") == 2 * (len(stream_goals.GOALS) - 1) + 2 * len(stream_goals.GOALS) - 1
+    assert (
+        said.count("\ngoal ") == 2 * (len(stream_goals.GOALS) - 1) + 2 * len(stream_goals.GOALS) - 1
+    )
     assert "A rehearsal on a CPU" in output.with_suffix(".md").read_text(encoding="utf-8")
     assert bench_commands.REHEARSAL != bench_commands.OUTPUT
 
 
 def test_a_slow_link_misses_the_goal_of_overhead_and_is_shown(
-    small: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Both runs wait for each block once per expert; the second, which keeps none, for all of them in every pass."""
+    """Both runs wait for each block once per expert; the second, which keeps none, for all of them
+    in every pass.
+    """
 
     class Slow(TimedHost):
         def copy(self, host: torch.Tensor, slot: torch.Tensor, after: object | None) -> None:
@@ -378,7 +484,13 @@ def test_a_slow_link_misses_the_goal_of_overhead_and_is_shown(
             super().copy(host, slot, after)
 
     def plan(self: BenchPipeline, request: Request) -> MemoryPlan:
-        return plan_of(self, request, Choice(64, 0, 4, 0, False) if self.vram_bytes == 2 * GIB else Choice(64, 2, 0, 0, False))
+        return plan_of(
+            self,
+            request,
+            Choice(64, 0, 4, 0, False)
+            if self.vram_bytes == 2 * GIB
+            else Choice(64, 2, 0, 0, False),
+        )
 
     monkeypatch.setattr(bench_stream, "TimedHost", Slow)
     monkeypatch.setattr(BenchPipeline, "plan", plan)
@@ -386,79 +498,248 @@ def test_a_slow_link_misses_the_goal_of_overhead_and_is_shown(
     assert streamed.overhead is not None
     assert streamed.overhead > 0.02
     clip = "64x64 x 9, 4 layers, 4 steps: "
-    assert f"goal missed: {clip}streamed runs take at most 2% longer than everything resident: +" in capsys.readouterr().out
+    assert (
+        f"goal missed: {clip}streamed runs take at most 2% longer than everything resident: +"
+        in capsys.readouterr().out
+    )
     assert stream_rows.problems([resident, streamed]) == []
     picture = stream_goals.picture_of(tmp_path / "stream", "overhead", streamed)
     assert len(ElementTree.parse(picture).getroot().findall(".//{*}rect[@y='70']")) == 4 * 2 * 4
     text = (tmp_path / "stream.md").read_text(encoding="utf-8")
-    assert f"| missed | {streamed.overhead:+.1%} within {streamed.budgets} | [{picture.name}]({picture.name}) |" in text
+    assert (
+        f"| missed | {streamed.overhead:+.1%} within {streamed.budgets} | "
+        f"[{picture.name}]({picture.name}) |" in text
+    )
 
 
 def row_of(vram: float, ram: float = 16.0, **changes: Any) -> StreamRow:
     """A row of 720p that meets every goal."""
     values: dict[str, Any] = {
-        "resident": 10, "step_s": 10.0, "overhead": 0.01, "block_s": 0.1, "switch_stall_s": 0.05, "peak_vram_gb": vram - 0.1,
-        "peak_rss_gb": ram - 0.5, "predicted_s": 10.5, "rates": "measured", "disk_gb_s": 3.0, "latents_sha256": "ab",
-    }  # fmt: skip
+        "resident": 10,
+        "step_s": 10.0,
+        "overhead": 0.01,
+        "block_s": 0.1,
+        "switch_stall_s": 0.05,
+        "peak_vram_gb": vram - 0.1,
+        "peak_rss_gb": ram - 0.5,
+        "predicted_s": 10.5,
+        "rates": "measured",
+        "disk_gb_s": 3.0,
+        "latents_sha256": "ab",
+    }
     return StreamRow("lowvram int8", "1280x720", 81, 75600, 40, 4, vram, ram, **(values | changes))
 
 
 RESIDENT = row_of(130.0, 40.0, resident=40, overhead=0.0)
 DIFFUSERS = StreamRow(stream_goals.BF16_RESIDENT, "1280x720", 81, 75600, 40, 4, step_s=12.0)
-REFUSED = StreamRow("lowvram int8", "1280x720", 81, 75600, 40, 4, 6.0, 6.0, note="not measured: VRAM of 6 GB is too little")
-SAME = StreamRow("lowvram int8", "1280x720", 81, 75600, 40, 4, 6.0, 6.0, note="not measured: same plan as 8.0 + 16.0 GB")
-FELL = row_of(6.0, 6.0, overhead=None, peak_vram_gb=9.0, peak_rss_gb=9.0, note="the plan did not hold: ring_slots 2 -> 1")
+REFUSED = StreamRow(
+    "lowvram int8",
+    "1280x720",
+    81,
+    75600,
+    40,
+    4,
+    6.0,
+    6.0,
+    note="not measured: VRAM of 6 GB is too little",
+)
+SAME = StreamRow(
+    "lowvram int8",
+    "1280x720",
+    81,
+    75600,
+    40,
+    4,
+    6.0,
+    6.0,
+    note="not measured: same plan as 8.0 + 16.0 GB",
+)
+FELL = row_of(
+    6.0,
+    6.0,
+    overhead=None,
+    peak_vram_gb=9.0,
+    peak_rss_gb=9.0,
+    note="the plan did not hold: ring_slots 2 -> 1",
+)
 GOOD = [RESIDENT, row_of(8.0), row_of(6.0, 6.0), DIFFUSERS]
 JUDGED: dict[str, tuple[str, list[StreamRow], str, str, int | None]] = {
     # what is the case: (goal, rows, result, what the number says, which row decides)
     "overhead": ("overhead", GOOD, MET, "+1.0% within 8.0 + 16.0 GB, the worst of 2", 1),
-    "one overhead": ("overhead", [*GOOD, row_of(12.0, overhead=0.021)], MISSED, "+2.1% within 12.0 + 16.0 GB, the worst of 3", 4),
-    "nothing resident": ("overhead", [row_of(8.0, overhead=None)], UNKNOWN, "no streamed row beside one with everything resident", None),
-    "nothing streamed": ("overhead", [RESIDENT, row_of(24.0, resident=40)], UNKNOWN, "no streamed row", None),
-    "a plan left": ("overhead", [*GOOD, FELL], MET, "the worst of 2; without 1 that failed or left their plan", 1),
-    "a failure": ("overhead", [*GOOD, replace(REFUSED, note="failed: out of memory")], MET, "; without 1 that failed", 1),
-    "6 GB": ("vram", GOOD, MET, "5.900 GB within 6.0 + 6.0 GB, the same bits as within 130.0 + 40.0 GB", 2),
-    "6 GB as 8": ("vram", [RESIDENT, row_of(8.0, peak_vram_gb=5.5), SAME], MET, "5.500 GB within 8.0 + 16.0 GB", 1),
+    "one overhead": (
+        "overhead",
+        [*GOOD, row_of(12.0, overhead=0.021)],
+        MISSED,
+        "+2.1% within 12.0 + 16.0 GB, the worst of 3",
+        4,
+    ),
+    "nothing resident": (
+        "overhead",
+        [row_of(8.0, overhead=None)],
+        UNKNOWN,
+        "no streamed row beside one with everything resident",
+        None,
+    ),
+    "nothing streamed": (
+        "overhead",
+        [RESIDENT, row_of(24.0, resident=40)],
+        UNKNOWN,
+        "no streamed row",
+        None,
+    ),
+    "a plan left": (
+        "overhead",
+        [*GOOD, FELL],
+        MET,
+        "the worst of 2; without 1 that failed or left their plan",
+        1,
+    ),
+    "a failure": (
+        "overhead",
+        [*GOOD, replace(REFUSED, note="failed: out of memory")],
+        MET,
+        "; without 1 that failed",
+        1,
+    ),
+    "6 GB": (
+        "vram",
+        GOOD,
+        MET,
+        "5.900 GB within 6.0 + 6.0 GB, the same bits as within 130.0 + 40.0 GB",
+        2,
+    ),
+    "6 GB as 8": (
+        "vram",
+        [RESIDENT, row_of(8.0, peak_vram_gb=5.5), SAME],
+        MET,
+        "5.500 GB within 8.0 + 16.0 GB",
+        1,
+    ),
     "6 GB are none": ("vram", [RESIDENT, row_of(6.0, peak_vram_gb=6.001)], MISSED, "6.001 GB", 1),
-    "other bits": ("vram", [RESIDENT, row_of(6.0, latents_sha256="cd")], MISSED, "the budgets changed the bits", 1),
+    "other bits": (
+        "vram",
+        [RESIDENT, row_of(6.0, latents_sha256="cd")],
+        MISSED,
+        "the budgets changed the bits",
+        1,
+    ),
     "bits of one": ("vram", [row_of(6.0)], UNKNOWN, "no row of a larger budget", 0),
     "6 GB refused": ("vram", [RESIDENT, REFUSED], MISSED, "no plan: VRAM of 6 GB is too little", 1),
-    "6 GB absent": ("vram", [RESIDENT, row_of(8.0)], UNKNOWN, "no row with a VRAM budget of at most 6 GB", None),
-    "RAM": ("ram", GOOD, MET, "5.50 GB within 6.0 + 6.0 GB (disk 3.00 GB/s, overhead at most +1.0%)", 2),
+    "6 GB absent": (
+        "vram",
+        [RESIDENT, row_of(8.0)],
+        UNKNOWN,
+        "no row with a VRAM budget of at most 6 GB",
+        None,
+    ),
+    "RAM": (
+        "ram",
+        GOOD,
+        MET,
+        "5.50 GB within 6.0 + 6.0 GB (disk 3.00 GB/s, overhead at most +1.0%)",
+        2,
+    ),
     "more RAM": ("ram", [row_of(6.0, 6.0, peak_rss_gb=8.1)], MISSED, "8.10 GB", 0),
-    "RAM as another": ("ram", [row_of(8.0, peak_rss_gb=7.0), SAME], MET, "7.00 GB within 8.0 + 16.0 GB", 0),
-    "RAM absent": ("ram", [RESIDENT, row_of(8.0)], UNKNOWN, "no row with a RAM budget of at most 8 GB", None),
-    "prediction": ("prediction", GOOD, MET, "+5.0% within 130.0 + 40.0 GB, the worst of 3 (10.500 s predicted, 10.000 s measured)", 0),
-    "too fast a prediction": ("prediction", [*GOOD, row_of(24.0, predicted_s=8.9)], MISSED, "-11.0% within 24.0 + 16.0 GB", 4),
-    "prediction of a table": ("prediction", [row_of(8.0, rates="table")], UNKNOWN, "no prediction from this machine's own speeds", None),
-    "switch": ("switch", GOOD, MET, "0.050 s within 130.0 + 40.0 GB, the worst of 3 (0.50 of a block's 0.100 s)", 0),
-    "a long switch": ("switch", [*GOOD, row_of(12.0, switch_stall_s=0.11)], MISSED, "0.110 s within 12.0 + 16.0 GB", 4),
+    "RAM as another": (
+        "ram",
+        [row_of(8.0, peak_rss_gb=7.0), SAME],
+        MET,
+        "7.00 GB within 8.0 + 16.0 GB",
+        0,
+    ),
+    "RAM absent": (
+        "ram",
+        [RESIDENT, row_of(8.0)],
+        UNKNOWN,
+        "no row with a RAM budget of at most 8 GB",
+        None,
+    ),
+    "prediction": (
+        "prediction",
+        GOOD,
+        MET,
+        "+5.0% within 130.0 + 40.0 GB, the worst of 3 (10.500 s predicted, 10.000 s measured)",
+        0,
+    ),
+    "too fast a prediction": (
+        "prediction",
+        [*GOOD, row_of(24.0, predicted_s=8.9)],
+        MISSED,
+        "-11.0% within 24.0 + 16.0 GB",
+        4,
+    ),
+    "prediction of a table": (
+        "prediction",
+        [row_of(8.0, rates="table")],
+        UNKNOWN,
+        "no prediction from this machine's own speeds",
+        None,
+    ),
+    "switch": (
+        "switch",
+        GOOD,
+        MET,
+        "0.050 s within 130.0 + 40.0 GB, the worst of 3 (0.50 of a block's 0.100 s)",
+        0,
+    ),
+    "a long switch": (
+        "switch",
+        [*GOOD, row_of(12.0, switch_stall_s=0.11)],
+        MISSED,
+        "0.110 s within 12.0 + 16.0 GB",
+        4,
+    ),
     "no switch": ("switch", [row_of(8.0, switch_stall_s=None)], UNKNOWN, "no row has both", None),
-    "diffusers": ("diffusers", GOOD, MET, "10.000 s within 130.0 + 40.0 GB, the worst of 3, diffusers 12.000 s", 0),
-    "slower": ("diffusers", [*GOOD, row_of(12.0, step_s=12.5)], MISSED, "12.500 s within 12.0 + 16.0 GB", 4),
+    "diffusers": (
+        "diffusers",
+        GOOD,
+        MET,
+        "10.000 s within 130.0 + 40.0 GB, the worst of 3, diffusers 12.000 s",
+        0,
+    ),
+    "slower": (
+        "diffusers",
+        [*GOOD, row_of(12.0, step_s=12.5)],
+        MISSED,
+        "12.500 s within 12.0 + 16.0 GB",
+        4,
+    ),
     "no diffusers": ("diffusers", [row_of(8.0)], UNKNOWN, "diffusers bf16 resident: no row", None),
-    "diffusers fail": ("diffusers", [row_of(8.0), replace(DIFFUSERS, step_s=None, note="not measured: out of memory")], UNKNOWN,
-                       "diffusers bf16 resident: out of memory", None),
+    "diffusers fail": (
+        "diffusers",
+        [row_of(8.0), replace(DIFFUSERS, step_s=None, note="not measured: out of memory")],
+        UNKNOWN,
+        "diffusers bf16 resident: out of memory",
+        None,
+    ),
     "diffusers alone": ("diffusers", [DIFFUSERS], UNKNOWN, "no row of lowvram's", None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", JUDGED)
 def test_a_goal_is_judged_by_its_worst_row(case: str) -> None:
     name, given, result, number, decides = JUDGED[case]
-    (verdict,) = [verdict for verdict in stream_goals.verdicts(given) if verdict.goal.name == name and verdict.clip.startswith("1280x720")]
+    (verdict,) = [
+        verdict
+        for verdict in stream_goals.verdicts(given)
+        if verdict.goal.name == name and verdict.clip.startswith("1280x720")
+    ]
     assert (verdict.result, verdict.row) == (result, None if decides is None else given[decides])
     assert number in verdict.number
 
 
 def test_goals_of_absent_clips_and_of_fewer_layers_are_not_measured() -> None:
     small = [replace(row, layers=4, resident=1) for row in GOOD]
-    assert {verdict.result for verdict in stream_goals.verdicts(small) if "4 layers, 4 steps" in verdict.clip} == {MET}
+    assert {
+        verdict.result
+        for verdict in stream_goals.verdicts(small)
+        if "4 layers, 4 steps" in verdict.clip
+    } == {MET}
     others = [verdict for verdict in stream_goals.verdicts(small) if "40 layers" in verdict.clip]
     assert [verdict.result for verdict in others] == 11 * [UNKNOWN]
-    assert {verdict.goal.name for verdict in others if verdict.clip.startswith("832")} == {goal.name for goal in stream_goals.GOALS} - {
-        "vram"
-    }
+    assert {verdict.goal.name for verdict in others if verdict.clip.startswith("832")} == {
+        goal.name for goal in stream_goals.GOALS
+    } - {"vram"}
 
 
 def test_every_missed_goal_has_a_picture_of_its_own_row_and_no_picture_outlives_its_miss(
@@ -466,12 +747,22 @@ def test_every_missed_goal_has_a_picture_of_its_own_row_and_no_picture_outlives_
 ) -> None:
     slow, stalled = row_of(12.0, overhead=0.2), row_of(24.0, switch_stall_s=1.0)
     visits = [
-        TimedVisit("high_noise" if number < 100 else "low_noise", number % 40, number, number + 0.2, number + 1) for number in range(200)
+        TimedVisit(
+            "high_noise" if number < 100 else "low_noise",
+            number % 40,
+            number,
+            number + 0.2,
+            number + 1,
+        )
+        for number in range(200)
     ]
     timelines = {row.key: Timeline([(0.0, 0.5)], visits) for row in (slow, stalled)}
     output = tmp_path / "stream"
     stream_goals.report_goals(output, [*GOOD, slow, stalled], timelines)
-    names = {goal: stream_goals.picture_of(output, goal, row).name for goal, row in (("overhead", slow), ("switch", stalled))}
+    names = {
+        goal: stream_goals.picture_of(output, goal, row).name
+        for goal, row in (("overhead", slow), ("switch", stalled))
+    }
     assert {path.name for path in tmp_path.glob("*.svg")} == set(names.values())
     text = output.with_suffix(".md").read_text(encoding="utf-8")
     assert all(f"| [{name}]({name}) |" in text for name in names.values())
@@ -480,11 +771,14 @@ def test_every_missed_goal_has_a_picture_of_its_own_row_and_no_picture_outlives_
     around = stream_goals.around_switch(timelines[slow.key]).visits[-60:]
     assert [visit.component for visit in around] == 30 * ["high_noise"] + 30 * ["low_noise"]
     assert capsys.readouterr().out.count("goal missed: ") == 2
-    # A later call, without these rows' timelines: the overhead is still missed, the switch no longer, and diffusers is now too fast.
+    # A later call, without these rows' timelines: the overhead is still missed, the switch no
+    # longer, and diffusers is now too fast.
     stream_goals.report_goals(output, [*GOOD[:-1], replace(DIFFUSERS, step_s=9.0), slow], {})
     assert {path.name for path in tmp_path.glob("*.svg")} == {names["overhead"]}
     text = output.with_suffix(".md").read_text(encoding="utf-8")
-    assert f"| missed | +20.0% within 12.0 + 16.0 GB, the worst of 3 | [{names['overhead']}]" in text
+    assert (
+        f"| missed | +20.0% within 12.0 + 16.0 GB, the worst of 3 | [{names['overhead']}]" in text
+    )
     assert "diffusers 9.000 s | not kept |" in text
 
 
@@ -492,7 +786,9 @@ def test_the_goals_name_a_provider_that_is_measured() -> None:
     assert stream_goals.BF16_RESIDENT in diffusers_model.baselines(CPU)
 
 
-def test_what_lies_outside_torch_counts_with_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_outside_torch_counts_with_other_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 13 * GIB)

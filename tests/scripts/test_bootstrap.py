@@ -1,4 +1,6 @@
-"""The bootstrap script: what it needs, when it installs, what it hands on. Nothing here touches the real environment."""
+"""The bootstrap script: what it needs, when it installs, what it hands on. Nothing here touches the
+real environment.
+"""
 
 from __future__ import annotations
 
@@ -72,14 +74,18 @@ def test_an_environment_is_made_once(bootstrap: ModuleType, runs: FakeRuns, tmp_
     assert runs.commands == [VENV, PIP]
 
 
-def test_an_unfinished_environment_is_completed(bootstrap: ModuleType, runs: FakeRuns, tmp_path: Path) -> None:
+def test_an_unfinished_environment_is_completed(
+    bootstrap: ModuleType, runs: FakeRuns, tmp_path: Path
+) -> None:
     runs.python.parent.mkdir(parents=True)
     runs.python.touch()
     bootstrap.make_environment(None, tmp_path / "venv")
     assert runs.commands == [PIP]
 
 
-def test_a_failed_installation_is_tried_again(bootstrap: ModuleType, runs: FakeRuns, tmp_path: Path) -> None:
+def test_a_failed_installation_is_tried_again(
+    bootstrap: ModuleType, runs: FakeRuns, tmp_path: Path
+) -> None:
     runs.fails = "pip"
     for _ in range(2):
         with pytest.raises(bootstrap.BootstrapError, match="pip failed"):
@@ -87,7 +93,9 @@ def test_a_failed_installation_is_tried_again(bootstrap: ModuleType, runs: FakeR
     assert runs.commands == [VENV, PIP, PIP]
 
 
-def test_other_requirements_are_installed(bootstrap: ModuleType, runs: FakeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_requirements_are_installed(
+    bootstrap: ModuleType, runs: FakeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bootstrap.make_environment(None, tmp_path / "venv")
     monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
     for name in ("pyproject.toml", "constraints.txt"):
@@ -98,8 +106,16 @@ def test_other_requirements_are_installed(bootstrap: ModuleType, runs: FakeRuns,
     assert runs.commands == [VENV, PIP, PIP, PIP]
 
 
-def test_another_torch_index_is_installed_and_then_kept(bootstrap: ModuleType, runs: FakeRuns, tmp_path: Path) -> None:
-    for index in (None, "https://example.org/cpu", None, "https://example.org/cpu", "https://example.org/cuda"):
+def test_another_torch_index_is_installed_and_then_kept(
+    bootstrap: ModuleType, runs: FakeRuns, tmp_path: Path
+) -> None:
+    for index in (
+        None,
+        "https://example.org/cpu",
+        None,
+        "https://example.org/cpu",
+        "https://example.org/cuda",
+    ):
         bootstrap.make_environment(index, tmp_path / "venv")
     assert runs.commands == [VENV, PIP, PIP, PIP]
 
@@ -111,18 +127,30 @@ def test_a_broken_python_is_noticed(bootstrap: ModuleType, tmp_path: Path) -> No
     assert not bootstrap.works(tmp_path / "text")
 
 
-def test_arguments_and_exit_status_are_handed_on(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_and_exit_status_are_handed_on(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[list[str]] = []
     monkeypatch.setattr(bootstrap, "make_environment", lambda index: Path("python"))
     monkeypatch.setattr(bootstrap, "run", lambda command: seen.append(command) or 7)
     assert bootstrap.main(["demo", "--out", "a b.mp4"]) == 7
     assert bootstrap.main(["run", "--help"]) == 7
     assert bootstrap.main(["setup"]) == 0
-    assert seen == [["python", "-m", "lowvram", "demo", "--out", "a b.mp4"], ["python", "-m", "lowvram", "--help"]]
+    assert seen == [
+        ["python", "-m", "lowvram", "demo", "--out", "a b.mp4"],
+        ["python", "-m", "lowvram", "--help"],
+    ]
 
 
-def test_advice_on_torch_where_pypi_has_the_wrong_build(bootstrap: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    for system, has_gpu, word in (("linux", False, "CPU index"), ("win32", True, "CUDA index"), ("linux", True, ""), ("darwin", False, "")):
+def test_advice_on_torch_where_pypi_has_the_wrong_build(
+    bootstrap: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for system, has_gpu, word in (
+        ("linux", False, "CPU index"),
+        ("win32", True, "CUDA index"),
+        ("linux", True, ""),
+        ("darwin", False, ""),
+    ):
         bootstrap.advise_on_torch(system, has_gpu)
         said = capsys.readouterr().err
         assert word in said
@@ -130,19 +158,31 @@ def test_advice_on_torch_where_pypi_has_the_wrong_build(bootstrap: ModuleType, c
 
 
 def test_wrong_usage_lists_the_commands() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "dance"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "dance"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "lint" in done.stderr
 
 
 def test_constraints_pin_every_direct_requirement() -> None:
-    pins = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line}
+    pins = {
+        line.split("==")[0]
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line
+    }
     wanted = subprocess.run(
-        [sys.executable, "-c", "import importlib.metadata as m; print(*m.requires('lowvram') or [], sep='\\n')"],
+        [
+            sys.executable,
+            "-c",
+            "import importlib.metadata as m; print(*m.requires('lowvram') or [], sep='\\n')",
+        ],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
-    names = {line.split(";")[0].split(">")[0].split("=")[0].strip().replace("_", "-") for line in wanted}
+    names = {
+        line.split(";")[0].split(">")[0].split("=")[0].strip().replace("_", "-") for line in wanted
+    }
     assert {"torch", "pytest"} <= names
     assert names <= pins

@@ -1,4 +1,6 @@
-"""`inspect` describes what people have on disk; `--verify` finds any flipped byte and names its tensor (promise 3)."""
+"""`inspect` describes what people have on disk; `--verify` finds any flipped byte and names its
+tensor (promise 3).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from lowvram.errors import CheckpointError, IntegrityError, UsageError
 from lowvram.store.inspect import inspect_path
 from lowvram.store.manifest import read_manifest
 from lowvram.variants import COMPONENTS
-from tests.helpers.checkpoints import tiny_config, tiny_weights, write_diffusers, write_official, write_store
+from tests.helpers.checkpoints import (
+    tiny_config,
+    tiny_weights,
+    write_diffusers,
+    write_official,
+    write_store,
+)
 
 CONFIG = tiny_config()
 
@@ -46,13 +54,18 @@ def test_p03_every_tensor_has_its_hash_in_the_manifest(pristine: Path) -> None:
     for component in COMPONENTS:
         path = pristine / f"{component}.safetensors"
         content, header = path.read_bytes(), read_header(path)
-        expected = {name: hashlib.sha256(content[info.start : info.end]).hexdigest() for name, info in header.tensors.items()}
+        expected = {
+            name: hashlib.sha256(content[info.start : info.end]).hexdigest()
+            for name, info in header.tensors.items()
+        }
         assert manifest.components[component].tensors == expected
 
 
 def test_p03_sound_store_passes(pristine: Path) -> None:
     seen: list[tuple[int, int]] = []
-    found = inspect_path(pristine, verify=True, progress=lambda done, total: seen.append((done, total)))
+    found = inspect_path(
+        pristine, verify=True, progress=lambda done, total: seen.append((done, total))
+    )
     assert found["verified"] is True
     assert seen == sorted(seen)
     assert seen[-1] == (found["total_bytes"], found["total_bytes"])
@@ -64,8 +77,13 @@ def test_p03_single_flipped_byte_of_data_is_found_and_named(store: Path) -> None
         component = chance.choice(COMPONENTS)
         path = store / f"{component}.safetensors"
         header = read_header(path)
-        position, mask = chance.randrange(header.data_start, header.file_bytes), chance.randrange(1, 256)
-        name = next(info.name for info in header.tensors.values() if info.start <= position < info.end)
+        position, mask = (
+            chance.randrange(header.data_start, header.file_bytes),
+            chance.randrange(1, 256),
+        )
+        name = next(
+            info.name for info in header.tensors.values() if info.start <= position < info.end
+        )
         flip(path, position, mask)
         with pytest.raises(IntegrityError, match="1 parts differ") as caught:
             inspect_path(store, verify=True)
@@ -123,16 +141,27 @@ def test_p03_scale_that_is_not_finite_is_named(store: Path) -> None:
     manifest = read_manifest(store)
     record = manifest.components["high_noise"]
     tensors = record.tensors | {name: hashlib.sha256(content).hexdigest()}
-    replace(manifest, components=manifest.components | {"high_noise": replace(record, tensors=tensors)}).write(store)
+    replace(
+        manifest, components=manifest.components | {"high_noise": replace(record, tensors=tensors)}
+    ).write(store)
     with pytest.raises(IntegrityError, match=rf"high_noise {name} \(not finite\)"):
         inspect_path(store, verify=True)
 
 
 def test_store_is_described(pristine: Path) -> None:
     found = json.loads(json.dumps(inspect_path(pristine, verify=False)))
-    assert (found["kind"], found["format"], found["verified"], found["config"]["variant"]) == ("store", "int8", False, "t2v-custom")
+    assert (found["kind"], found["format"], found["verified"], found["config"]["variant"]) == (
+        "store",
+        "int8",
+        False,
+        "t2v-custom",
+    )
     expert = found["components"]["low_noise"]
-    assert (expert["blocks"], expert["dtypes"]["I8"]["tensors"], expert["file"]) == (2, 20, "low_noise.safetensors")
+    assert (expert["blocks"], expert["dtypes"]["I8"]["tensors"], expert["file"]) == (
+        2,
+        20,
+        "low_noise.safetensors",
+    )
     assert expert["bytes"] == sum(item["bytes"] for item in expert["dtypes"].values())
 
 
@@ -140,7 +169,11 @@ def test_store_is_described(pristine: Path) -> None:
 def test_source_is_described(layout: str, tmp_path: Path) -> None:
     (write_official if layout == "official" else write_diffusers)(tmp_path, CONFIG)
     found = json.loads(json.dumps(inspect_path(tmp_path, verify=False)))
-    assert (found["kind"], found["layout"], found["config"]["dit"]["dim"]) == ("source", layout, 256)
+    assert (found["kind"], found["layout"], found["config"]["dit"]["dim"]) == (
+        "source",
+        layout,
+        256,
+    )
     assert found["components"]["high_noise"]["dtypes"] == {"F32": {"tensors": 69, "bytes": 9104640}}
     assert len(found["components"]["high_noise"]["files"]) == 2
 
@@ -149,7 +182,11 @@ def test_pickles_of_a_source_are_listed_and_not_opened(tmp_path: Path) -> None:
     write_official(tmp_path, CONFIG, pickle=True)
     (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"never opened")
     found = inspect_path(tmp_path, verify=False)
-    assert found["components"]["vae"] == {"files": ["Wan2.1_VAE.pth"], "bytes": 12, "note": "a pickle, not opened"}
+    assert found["components"]["vae"] == {
+        "files": ["Wan2.1_VAE.pth"],
+        "bytes": 12,
+        "note": "a pickle, not opened",
+    }
     assert found["components"]["low_noise"]["tensors"] == 69
     with pytest.raises(CheckpointError, match="pickle"):
         inspect_path(tmp_path / "Wan2.1_VAE.pth", verify=False)
@@ -163,21 +200,42 @@ def test_pickles_of_a_source_are_listed_and_not_opened(tmp_path: Path) -> None:
         (["token_embedding.weight", "blocks.0.attn.q.weight"], {}, "text_encoder", "official"),
         (["shared.weight"], {}, "text_encoder", "plain"),
         (["decoder.conv1.weight"], {}, "vae", "official"),
-        (["patch_embedding.weight", "scaled_fp8", "head.head.scale_weight"], {}, "expert", "comfy scaled_fp8"),
+        (
+            ["patch_embedding.weight", "scaled_fp8", "head.head.scale_weight"],
+            {},
+            "expert",
+            "comfy scaled_fp8",
+        ),
         (["patch_embedding.weight", "head.head.comfy_quant"], {}, "expert", "comfy_quant"),
         (["patch_embedding.weight"], {"_quantization_metadata": "{}"}, "expert", "comfy_quant"),
-        (["patch_embedding.weight", "head.head.weight_scale"], {}, "expert", "weight_scale without markers"),
-        (["patch_embedding.weight", "head.head.weight._data"], {"quantization_format": "quanto"}, "expert", "quanto"),
+        (
+            ["patch_embedding.weight", "head.head.weight_scale"],
+            {},
+            "expert",
+            "weight_scale without markers",
+        ),
+        (
+            ["patch_embedding.weight", "head.head.weight._data"],
+            {"quantization_format": "quanto"},
+            "expert",
+            "quanto",
+        ),
         (["patch_embedding.weight", "head.head.weight.absmax"], {}, "expert", "quantized, unknown"),
         (["diffusion_model.blocks.0.self_attn.q.lora_down.weight"], {}, "lora", "plain"),
         (["something.else"], {}, "unknown", "plain"),
     ],
 )
-def test_single_file_is_described(names: list[str], metadata: dict[str, str], component: str, dialect: str, tmp_path: Path) -> None:
+def test_single_file_is_described(
+    names: list[str], metadata: dict[str, str], component: str, dialect: str, tmp_path: Path
+) -> None:
     path = tmp_path / "x.safetensors"
     save_file({name: torch.ones(2) for name in names}, path, metadata=metadata)
     found = inspect_path(path, verify=False)
-    assert (found["component"], found["dialect"], found["tensors"]) == (component, dialect, len(names))
+    assert (found["component"], found["dialect"], found["tensors"]) == (
+        component,
+        dialect,
+        len(names),
+    )
     assert found["metadata"] == metadata
 
 
@@ -193,7 +251,11 @@ def test_p03_verify_names_all_where_one_expert_lies_in_the_place_of_both(store: 
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_path_that_does_not_exist_is_told(verify: bool, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"none does not exist: give a \.safetensors file, a checkpoint folder or a quantized model"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"none does not exist: give a \.safetensors file, a checkpoint folder or a "
+        r"quantized model",
+    ):
         inspect_path(tmp_path / "none", verify)
 
 

@@ -1,4 +1,6 @@
-"""A store opens only when it is complete and exactly what its manifest says; blocks are single byte ranges that are all alike."""
+"""A store opens only when it is complete and exactly what its manifest says; blocks are single byte
+ranges that are all alike.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_store_of_every_format_opens_and_reads_as_safetensors_does(format: str, tmp_path: Path) -> None:
+def test_store_of_every_format_opens_and_reads_as_safetensors_does(
+    format: str, tmp_path: Path
+) -> None:
     path = write_store(tmp_path / "store", CONFIG, format)
     with open_store(path) as store:
         assert (store.config, store.format) == (CONFIG, format)
@@ -51,7 +55,9 @@ def test_store_of_every_format_opens_and_reads_as_safetensors_does(format: str, 
             expected = load_file(path / f"{component}.safetensors")
             file = store.files[component]
             assert set(expected) == set(file.header.tensors)
-            assert all(as_bytes(file.read(name)) == as_bytes(tensor) for name, tensor in expected.items())
+            assert all(
+                as_bytes(file.read(name)) == as_bytes(tensor) for name, tensor in expected.items()
+            )
     assert sorted(item.name for item in path.iterdir()) == sorted(
         [f"{name}.safetensors" for name in COMPONENTS] + ["lowvram.json", "tokenizer.json"]
     )
@@ -96,14 +102,30 @@ def tensor(name: str, *shape: int) -> StoredTensor:
         ([tensor("blocks.0.a"), tensor("rest")], "'rest' is out of order"),
         ([tensor("blocks.1.a"), tensor("blocks.0.a")], "'blocks.1.a' is out of order"),
         ([tensor("blocks.0.a"), tensor("blocks.2.a")], "'blocks.2.a' is out of order"),
-        ([tensor("blocks.0.a"), tensor("blocks.1.a"), tensor("blocks.0.b")], "'blocks.0.b' is out of order"),
+        (
+            [tensor("blocks.0.a"), tensor("blocks.1.a"), tensor("blocks.0.b")],
+            "'blocks.0.b' is out of order",
+        ),
         ([tensor("blocks.0.a"), tensor("blocks.1.b")], "block 1 is laid out unlike block 0"),
         ([tensor("blocks.0.a"), tensor("blocks.1.a", 65)], "block 1 is laid out unlike block 0"),
-        ([tensor("blocks.0.a"), tensor("blocks.0.b"), tensor("blocks.1.b"), tensor("blocks.1.a")], "block 1 is laid out unlike block 0"),
-        ([tensor("blocks.0.a"), tensor("blocks.0.b"), tensor("blocks.1.a")], "block 1 is laid out unlike block 0"),
+        (
+            [
+                tensor("blocks.0.a"),
+                tensor("blocks.0.b"),
+                tensor("blocks.1.b"),
+                tensor("blocks.1.a"),
+            ],
+            "block 1 is laid out unlike block 0",
+        ),
+        (
+            [tensor("blocks.0.a"), tensor("blocks.0.b"), tensor("blocks.1.a")],
+            "block 1 is laid out unlike block 0",
+        ),
     ],
 )
-def test_file_that_is_not_block_contiguous_is_refused(tensors: list[StoredTensor], text: str, tmp_path: Path) -> None:
+def test_file_that_is_not_block_contiguous_is_refused(
+    tensors: list[StoredTensor], text: str, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=text):
         StoreFile(write_file(tmp_path / "x.safetensors", tensors))
 
@@ -122,7 +144,11 @@ def test_tensors_that_differ_from_the_layout_are_named_in_all_files_at_once(stor
         write_file(store / f"{component}.safetensors", [tensor("surplus"), *kept])
     with pytest.raises(MissingTensorsError) as caught:
         open_store(store)
-    for text in ("low_noise.safetensors: 1 tensors are missing: 'head.modulation'", "1 tensors are missing: 'conv2.bias'", "'surplus'"):
+    for text in (
+        "low_noise.safetensors: 1 tensors are missing: 'head.modulation'",
+        "1 tensors are missing: 'conv2.bias'",
+        "'surplus'",
+    ):
         assert text in str(caught.value)
     assert str(caught.value).endswith("quantize again or restore the files")
 
@@ -140,7 +166,12 @@ def test_p12_one_expert_in_the_place_of_both_does_not_open(store: Path) -> None:
     with pytest.raises(IntegrityError) as caught:
         open_store(store)
     message = str(caught.value)
-    told = "low_noise.safetensors: head.modulation differs", "that of high_noise", "quantize again", f"inspect {store} --verify"
+    told = (
+        "low_noise.safetensors: head.modulation differs",
+        "that of high_noise",
+        "quantize again",
+        f"inspect {store} --verify",
+    )
     for text in told:
         assert text in message
     assert "high_noise.safetensors:" not in message
@@ -154,19 +185,30 @@ def test_p12_swapped_experts_do_not_open(store: Path) -> None:
     (store / "between").rename(low)
     with pytest.raises(IntegrityError) as caught:
         open_store(store)
-    for text in (f"{high}: head.modulation differs", "that of low_noise", f"{low}: head.modulation differs", "that of high_noise"):
+    for text in (
+        f"{high}: head.modulation differs",
+        "that of low_noise",
+        f"{low}: head.modulation differs",
+        "that of high_noise",
+    ):
         assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_p12_a_file_of_another_model_does_not_open(component: str, store: Path, tmp_path: Path) -> None:
+def test_p12_a_file_of_another_model_does_not_open(
+    component: str, store: Path, tmp_path: Path
+) -> None:
     other = write_store(tmp_path / "other", CONFIG, "int8-plain", seed=1)
     shutil.copy(other / f"{component}.safetensors", store / f"{component}.safetensors")
-    with pytest.raises(IntegrityError, match=rf"{component}\.safetensors: [a-z1.]+ differs .*quantize again"):
+    with pytest.raises(
+        IntegrityError, match=rf"{component}\.safetensors: [a-z1.]+ differs .*quantize again"
+    ):
         open_store(store)
 
 
-def test_a_store_of_the_real_sizes_opens_without_reading_much(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_of_the_real_sizes_opens_without_reading_much(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[tuple[str, str]] = []
     original = StoreFile.read
 
@@ -177,21 +219,33 @@ def test_a_store_of_the_real_sizes_opens_without_reading_much(store: Path, monke
     monkeypatch.setattr(StoreFile, "read", record)
     open_store(store).close()
     assert {component for component, _ in read} == set(COMPONENTS)
-    sizes = {(name, tensor.name): tensor.nbytes for name in COMPONENTS for tensor in component_layout(name, T2V_A14B, "int8").tensors}
+    sizes = {
+        (name, tensor.name): tensor.nbytes
+        for name in COMPONENTS
+        for tensor in component_layout(name, T2V_A14B, "int8").tensors
+    }
     assert sum(sizes[item] for item in read) < 128 * 1024
 
 
 def test_expert_of_another_format_is_refused(store: Path, tmp_path: Path) -> None:
     other = write_store(tmp_path / "other", CONFIG, "bf16")
     shutil.copy(other / "low_noise.safetensors", store / "low_noise.safetensors")
-    with pytest.raises(MissingTensorsError, match=r"20 tensors have the wrong dtype or shape: 'blocks\.0\.self_attn\.q\.weight'"):
+    with pytest.raises(
+        MissingTensorsError,
+        match=r"20 tensors have the wrong dtype or shape: 'blocks\.0\.self_attn\.q\.weight'",
+    ):
         open_store(store)
 
 
-@pytest.mark.parametrize("name", [*(f"{component}.safetensors" for component in COMPONENTS), "tokenizer.json", "lowvram.json"])
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{component}.safetensors" for component in COMPONENTS), "tokenizer.json", "lowvram.json"],
+)
 def test_missing_file_is_named(name: str, store: Path) -> None:
     (store / name).unlink()
-    with pytest.raises(CheckpointError, match=f"{name}.*(quantize again|lowvram quantize SOURCE MODEL)"):
+    with pytest.raises(
+        CheckpointError, match=f"{name}.*(quantize again|lowvram quantize SOURCE MODEL)"
+    ):
         open_store(store)
 
 
@@ -199,20 +253,27 @@ def test_a_source_in_place_of_a_store_is_told_to_be_quantized(tmp_path: Path) ->
     for name in ("high_noise_model", "transformer"):
         source = tmp_path / name
         (source / name).mkdir(parents=True)
-        with pytest.raises(CheckpointError, match=rf"not quantized yet: make a store of it with `lowvram quantize {source} MODEL`"):
+        with pytest.raises(
+            CheckpointError,
+            match=rf"not quantized yet: make a store of it with `lowvram quantize {source} MODEL`",
+        ):
             open_store(source)
 
 
 def test_a_manifest_that_is_not_json_says_what_to_do(store: Path) -> None:
     (store / MANIFEST_NAME).write_text("{")
-    with pytest.raises(CheckpointError, match=r"lowvram\.json is not JSON.*quantize again or restore it"):
+    with pytest.raises(
+        CheckpointError, match=r"lowvram\.json is not JSON.*quantize again or restore it"
+    ):
         open_store(store)
 
 
 def test_p02_unfinished_store_does_not_open(store: Path, tmp_path: Path) -> None:
     (store / MANIFEST_NAME).unlink()
     (store / "vae.safetensors").rename(store / "vae.safetensors.partial")
-    with pytest.raises(CheckpointError, match="is unfinished: go on with lowvram quantize --resume"):
+    with pytest.raises(
+        CheckpointError, match="is unfinished: go on with lowvram quantize --resume"
+    ):
         open_store(store)
 
 
@@ -249,8 +310,14 @@ def forged(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda data: data.update(format_version=2), "format version 2"),
         (lambda data: data.update(format="int3"), "unknown format 'int3'"),
         (lambda data: data["components"].pop("vae"), "components are not"),
-        (lambda data: data["components"]["vae"].update(file="../vae.safetensors"), "the file of vae is not"),
-        (lambda data: data["components"]["vae"].update(file="low_noise.safetensors"), "the file of vae is not"),
+        (
+            lambda data: data["components"]["vae"].update(file="../vae.safetensors"),
+            "the file of vae is not",
+        ),
+        (
+            lambda data: data["components"]["vae"].update(file="low_noise.safetensors"),
+            "the file of vae is not",
+        ),
         (lambda data: data["components"]["vae"].update(header_sha256="00"), "is not a sha256"),
         (lambda data: data["components"]["vae"].update(tensors=[]), "not a manifest"),
         (lambda data: data.pop("tokenizer_sha256"), "tokenizer_sha256"),
@@ -265,10 +332,15 @@ def forged(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda data: data["config"]["sampling"].update(shift=float("nan")), "finite"),
         (lambda data: data.update(config=None), "not a manifest|other keys"),
         (lambda data: data.update(recipe=3), "not a manifest"),
-        (lambda data: data["components"]["vae"]["tensors"].pop("conv1.bias"), "no hash in the manifest"),
+        (
+            lambda data: data["components"]["vae"]["tensors"].pop("conv1.bias"),
+            "no hash in the manifest",
+        ),
     ],
 )
-def test_forged_manifest_is_refused(change: Callable[[dict[str, Any]], object], text: str, store: Path) -> None:
+def test_forged_manifest_is_refused(
+    change: Callable[[dict[str, Any]], object], text: str, store: Path
+) -> None:
     forged(store, change)
     with pytest.raises(CheckpointError, match=text):
         open_store(store)

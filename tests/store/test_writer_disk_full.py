@@ -1,4 +1,6 @@
-"""Promise 6: a full disk is a clear error, before any work where that can be known, and costs nothing that was written."""
+"""Promise 6: a full disk is a clear error, before any work where that can be known, and costs
+nothing that was written.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,18 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def test_p06_too_little_room_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p06_too_little_room_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**6, 10**6 - 30_000, 30_000))
     with pytest.raises(DiskFullError, match=r"needs 33\.\d+ kB, but .* has 30\.00 kB free"):
         write(tmp_path / "new" / "x.safetensors", resume=False)
     assert not any((tmp_path / "new").glob("*"))
 
 
-def test_p06_resume_asks_only_for_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes) -> None:
+def test_p06_resume_asks_only_for_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes
+) -> None:
     path = tmp_path / "x.safetensors"
     with StoreWriter(path, TENSORS, {}, {"recipe": "x"}, resume=False) as writer:
         for tensor in TENSORS[:6]:
@@ -95,7 +101,9 @@ def test_p06_no_room_at_each_write_keeps_the_old_output_and_can_go_on(
     assert 10 < at < 99
 
 
-def test_p06_failing_sync_is_an_error_and_nothing_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes) -> None:
+def test_p06_failing_sync_is_an_error_and_nothing_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes
+) -> None:
     path = tmp_path / "x.safetensors"
     real = os.fsync
     for at in range(1, 100):
@@ -121,14 +129,23 @@ def test_p06_failing_sync_is_an_error_and_nothing_is_renamed(tmp_path: Path, mon
     assert 5 < at < 99
 
 
-def test_same_writer_goes_on_once_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes) -> None:
+def test_same_writer_goes_on_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes
+) -> None:
     path = tmp_path / "x.safetensors"
     real = os.write
     with StoreWriter(path, TENSORS, {}, {"recipe": "x"}, resume=False) as writer:
         writer.write(content(TENSORS[0]))
         for tensor in TENSORS[1:]:
             with monkeypatch.context() as patch:
-                patch.setattr(os, "write", lambda fd, data: (real(fd, data[:7]), (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))))
+                patch.setattr(
+                    os,
+                    "write",
+                    lambda fd, data: (
+                        real(fd, data[:7]),
+                        (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")),
+                    ),
+                )
                 with pytest.raises(DiskFullError):
                     writer.write(content(tensor))
             writer.write(content(tensor))
@@ -136,7 +153,9 @@ def test_same_writer_goes_on_once_there_is_room(tmp_path: Path, monkeypatch: pyt
     assert path.read_bytes() == expected
 
 
-def test_journal_line_cut_by_a_full_disk_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes) -> None:
+def test_journal_line_cut_by_a_full_disk_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes
+) -> None:
     path, real = tmp_path / "x.safetensors", os.write
 
     def full_for_journal(fd: int, data: memoryview) -> int:
@@ -164,7 +183,13 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
     try:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)], capture_output=True).returncode == 0
+        mounted = (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)],
+                capture_output=True,
+            ).returncode
+            == 0
+        )
     except FileNotFoundError:
         mounted = False
     if not mounted:
@@ -175,12 +200,15 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_p06_real_small_file_system(tmpfs: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes) -> None:
+def test_p06_real_small_file_system(
+    tmpfs: Path, monkeypatch: pytest.MonkeyPatch, expected: bytes
+) -> None:
     path = tmpfs / "x.safetensors"
     with pytest.raises(DiskFullError, match="make room first"):
         write(path, resume=False)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 0, 10**9))  # others fill the disk after the check
+        # others fill the disk after the check
+        patch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 0, 10**9))
         with pytest.raises(DiskFullError, match="No space left on device"):
             write(path, resume=False)
     assert not path.exists()
@@ -209,12 +237,20 @@ def test_p06_real_limit_on_file_size(tmp_path: Path, expected: bytes) -> None:
     assert path.read_bytes() == expected
 
 
-def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_files_are_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "lowvram.json"
     replace_file(path, b"first")
     real = os.write
     monkeypatch.setattr(
-        os, "write", lambda fd, data: real(fd, data[:3]) if len(data) > 3 else (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+        os,
+        "write",
+        lambda fd, data: (
+            real(fd, data[:3])
+            if len(data) > 3
+            else (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+        ),
     )
     with pytest.raises(DiskFullError):
         replace_file(path, b"second")
@@ -222,7 +258,9 @@ def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
     assert os.listdir(tmp_path) == ["lowvram.json"]
 
 
-def test_an_interrupted_replacement_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_replacement_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(fd: int) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,6 @@
-"""Promises 1, 2, 5: a writer killed at any moment goes on to the same bytes, and a final name exists only when complete."""
+"""Promises 1, 2, 5: a writer killed at any moment goes on to the same bytes, and a final name
+exists only when complete.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ real_write, real_fsync = os.write, os.fsync
 
 
 def plan(count: int = 8, rows: int = 3) -> list[StoredTensor]:
-    return [StoredTensor(f"t{index}", DTYPES[index % 5], (rows, 64 + index), "copy", "") for index in range(count)]
+    return [
+        StoredTensor(f"t{index}", DTYPES[index % 5], (rows, 64 + index), "copy", "")
+        for index in range(count)
+    ]
 
 
 def content(tensor: StoredTensor) -> torch.Tensor:
@@ -37,7 +42,13 @@ def content(tensor: StoredTensor) -> torch.Tensor:
     )
 
 
-def write(path: Path, tensors: list[StoredTensor], resume: bool, sync_bytes: int = 300, pause_s: float = 0.0) -> dict[str, str]:
+def write(
+    path: Path,
+    tensors: list[StoredTensor],
+    resume: bool,
+    sync_bytes: int = 300,
+    pause_s: float = 0.0,
+) -> dict[str, str]:
     with StoreWriter(path, tensors, METADATA, IDENTITY, resume, sync_bytes) as writer:
         for tensor in writer.remaining:
             writer.write(content(tensor))
@@ -46,7 +57,9 @@ def write(path: Path, tensors: list[StoredTensor], resume: bool, sync_bytes: int
 
 
 def child(run: Callable[[], object]) -> int:
-    """Starts `run` in a process of its own and returns its id; it exits with 0, or with 1 on any exception."""
+    """Starts `run` in a process of its own and returns its id; it exits with 0, or with 1 on any
+    exception.
+    """
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -89,7 +102,9 @@ def test_p01_killed_at_random_moments_ends_in_the_same_bytes(tmp_path: Path) -> 
 
 
 class Crash:
-    """Dies at the `at`-th write, fsync or rename: before it, after it, or with half of it done. Notes what was synced."""
+    """Dies at the `at`-th write, fsync or rename: before it, after it, or with half of it done.
+    Notes what was synced.
+    """
 
     def __init__(self, at: int, mode: str, notes: Path) -> None:
         self.left, self.mode, self.notes = at, mode, notes
@@ -134,7 +149,9 @@ def lose_power(folder: Path, notes: Path) -> None:
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
 @pytest.mark.parametrize("mode", ["before", "half", "after"])
-def test_p01_death_at_every_system_call_ends_in_the_same_bytes(mode: str, power_cut: bool, tmp_path: Path) -> None:
+def test_p01_death_at_every_system_call_ends_in_the_same_bytes(
+    mode: str, power_cut: bool, tmp_path: Path
+) -> None:
     tensors = plan(3)
     hashes = write(tmp_path / "whole", tensors, resume=False)
     whole = (tmp_path / "whole").read_bytes()
@@ -143,7 +160,11 @@ def test_p01_death_at_every_system_call_ends_in_the_same_bytes(mode: str, power_
         folder.mkdir()
         path, notes = folder / "x.safetensors", tmp_path / f"{at}.synced"
         crash = Crash(at, mode, notes)
-        code = exit_code(child(lambda crash=crash, path=path: (crash.install(), write(path, tensors, resume=False))))
+        code = exit_code(
+            child(
+                lambda crash=crash, path=path: (crash.install(), write(path, tensors, resume=False))
+            )
+        )
         if code == 0:
             break
         assert code == 9
@@ -153,11 +174,16 @@ def test_p01_death_at_every_system_call_ends_in_the_same_bytes(mode: str, power_
             assert path.read_bytes() == whole, f"incomplete under its final name after call {at}"
         assert write(path, tensors, resume=True) == hashes, f"after call {at}"
         assert path.read_bytes() == whole, f"after call {at}"
-        assert sorted(item.name for item in folder.iterdir()) == ["x.safetensors", "x.safetensors.partial.journal"]
+        assert sorted(item.name for item in folder.iterdir()) == [
+            "x.safetensors",
+            "x.safetensors.partial.journal",
+        ]
     assert 15 < at < 199
 
 
-def test_resume_writes_only_what_is_left(tmp_path: Path, reference: tuple[bytes, dict[str, str]]) -> None:
+def test_resume_writes_only_what_is_left(
+    tmp_path: Path, reference: tuple[bytes, dict[str, str]]
+) -> None:
     path = tmp_path / "x.safetensors"
     with StoreWriter(path, plan(), METADATA, IDENTITY, resume=False) as writer:
         for tensor in plan()[:5]:
@@ -171,7 +197,9 @@ def test_resume_writes_only_what_is_left(tmp_path: Path, reference: tuple[bytes,
     assert path.read_bytes() == reference[0]
 
 
-def test_finished_file_is_found_done_on_resume(tmp_path: Path, reference: tuple[bytes, dict[str, str]]) -> None:
+def test_finished_file_is_found_done_on_resume(
+    tmp_path: Path, reference: tuple[bytes, dict[str, str]]
+) -> None:
     path = tmp_path / "x.safetensors"
     write(path, plan(), resume=False)
     changed_ns = path.stat().st_mtime_ns
@@ -184,7 +212,9 @@ def test_finished_file_is_found_done_on_resume(tmp_path: Path, reference: tuple[
         assert len(writer.remaining) == 8, "without its journal a finished file is not trusted"
 
 
-def test_p02_start_without_resume_names_and_removes_leftovers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_p02_start_without_resume_names_and_removes_leftovers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "x.safetensors"
     with StoreWriter(path, plan(), METADATA, IDENTITY, resume=False) as writer:
         writer.write(content(plan()[0]))
@@ -237,7 +267,9 @@ def test_resume_from_damaged_leftovers_is_refused(damage: str, tmp_path: Path) -
     with StoreWriter(path, plan(), METADATA, IDENTITY, resume=False) as writer:
         for tensor in plan()[:3]:
             writer.write(content(tensor))
-    partial, journal = (path.with_name(path.name + suffix) for suffix in (".partial", ".partial.journal"))
+    partial, journal = (
+        path.with_name(path.name + suffix) for suffix in (".partial", ".partial.journal")
+    )
     if damage == "cut data":
         os.truncate(partial, partial.stat().st_size - 1)
     elif damage == "other header":
@@ -249,10 +281,18 @@ def test_resume_from_damaged_leftovers_is_refused(damage: str, tmp_path: Path) -
         StoreWriter(path, plan(), METADATA, IDENTITY, resume=True)
 
 
-def test_cut_or_foreign_journal_lines_are_dropped(tmp_path: Path, reference: tuple[bytes, dict[str, str]]) -> None:
+def test_cut_or_foreign_journal_lines_are_dropped(
+    tmp_path: Path, reference: tuple[bytes, dict[str, str]]
+) -> None:
     path = tmp_path / "x.safetensors"
     journal = path.with_name(path.name + ".partial.journal")
-    for tail in (b'{"name": "t3", "sha', b'{"name": "t3", "sha256": "00"}', b"\xff\xfe\n", b"[]\n", b"{}\n"):
+    for tail in (
+        b'{"name": "t3", "sha',
+        b'{"name": "t3", "sha256": "00"}',
+        b"\xff\xfe\n",
+        b"[]\n",
+        b"{}\n",
+    ):
         with StoreWriter(path, plan(), METADATA, IDENTITY, resume=False) as writer:
             for tensor in plan()[:3]:
                 writer.write(content(tensor))
@@ -276,13 +316,21 @@ def test_file_is_what_the_layout_says(tmp_path: Path) -> None:
     assert starts[0] == header.data_start
     with TensorFile(path) as file:
         for tensor in plan():
-            assert torch.equal(file.read(tensor.name).view(torch.uint8), content(tensor).view(torch.uint8))
+            assert torch.equal(
+                file.read(tensor.name).view(torch.uint8), content(tensor).view(torch.uint8)
+            )
 
 
-def test_wrong_tensor_is_refused_and_the_writer_goes_on(tmp_path: Path, reference: tuple[bytes, dict[str, str]]) -> None:
+def test_wrong_tensor_is_refused_and_the_writer_goes_on(
+    tmp_path: Path, reference: tuple[bytes, dict[str, str]]
+) -> None:
     path = tmp_path / "x.safetensors"
     with StoreWriter(path, plan(), METADATA, IDENTITY, resume=False) as writer:
-        for wrong in (content(plan()[1]), content(plan()[0]).flatten(), content(plan()[0]).double()):
+        for wrong in (
+            content(plan()[1]),
+            content(plan()[0]).flatten(),
+            content(plan()[0]).double(),
+        ):
             with pytest.raises(CheckpointError, match=r"t0 must be F32 \[3, 64\]"):
                 writer.write(wrong)
         transposed = content(plan()[0]).t().contiguous().t()
@@ -300,7 +348,10 @@ def test_wrong_tensor_is_refused_and_the_writer_goes_on(tmp_path: Path, referenc
 
 def test_scalars_and_empty_tensors_are_written(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    tensors = [StoredTensor("none", "F32", (0, 3), "copy", ""), StoredTensor("one", "F32", (), "copy", "")]
+    tensors = [
+        StoredTensor("none", "F32", (0, 3), "copy", ""),
+        StoredTensor("one", "F32", (), "copy", ""),
+    ]
     with StoreWriter(path, tensors, {}, {}, resume=False) as writer:
         writer.write(torch.empty(0, 3))
         writer.write(torch.tensor(2.5))

@@ -1,4 +1,6 @@
-"""Reads of blocks: past the page cache where the system allows, whole wherever they lie, tried again where the disk fails."""
+"""Reads of blocks: past the page cache where the system allows, whole wherever they lie, tried
+again where the disk fails.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ SIZES = (256, 4096, 5 * 4096 + 256, 40_960, 3 * 4096 - 256)
 
 @pytest.fixture
 def blocks(tmp_path: Path) -> Iterator[tuple[BlockFile, list[bytes]]]:
-    """Blocks of several sizes at multiples of 256, read in parts of one page; and what they hold."""
+    """Blocks of several sizes at multiples of 256, read in parts of one page; and what they
+    hold.
+    """
     file, contents = written(tmp_path / "blocks.safetensors")
     yield file, contents
     file.close()
@@ -44,20 +48,30 @@ def written(path: Path, part_bytes: int = PAGE_BYTES) -> tuple[BlockFile, list[b
         starts.append(end)
         end += len(content)
     path.write_bytes(bytes(768) + b"".join(contents))
-    return BlockFile(path, [(start, len(content)) for start, content in zip(starts, contents, strict=True)], part_bytes), contents
+    return BlockFile(
+        path,
+        [(start, len(content)) for start, content in zip(starts, contents, strict=True)],
+        part_bytes,
+    ), contents
 
 
 def room(file: BlockFile, block: int, shift: int = 0) -> torch.Tensor:
     """A buffer as the plan grants it, at any multiple of 64 bytes."""
-    return torch.full((file.ranges[block][1] + READ_SLACK_BYTES + shift,), 0x5A, dtype=torch.uint8)[shift:]
+    return torch.full((file.ranges[block][1] + READ_SLACK_BYTES + shift,), 0x5A, dtype=torch.uint8)[
+        shift:
+    ]
 
 
 def read_all(file: BlockFile) -> list[bytes]:
-    return [bytes(file.read_into(block, room(file, block)).numpy()) for block in range(len(file.ranges))]
+    return [
+        bytes(file.read_into(block, room(file, block)).numpy()) for block in range(len(file.ranges))
+    ]
 
 
 @pytest.mark.parametrize("shift", [0, 64, 4032])
-def test_every_block_is_read_whole_wherever_it_and_its_buffer_lie(blocks: tuple[BlockFile, list[bytes]], shift: int) -> None:
+def test_every_block_is_read_whole_wherever_it_and_its_buffer_lie(
+    blocks: tuple[BlockFile, list[bytes]], shift: int
+) -> None:
     file, contents = blocks
     assert len({start % PAGE_BYTES for start, _ in file.ranges}) > 3
     for block, content in enumerate(contents):
@@ -69,10 +83,15 @@ def test_every_block_is_read_whole_wherever_it_and_its_buffer_lie(blocks: tuple[
 def cached_pages(path: Path) -> int:
     """Pages of the file that the system's cache holds now."""
     length = path.stat().st_size
-    with open(path, "r+b") as handle, mmap.mmap(handle.fileno(), length, access=mmap.ACCESS_COPY) as view:
+    with (
+        open(path, "r+b") as handle,
+        mmap.mmap(handle.fileno(), length, access=mmap.ACCESS_COPY) as view,
+    ):
         pages = (ctypes.c_ubyte * (-(-length // mmap.PAGESIZE)))()
         start = ctypes.addressof(ctypes.c_char.from_buffer(view))
-        failed = ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(start), ctypes.c_size_t(length), pages)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), pages
+        )
         assert not failed, os.strerror(ctypes.get_errno())
         return sum(page & 1 for page in pages)
 
@@ -86,12 +105,17 @@ def drop_cache(path: Path) -> None:
 def in_memory(path: Path) -> bool:
     """Whether the file system is a tmpfs, whose files are the cache itself."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    return max((m for m in mounts if path.is_relative_to(m[1])), key=lambda m: len(m[1]))[2] in ("tmpfs", "ramfs")
+    return max((m for m in mounts if path.is_relative_to(m[1])), key=lambda m: len(m[1]))[2] in (
+        "tmpfs",
+        "ramfs",
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no page cache to be asked about")
 @pytest.mark.parametrize("refused", [False, True])
-def test_reading_leaves_nothing_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+def test_reading_leaves_nothing_in_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
     if refused:
         refuse_direct_open(monkeypatch)
     file, contents = written(tmp_path / "blocks.safetensors")
@@ -140,7 +164,8 @@ def test_windows_has_no_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file.close()
 
 
-Fault = Callable[[int], int | None]  # how often this offset was asked for already -> bytes that come at most, or None for all
+# how often this offset was asked for already -> bytes that come at most, or None for all
+Fault = Callable[[int], int | None]
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
@@ -170,9 +195,17 @@ def nothing_twice(number: int) -> int | None:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("fault", [eio(1), eio(3), nothing_twice, lambda number: 5000], ids=["EIO once", "EIO 3 times", "nothing", "short"])
+@pytest.mark.parametrize(
+    "fault",
+    [eio(1), eio(3), nothing_twice, lambda number: 5000],
+    ids=["EIO once", "EIO 3 times", "nothing", "short"],
+)
 def test_failing_and_short_reads_are_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Fault, direct: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: Fault,
+    direct: bool,
 ) -> None:
     """Parts of four pages: short reads inside a part go on where whole pages ended."""
     if not direct:
@@ -181,34 +214,47 @@ def test_failing_and_short_reads_are_tried_again(
     inject(monkeypatch, fault)
     with caplog.at_level(logging.WARNING):
         assert read_all(file) == contents
-    assert ("trying again in 0.00 s" in caplog.text) is (fault(10) is None)  # reads that only come short go on without a pause
+    # reads that only come short go on without a pause
+    assert ("trying again in 0.00 s" in caplog.text) is (fault(10) is None)
     file.close()
 
 
 def test_a_disk_that_keeps_failing_is_named_with_block_and_byte(
-    blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    blocks: tuple[BlockFile, list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     file, _ = blocks
     inject(monkeypatch, eio(10**4))
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(CheckpointError, match=r"blocks.safetensors: reading block 0 at byte \d+ failed: Input/output error, 4 times"),
+        pytest.raises(
+            CheckpointError,
+            match=r"blocks.safetensors: reading block 0 at byte \d+ failed: Input/output error, "
+            r"4 times",
+        ),
     ):
         file.read_into(0, room(file, 0))
     assert len(caplog.records) == len(disk.RETRY_DELAYS_S)
 
 
-def test_a_truncated_file_is_named_at_once(blocks: tuple[BlockFile, list[bytes]], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_file_is_named_at_once(
+    blocks: tuple[BlockFile, list[bytes]], caplog: pytest.LogCaptureFixture
+) -> None:
     file, contents = blocks
     last = len(contents) - 1
     end = sum(file.ranges[last])
     os.truncate(file.path, end - 100)
-    with pytest.raises(CheckpointError, match=rf"block {last} ends at byte {end - 100}, expected {end}: truncated"):
+    with pytest.raises(
+        CheckpointError, match=rf"block {last} ends at byte {end - 100}, expected {end}: truncated"
+    ):
         file.read_into(last, room(file, last))
     assert not caplog.records
 
 
-def test_a_slow_disk_is_named_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slow_disk_is_named_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     file, contents = written(tmp_path / "blocks.safetensors")
     monkeypatch.setattr(disk, "SLOW_READ_S", 0.01)
     inject(monkeypatch, lambda number: time.sleep(0.05))
@@ -217,7 +263,9 @@ def test_a_slow_disk_is_named_in_the_log(tmp_path: Path, monkeypatch: pytest.Mon
     file.close()
 
 
-def test_stop_ends_a_read_that_waits_for_its_next_try(blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_ends_a_read_that_waits_for_its_next_try(
+    blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, _ = blocks
     inject(monkeypatch, eio(10**4))
     monkeypatch.setattr(disk, "RETRY_DELAYS_S", (60.0,))
@@ -241,7 +289,9 @@ def test_stop_ends_a_read_that_waits_for_its_next_try(blocks: tuple[BlockFile, l
 
 
 def test_a_read_without_memory_is_nobodys_fault_and_raised_at_once(
-    blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    blocks: tuple[BlockFile, list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     file, contents = blocks
 
@@ -260,13 +310,22 @@ def test_a_read_without_memory_is_nobodys_fault_and_raised_at_once(
 @pytest.mark.parametrize(
     ("code", "expected", "said"),
     [
-        (errno.EIO, CheckpointError, r"blocks.safetensors cannot be opened: Input/output error: check the disk"),
+        (
+            errno.EIO,
+            CheckpointError,
+            r"blocks.safetensors cannot be opened: Input/output error: check the disk",
+        ),
         (errno.ENOMEM, OSError, "Cannot allocate memory"),
     ],
 )
 @pytest.mark.parametrize("again", [False, True])
 def test_a_file_that_cannot_be_opened_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, expected: type[Exception], said: str, again: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    expected: type[Exception],
+    said: str,
+    again: bool,
 ) -> None:
     """again: when the file system has refused direct reads."""
     file, _ = written(tmp_path / "blocks.safetensors")
@@ -286,12 +345,17 @@ def test_a_file_that_cannot_be_opened_is_named(
     file.close()
 
 
-def test_a_disk_that_hangs_is_named_and_waited_for_once(blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_hangs_is_named_and_waited_for_once(
+    blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, _ = blocks
     disk_hangs = HangingReads(monkeypatch)
     monkeypatch.setattr(disk, "HANGING_READ_S", 1.0)
     began = time.monotonic()
-    said = ("block 3 cannot be read: the disk gave no byte for 1 s: check the disk", "block 2 is not read: the disk hangs: check the disk")
+    said = (
+        "block 3 cannot be read: the disk gave no byte for 1 s: check the disk",
+        "block 2 is not read: the disk hangs: check the disk",
+    )
     for block, text in zip((3, 2), said, strict=True):
         with pytest.raises(CheckpointError, match=f"blocks.safetensors: {text}"):
             file.read_into(block, room(file, block))
@@ -305,7 +369,9 @@ def test_a_disk_that_hangs_is_named_and_waited_for_once(blocks: tuple[BlockFile,
 def test_a_disk_that_gives_a_byte_now_and_then_does_not_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ten parts by four threads, each of 0.2 s: longer in all than the limit, which counts from the last byte."""
+    """Ten parts by four threads, each of 0.2 s: longer in all than the limit, which counts from the
+    last byte.
+    """
     file, contents = written(tmp_path / "blocks.safetensors")
     monkeypatch.setattr(disk, "HANGING_READ_S", 0.4)
     inject(monkeypatch, lambda number: time.sleep(0.2))
@@ -315,7 +381,9 @@ def test_a_disk_that_gives_a_byte_now_and_then_does_not_hang(
     file.close()
 
 
-def test_stop_leaves_a_read_that_hangs_to_itself(blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_leaves_a_read_that_hangs_to_itself(
+    blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, _ = blocks
     disk_hangs = HangingReads(monkeypatch)
     monkeypatch.setattr(disk, "STOP_GRACE_S", 0.3)
@@ -360,7 +428,9 @@ def test_a_buffer_without_slack_is_refused(blocks: tuple[BlockFile, list[bytes]]
         file.read_into(2, torch.empty(file.ranges[2][1] - 1, dtype=torch.uint8))
 
 
-def test_several_threads_read_the_parts_of_one_block(blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_read_the_parts_of_one_block(
+    blocks: tuple[BlockFile, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, contents = blocks
     names: set[str] = set()
     together = threading.Barrier(2)

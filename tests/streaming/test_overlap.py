@@ -1,4 +1,6 @@
-"""The streamer's order of events on a device whose clock is simulated: hops overlap, and no buffer is written while it is in use."""
+"""The streamer's order of events on a device whose clock is simulated: hops overlap, and no buffer
+is written while it is in use.
+"""
 
 from __future__ import annotations
 
@@ -54,15 +56,18 @@ class Use:
 
 @dataclass
 class Clock:
-    """One simulated machine. A thread's own time moves on when it works and when it settles on an event; streams have their own times.
+    """One simulated machine. A thread's own time moves on when it works and when it settles on an
+    event; streams have their own times.
 
-    Every value that crosses threads travels with the moment it was ready at, so the result does not depend on how the threads run.
+    Every value that crosses threads travels with the moment it was ready at, so the result does not
+    depend on how the threads run.
     """
 
     durations: Durations
     rng: random.Random
     uses: list[Use] = field(default_factory=list)
-    ready_s: dict[int, float] = field(default_factory=dict)  # when a buffer's present content was complete
+    # when a buffer's present content was complete
+    ready_s: dict[int, float] = field(default_factory=dict)
     link_s: float = 0.0
     compute_s: float = 0.0
     mine: threading.local = field(default_factory=threading.local)
@@ -74,7 +79,9 @@ class Clock:
     def advance(self, to_s: float) -> None:
         self.mine.at_s = max(self.now(), to_s)
 
-    def work(self, what: str, seconds: float, target: torch.Tensor, source: torch.Tensor | None = None) -> None:
+    def work(
+        self, what: str, seconds: float, target: torch.Tensor, source: torch.Tensor | None = None
+    ) -> None:
         """The calling thread fills `target`, out of `source` where there is one."""
         jitter(self.rng)
         with self.lock:
@@ -99,7 +106,11 @@ class SimulatedFile(BlockFile):
 
     def __init__(self, clock: Clock, name: str) -> None:
         self._first = FIRST[name]
-        self.path, self.ranges, self._clock = Path(name), [(index * NBYTES, NBYTES) for index in range(BLOCKS)], clock
+        self.path, self.ranges, self._clock = (
+            Path(name),
+            [(index * NBYTES, NBYTES) for index in range(BLOCKS)],
+            clock,
+        )
 
     def read_into(self, block: int, buffer: torch.Tensor) -> torch.Tensor:
         self._clock.work("read", self._clock.durations.read_s, buffer)
@@ -110,7 +121,9 @@ class SimulatedFile(BlockFile):
 
 
 class SimulatedDevice:
-    """A GPU with one stream for copies and one for kernels: issuing returns at once, and work starts when what it waits for is over."""
+    """A GPU with one stream for copies and one for kernels: issuing returns at once, and work
+    starts when what it waits for is over.
+    """
 
     staged = True
 
@@ -138,7 +151,10 @@ class SimulatedDevice:
             free_s = after.at_s if isinstance(after, Moment) else 0.0
             start_s = max(clock.link_s, free_s, clock.ready_s[host.data_ptr()])
             clock.link_s = end_s = start_s + clock.durations.copy_s
-            clock.uses += [Use("copy", slot.data_ptr(), start_s, end_s), Use("copy from", host.data_ptr(), start_s, end_s)]
+            clock.uses += [
+                Use("copy", slot.data_ptr(), start_s, end_s),
+                Use("copy from", host.data_ptr(), start_s, end_s),
+            ]
             self.copies.append((start_s, end_s))
         slot[:NBYTES].copy_(host)
         return Moment(end_s)
@@ -169,12 +185,20 @@ class Case:
 
     @property
     def visits(self) -> list[Visit]:
-        return assign_slots(self.schedule, self.resident, self.ring, self.host, self.staging, set(range(self.pinned)))
+        return assign_slots(
+            self.schedule,
+            self.resident,
+            self.ring,
+            self.host,
+            self.staging,
+            set(range(self.pinned)),
+        )
 
 
 @dataclass(frozen=True)
 class Trace:
-    """uses: of all buffers; computed: (start, end) of each visit; copied: (start, end) of each load, in order.
+    """uses: of all buffers; computed: (start, end) of each visit; copied: (start, end) of each
+    load, in order.
 
     mistaken: the visits that found another block's bytes.
     """
@@ -186,7 +210,9 @@ class Trace:
 
     @property
     def faults(self) -> list[str]:
-        return conflicts(self.uses) + [f"visit {number} found another block" for number in self.mistaken]
+        return conflicts(self.uses) + [
+            f"visit {number} found another block" for number in self.mistaken
+        ]
 
 
 def simulate(case: Case, seed: int) -> Trace:
@@ -195,8 +221,13 @@ def simulate(case: Case, seed: int) -> Trace:
     clock = Clock(case.durations, rng)
     device = SimulatedDevice(clock)
     slots = Slots("slot", case.resident + case.ring, NBYTES, ledger, CPU)
-    host, staging = Slots("cached", case.host, NBYTES, ledger, CPU), Slots("staging", case.staging, NBYTES, ledger, CPU)
-    files = {name: StreamedComponent(SimulatedFile(clock, name), TENSORS) for name in ("high", "low")}
+    host, staging = (
+        Slots("cached", case.host, NBYTES, ledger, CPU),
+        Slots("staging", case.staging, NBYTES, ledger, CPU),
+    )
+    files = {
+        name: StreamedComponent(SimulatedFile(clock, name), TENSORS) for name in ("high", "low")
+    }
     computed, mistaken = [], []
     with Streamer(files, case.visits, slots, host, staging, device) as streamer:
         for number, (name, index) in enumerate(case.schedule):
@@ -215,11 +246,17 @@ def simulate(case: Case, seed: int) -> Trace:
 def random_case(seed: int) -> Case:
     rng = random.Random(seed)
     steps, switch = rng.randint(1, 4), rng.randint(0, 4)
-    schedule = tuple(("high" if step < switch else "low", index) for step in range(steps) for index in range(BLOCKS))
+    schedule = tuple(
+        ("high" if step < switch else "low", index)
+        for step in range(steps)
+        for index in range(BLOCKS)
+    )
     resident = rng.randint(0, BLOCKS)
     ring = rng.randint(1, 3) if resident < BLOCKS else 0
     host = rng.randint(0, BLOCKS - resident)
-    durations = Durations(*(rng.choice((0.1, 0.5, 1.0, 3.0)) * (1 + rng.random()) for _ in range(4)))
+    durations = Durations(
+        *(rng.choice((0.1, 0.5, 1.0, 3.0)) * (1 + rng.random()) for _ in range(4))
+    )
     return Case(schedule, resident, ring, host, rng.randint(0, host), rng.randint(1, 3), durations)
 
 
@@ -227,16 +264,23 @@ def conflicts(uses: list[Use]) -> list[str]:
     """Pairs of uses of one buffer that overlap in time where at least one of them writes."""
     found = []
     for buffer in {use.buffer for use in uses}:
-        mine = sorted((use for use in uses if use.buffer == buffer), key=lambda use: (use.start_s, use.end_s))
+        mine = sorted(
+            (use for use in uses if use.buffer == buffer), key=lambda use: (use.start_s, use.end_s)
+        )
         for first, second in pairwise(mine):
             writes = {"read", "stage", "copy"} & {first.what, second.what}
             if writes and second.start_s < first.end_s - 1e-9:
-                found.append(f"{second.what} at {second.start_s:.3f} s while {first.what} runs until {first.end_s:.3f} s")
+                found.append(
+                    f"{second.what} at {second.start_s:.3f} s while {first.what} runs until "
+                    f"{first.end_s:.3f} s"
+                )
     return found
 
 
 def ideal(case: Case) -> list[float]:
-    """When every visit's computation ends when each hop begins as soon as its bytes, its worker and its buffer allow."""
+    """When every visit's computation ends when each hop begins as soon as its bytes, its worker and
+    its buffer allow.
+    """
     visits, d = case.visits, case.durations
     disk_s = stage_s = link_s = compute_s = 0.0
     in_host: dict[int, float] = {}
@@ -248,14 +292,18 @@ def ideal(case: Case) -> list[float]:
         if visit.read:
             if visit.host is not None:
                 before = visit.host_after
-                free_s = 0.0 if before == NEVER else staged[before] if through_host else linked[before]
+                free_s = (
+                    0.0 if before == NEVER else staged[before] if through_host else linked[before]
+                )
                 in_host[visit.host] = disk_s = max(disk_s, free_s) + d.read_s
             else:
                 disk_s = max(disk_s, linked.get(visit.stage_after, 0.0)) + d.read_s
         if visit.load:
             ready_s = in_host[visit.host] if visit.host is not None else disk_s
             if through_host:
-                staged[number] = stage_s = max(stage_s, ready_s, linked.get(visit.stage_after, 0.0)) + d.stage_s
+                staged[number] = stage_s = (
+                    max(stage_s, ready_s, linked.get(visit.stage_after, 0.0)) + d.stage_s
+                )
                 ready_s = stage_s
             free_s = computed[visit.after] if visit.after != NEVER else 0.0
             linked[number] = link_s = max(link_s, ready_s, free_s) + d.copy_s
@@ -275,12 +323,24 @@ def test_no_buffer_is_written_in_use_and_nothing_waits_without_need(first: int) 
 
 
 def streamed(durations: Durations, ring: int = 2, steps: int = 3, **changes: int) -> Case:
-    schedule = tuple(("high" if step < 2 else "low", index) for step in range(steps) for index in range(BLOCKS))
-    return Case(schedule, 0, ring, changes.get("host", 0), changes.get("pinned", 0), changes.get("staging", 2), durations)
+    schedule = tuple(
+        ("high" if step < 2 else "low", index) for step in range(steps) for index in range(BLOCKS)
+    )
+    return Case(
+        schedule,
+        0,
+        ring,
+        changes.get("host", 0),
+        changes.get("pinned", 0),
+        changes.get("staging", 2),
+        durations,
+    )
 
 
 def test_a_block_travels_while_the_one_before_it_computes() -> None:
-    """Also the next expert's first block, while the last step of this one runs: after the first block the device never waits."""
+    """Also the next expert's first block, while the last step of this one runs: after the first
+    block the device never waits.
+    """
     trace = simulate(streamed(Durations(0.5, 0.2, 0.3, 1.0)), seed=1)
     for (start_s, _), (_, end_s) in zip(trace.copied[1:], trace.computed, strict=False):
         assert start_s < end_s
@@ -291,12 +351,16 @@ def test_a_block_travels_while_the_one_before_it_computes() -> None:
 
 
 def test_the_disk_reads_ahead_of_the_link_as_far_as_staging_allows() -> None:
-    """With one staging buffer each read waits for the copy before it; with two, reads follow each other."""
+    """With one staging buffer each read waits for the copy before it; with two, reads follow each
+    other.
+    """
     slow_link = Durations(1.0, 0.1, 1.0, 0.1)
     for staging, period_s in ((1, 2.0), (2, 1.0)):
         trace = simulate(streamed(slow_link, staging=staging), seed=staging)
         reads = [use.start_s for use in trace.uses if use.what == "read"]
-        assert [b - a for a, b in pairwise(reads[1:])] == pytest.approx([period_s] * (len(reads) - 2))
+        assert [b - a for a, b in pairwise(reads[1:])] == pytest.approx(
+            [period_s] * (len(reads) - 2)
+        )
 
 
 def test_pageable_blocks_are_staged_while_the_disk_reads_others() -> None:
@@ -321,9 +385,15 @@ FORGETS: dict[str, Callable[[Visit], dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("forgotten", FORGETS)
-def test_an_ordering_that_forgets_to_wait_is_caught(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ordering_that_forgets_to_wait_is_caught(
+    forgotten: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     durations = Durations(0.1, 0.1, 0.5, 3.0)
-    case = streamed(durations, host=BLOCKS, pinned=BLOCKS) if "RAM" in forgotten else streamed(durations)
+    case = (
+        streamed(durations, host=BLOCKS, pinned=BLOCKS)
+        if "RAM" in forgotten
+        else streamed(durations)
+    )
     assert simulate(case, 0).faults == []
     faulty = [replace(visit, **FORGETS[forgotten](visit)) for visit in case.visits]  # type: ignore[arg-type]
     monkeypatch.setattr(Case, "visits", faulty)

@@ -1,4 +1,6 @@
-"""Which blocks stay where: fixed sets, evenly spread, so that what travels has the others' time to arrive."""
+"""Which blocks stay where: fixed sets, evenly spread, so that what travels has the others' time to
+arrive.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,20 @@ def test_what_is_spread_is_as_even_as_it_can_be(total: int) -> None:
     for count in range(total + 1):
         chosen = spread(count, total)
         assert len(chosen) == count
-        gaps = {after - before for before, after in zip([chosen[-1] - total, *chosen], chosen, strict=False)} if chosen else set()
+        gaps = (
+            {
+                after - before
+                for before, after in zip([chosen[-1] - total, *chosen], chosen, strict=False)
+            }
+            if chosen
+            else set()
+        )
         assert all(total // count <= gap <= -(-total // count) for gap in gaps)
 
 
-@pytest.mark.parametrize(("resident", "host"), [(0, 0), (40, 0), (20, 9), (0, 17), (39, 1), (8, 32), (8, 99)])
+@pytest.mark.parametrize(
+    ("resident", "host"), [(0, 0), (40, 0), (20, 9), (0, 17), (39, 1), (8, 32), (8, 99)]
+)
 def test_every_block_has_one_place(resident: int, host: int) -> None:
     on_device, in_ram = tiers(40, resident, host)
     assert len(on_device) == resident
@@ -31,11 +42,15 @@ def test_every_block_has_one_place(resident: int, host: int) -> None:
 
 
 def test_kept_blocks_are_read_once_and_residents_travel_once() -> None:
-    visits = assign_slots([("high", index) for _ in range(STEPS) for index in range(40)], 20, 2, 9, 2)
+    visits = assign_slots(
+        [("high", index) for _ in range(STEPS) for index in range(40)], 20, 2, 9, 2
+    )
     on_device, in_ram = tiers(40, 20, 9)
     for block in range(40):
         own = visits[block::40]
-        assert [visit.read for visit in own] == [True] + (STEPS - 1) * [block not in {*on_device, *in_ram}]
+        assert [visit.read for visit in own] == [True] + (STEPS - 1) * [
+            block not in {*on_device, *in_ram}
+        ]
         assert [visit.load for visit in own] == [True] + (STEPS - 1) * [block not in on_device]
         assert len({visit.slot for visit in own if block in on_device}) <= 1
 
@@ -57,7 +72,9 @@ def step_seconds(choice: Choice, speeds: Speeds) -> float:
     ids=["a link slower than computing", "a disk slower than computing", "both kept tiers"],
 )
 def test_slow_hops_are_hidden_behind_the_blocks_that_stay(choice: Choice, speeds: Speeds) -> None:
-    """Each hop is slower than computing one block, but not than the blocks between two that take it: a prefix would stall at its end."""
+    """Each hop is slower than computing one block, but not than the blocks between two that take
+    it: a prefix would stall at its end.
+    """
     assert step_seconds(choice, speeds) <= 40 * COMPUTE_S * 1.02
 
 

@@ -34,7 +34,11 @@ def write_blocks(folder: Path, name: str, first: int) -> BlockFile:
 
 
 def two_experts(steps: int, switch: int) -> list[BlockId]:
-    return [("high" if step < switch else "low", index) for step in range(steps) for index in range(BLOCKS)]
+    return [
+        ("high" if step < switch else "low", index)
+        for step in range(steps)
+        for index in range(BLOCKS)
+    ]
 
 
 class StagedTransport(HostTransport):
@@ -65,13 +69,18 @@ def run(
     pinned: int = 0,
     staging_buffers: int = 2,
 ) -> int:
-    """Walks the schedule, checks every byte of every block at the start and at the end of its visit; returns the bytes read."""
+    """Walks the schedule, checks every byte of every block at the start and at the end of its
+    visit; returns the bytes read.
+    """
     resident, ring, host = choice
     staging_buffers = staging_buffers if transport.staged else 0
     files = {"high": write_blocks(folder, "high", 1), "low": write_blocks(folder, "low", 101)}
     ledger = Ledger("test", 10**6)
     slots = Slots("slot", resident + ring, SLOT_BYTES, ledger, CPU)
-    cached, staging = Slots("cached", host, SLOT_BYTES, ledger, CPU), Slots("staging", staging_buffers, SLOT_BYTES, ledger, CPU)
+    cached, staging = (
+        Slots("cached", host, SLOT_BYTES, ledger, CPU),
+        Slots("staging", staging_buffers, SLOT_BYTES, ledger, CPU),
+    )
     cached.pin(pinned, transport)
     visits = assign_slots(schedule, resident, ring, host, staging_buffers, cached.pinned)
     components = {name: StreamedComponent(file, TENSORS) for name, file in files.items()}
@@ -94,14 +103,22 @@ def test_slots_are_never_reused_early(tmp_path: Path, seed: int) -> None:
     ring = rng.randint(1, 3) if resident < BLOCKS else 0
     choice = (resident, ring, rng.randint(0, BLOCKS - resident))
     transport = SlowTransport(rng) if seed % 2 else HostTransport()
-    schedule, pinned, staging = two_experts(4, rng.randint(0, 4)), rng.randint(0, choice[2]), rng.randint(1, 3)
+    schedule, pinned, staging = (
+        two_experts(4, rng.randint(0, 4)),
+        rng.randint(0, choice[2]),
+        rng.randint(1, 3),
+    )
     run(tmp_path, choice, schedule, transport, lambda: rng.random() * 2e-4, pinned, staging)
 
 
 def test_a_planted_early_reuse_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail: without the wait for the slot's last visit it does."""
     to_device = Streamer._to_device
-    monkeypatch.setattr(Streamer, "_to_device", lambda self, number, visit: to_device(self, number, replace(visit, after=-1)))
+    monkeypatch.setattr(
+        Streamer,
+        "_to_device",
+        lambda self, number, visit: to_device(self, number, replace(visit, after=-1)),
+    )
     with pytest.raises(AssertionError):
         run(tmp_path, (0, 2, 0), two_experts(4, 2), HostTransport(), lambda: 2e-3)
 
@@ -117,14 +134,21 @@ def test_residents_and_cached_blocks_are_read_once_per_expert(tmp_path: Path) ->
 
 
 def test_the_next_block_travels_while_this_one_computes(tmp_path: Path) -> None:
-    """Also across the expert switch: the low expert's first block is in its slot before the last visit of the high one ends."""
+    """Also across the expert switch: the low expert's first block is in its slot before the last
+    visit of the high one ends.
+    """
     files = {"high": write_blocks(tmp_path, "high", 1), "low": write_blocks(tmp_path, "low", 101)}
     ledger = Ledger("test", 10**6)
-    slots, staging = Slots("slot", 2, SLOT_BYTES, ledger, CPU), Slots("staging", 2, SLOT_BYTES, ledger, CPU)
+    slots, staging = (
+        Slots("slot", 2, SLOT_BYTES, ledger, CPU),
+        Slots("staging", 2, SLOT_BYTES, ledger, CPU),
+    )
     schedule = two_experts(2, 1)
     components = {name: StreamedComponent(file, TENSORS) for name, file in files.items()}
     none = Slots("none", 0, NBYTES, ledger, CPU)
-    with Streamer(components, assign_slots(schedule, 0, 2, 0, 2), slots, none, staging, StagedTransport()) as streamer:
+    with Streamer(
+        components, assign_slots(schedule, 0, 2, 0, 2), slots, none, staging, StagedTransport()
+    ) as streamer:
         for number, (name, index) in enumerate(schedule[:-1]):
             with streamer.block(name, index):
                 following = schedule[number + 1]
@@ -144,11 +168,16 @@ def test_a_failing_read_names_file_and_block(tmp_path: Path) -> None:
     slots, none = Slots("slot", 2, SLOT_BYTES, ledger, CPU), Slots("none", 0, NBYTES, ledger, CPU)
     schedule = [("high", index) for index in range(BLOCKS)]
     streamed = {"high": StreamedComponent(file, TENSORS)}
-    with Streamer(streamed, assign_slots(schedule, 0, 2, 0), slots, none, none, HostTransport()) as streamer:
+    with Streamer(
+        streamed, assign_slots(schedule, 0, 2, 0), slots, none, none, HostTransport()
+    ) as streamer:
         for index in range(3):
             with streamer.block("high", index):
                 pass
-        with pytest.raises(CheckpointError, match=r"high: block 3 ends at byte 3082, expected 4096"), streamer.block("high", 3):
+        with (
+            pytest.raises(CheckpointError, match=r"high: block 3 ends at byte 3082, expected 4096"),
+            streamer.block("high", 3),
+        ):
             pass
     file.close()
     assert not lowvram_threads()
@@ -160,7 +189,12 @@ def test_asking_out_of_order_is_refused(tmp_path: Path) -> None:
     slots, none = Slots("slot", 1, NBYTES, ledger, CPU), Slots("none", 0, NBYTES, ledger, CPU)
     with (
         Streamer(
-            {"high": StreamedComponent(file, TENSORS)}, assign_slots([("high", 0)], 0, 1, 0), slots, none, none, HostTransport()
+            {"high": StreamedComponent(file, TENSORS)},
+            assign_slots([("high", 0)], 0, 1, 0),
+            slots,
+            none,
+            none,
+            HostTransport(),
         ) as streamer,
         pytest.raises(InternalLimitError, match="schedule's visit 0"),
         streamer.block("high", 1),

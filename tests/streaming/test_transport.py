@@ -1,8 +1,9 @@
-"""The CUDA transport without a GPU: a driver that refuses to lock pages, and a device whose streams run in any order that is allowed.
+"""The CUDA transport without a GPU: a driver that refuses to lock pages, and a device whose streams
+run in any order that is allowed.
 
-Refusals are heard and leave no error behind. Of copies and computations each waits for what it needs and for nothing else: the real
-streamer walks random schedules over the real transport, bytes move when the device reaches a copy, and every block is looked at when the
-device computes with it.
+Refusals are heard and leave no error behind. Of copies and computations each waits for what it
+needs and for nothing else: the real streamer walks random schedules over the real transport, bytes
+move when the device reaches a copy, and every block is looked at when the device computes with it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ CPU, DEVICE = torch.device("cpu"), torch.device("cuda", 1)
 
 
 class Driver:
-    """Stands for CUDA's runtime: codes for the next calls, the error that a launch's check would find, the device that is current."""
+    """Stands for CUDA's runtime: codes for the next calls, the error that a launch's check would
+    find, the device that is current.
+    """
 
     def __init__(self) -> None:
         self.register = self.unregister = self.last_error = self.current = 0
@@ -68,7 +71,12 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
     stream: Callable[[Any], object] = lambda device: object()  # noqa: E731
-    for name, value in {"cudart": lambda: driver, "device": driver.device, "Stream": stream, "current_stream": stream}.items():
+    for name, value in {
+        "cudart": lambda: driver,
+        "device": driver.device,
+        "Stream": stream,
+        "current_stream": stream,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "ones", driver.launch)
     return driver
@@ -77,12 +85,17 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 BUFFER = torch.empty(4096, dtype=torch.uint8)
 
 
-def test_pages_are_locked_and_unlocked_on_the_device_of_the_run(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+def test_pages_are_locked_and_unlocked_on_the_device_of_the_run(
+    driver: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
     transport = make_transport(DEVICE)
     assert isinstance(transport, CudaTransport)
     assert transport.pin(BUFFER)
     transport.unpin(BUFFER)
-    assert driver.calls == [("register", BUFFER.data_ptr(), 1), ("unregister", BUFFER.data_ptr(), 1)]
+    assert driver.calls == [
+        ("register", BUFFER.data_ptr(), 1),
+        ("unregister", BUFFER.data_ptr(), 1),
+    ]
     assert driver.current == 0
     assert not caplog.records
 
@@ -93,7 +106,9 @@ def test_a_refusal_to_lock_is_heard_and_leaves_no_error(driver: Driver) -> None:
     assert driver.last_error == 0
 
 
-def test_a_refusal_to_unlock_is_said_and_leaves_no_error(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refusal_to_unlock_is_said_and_leaves_no_error(
+    driver: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
     transport = CudaTransport(DEVICE)
     assert transport.pin(BUFFER)
     driver.unregister = 713
@@ -112,7 +127,9 @@ def test_a_host_needs_no_locked_pages() -> None:
 
 
 class FakeStream:
-    """Operations in the order in which they were given; `eager`: how likely the device goes on with them unasked."""
+    """Operations in the order in which they were given; `eager`: how likely the device goes on with
+    them unasked.
+    """
 
     def __init__(self, gpu: Gpu, eager: float) -> None:
         self._gpu, self.eager = gpu, eager
@@ -126,7 +143,9 @@ class FakeStream:
             self._gpu.drift()
 
     def wait_event(self, event: FakeEvent) -> None:
-        """As CUDA has it: for the event's last record so far, and for nothing where there was none."""
+        """As CUDA has it: for the event's last record so far, and for nothing where there was
+        none.
+        """
         if event.point is not None:
             self.put(lambda: None, until=event.point)
 
@@ -170,7 +189,9 @@ class FakeEvent:
 
 
 class Gpu:
-    """Two streams that share nothing but what they are told to wait for. Where both could go on, either does."""
+    """Two streams that share nothing but what they are told to wait for. Where both could go on,
+    either does.
+    """
 
     def __init__(self, rng: random.Random, computing: float = 0.0, copying: float = 0.0) -> None:
         self.lock = threading.RLock()
@@ -220,11 +241,15 @@ class Gpu:
 
     def drift(self) -> None:
         """Every stream goes on for as long as it likes, in turns."""
-        while sum(self._rng.random() < stream.eager and self.step(stream) for stream in self.streams):
+        while sum(
+            self._rng.random() < stream.eager and self.step(stream) for stream in self.streams
+        ):
             pass
 
     def reach(self, point: Point) -> None:
-        """The host waits: what lies before `point` happens, and what that waits for; nothing else must."""
+        """The host waits: what lies before `point` happens, and what that waits for; nothing else
+        must.
+        """
         self.held_up.append(threading.current_thread().name)
         while True:
             with self.lock:
@@ -241,7 +266,9 @@ class Gpu:
 
 
 class DeviceTensor(torch.Tensor):
-    """Bytes on the fake device: copies into them happen when the stream that they were given to reaches them."""
+    """Bytes on the fake device: copies into them happen when the stream that they were given to
+    reaches them.
+    """
 
     gpu: ClassVar[Gpu]
 
@@ -269,9 +296,16 @@ class DeviceLedger(Ledger):
 @contextlib.contextmanager
 def installed(gpu: Gpu) -> Iterator[Gpu]:
     """torch.cuda means `gpu`."""
-    names = {"Stream": gpu.new_stream, "Event": FakeEvent, "current_stream": gpu.current_stream, "stream": gpu.stream}
+    names = {
+        "Stream": gpu.new_stream,
+        "Event": FakeEvent,
+        "current_stream": gpu.current_stream,
+        "stream": gpu.stream,
+    }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (names | {"synchronize": gpu.synchronize, "device": contextlib.nullcontext}).items():
+        for name, value in (
+            names | {"synchronize": gpu.synchronize, "device": contextlib.nullcontext}
+        ).items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(DeviceTensor, "gpu", gpu, raising=False)
         yield gpu
@@ -296,7 +330,9 @@ def arrived(slot: torch.Tensor) -> bool:
     return plain(slot)[:8].tolist() == HOST_BYTES.tolist()
 
 
-def test_a_stream_begins_behind_what_was_given_to_the_device_and_waits_for_nothing_later(gpu: Gpu) -> None:
+def test_a_stream_begins_behind_what_was_given_to_the_device_and_waits_for_nothing_later(
+    gpu: Gpu,
+) -> None:
     transport, slot, done = CudaTransport(DEVICE), empty_slot(), list[str]()
     (copying,) = gpu.streams[1:]
     gpu.launch(lambda: done.append("earlier"))
@@ -373,7 +409,8 @@ def test_there_is_nothing_to_wait_for_where_there_was_no_event(gpu: Gpu) -> None
 
 BLOCKS, NBYTES = 5, 64
 FIRST = {"high": 1, "low": 101}
-LEFT_BEHIND = 255  # what earlier work leaves in the slots, and others in buffers that were handed back
+# what earlier work leaves in the slots, and others in buffers that were handed back
+LEFT_BEHIND = 255
 
 
 class FilledFile(BlockFile):
@@ -394,10 +431,16 @@ class FilledFile(BlockFile):
 
 
 def faults_of_a_walk(seed: int, transport_class: Callable[[torch.device], Any]) -> list[str]:
-    """The real streamer with a random plan, over a device that works on each stream never, now and then or at once until it must."""
+    """The real streamer with a random plan, over a device that works on each stream never, now and
+    then or at once until it must.
+    """
     rng = random.Random(seed)
     steps, switch = rng.randint(1, 4), rng.randint(0, 4)
-    schedule = [("high" if step < switch else "low", index) for step in range(steps) for index in range(BLOCKS)]
+    schedule = [
+        ("high" if step < switch else "low", index)
+        for step in range(steps)
+        for index in range(BLOCKS)
+    ]
     resident = rng.randint(0, BLOCKS)
     ring, cached = rng.randint(1, 3) if resident < BLOCKS else 0, rng.randint(0, BLOCKS - resident)
     staged, pinned = rng.randint(1, 3), set(range(rng.randint(0, cached)))
@@ -405,10 +448,17 @@ def faults_of_a_walk(seed: int, transport_class: Callable[[torch.device], Any]) 
     with installed(Gpu(rng, rng.choice((0.0, 0.5, 1.0)), rng.choice((0.0, 0.5, 1.0)))) as gpu:
         ledger = Ledger("RAM", 10**6)
         slots = Slots("slot", resident + ring, NBYTES, DeviceLedger("VRAM", 10**6), CPU)
-        host, staging = Slots("cached", cached, NBYTES, ledger, CPU), Slots("staging", staged, NBYTES, ledger, CPU)
-        for slot in [plain(slots[number]) for number in range(len(slots))]:  # it was another's, whose last kernels are still to run
+        host, staging = (
+            Slots("cached", cached, NBYTES, ledger, CPU),
+            Slots("staging", staged, NBYTES, ledger, CPU),
+        )
+        # it was another's, whose last kernels are still to run
+        for slot in [plain(slots[number]) for number in range(len(slots))]:
             gpu.launch(lambda slot=slot: slot.fill_(LEFT_BEHIND))
-        files = {name: StreamedComponent(FilledFile(name, rng), {"weight": (torch.uint8, (NBYTES,), 0)}) for name in FIRST}
+        files = {
+            name: StreamedComponent(FilledFile(name, rng), {"weight": (torch.uint8, (NBYTES,), 0)})
+            for name in FIRST
+        }
         visits = assign_slots(schedule, resident, ring, cached, staged, pinned)
 
         def compute(number: int, weight: torch.Tensor, expected: int) -> None:
@@ -419,7 +469,8 @@ def faults_of_a_walk(seed: int, transport_class: Callable[[torch.device], Any]) 
             for number, (name, index) in enumerate(schedule):
                 with streamer.block(name, index) as block:
                     work = (number, plain(block["weight"]), FIRST[name] + index)
-                    gpu.launch(*2 * [lambda work=work: compute(*work)])  # at its start and at its end
+                    # at its start and at its end
+                    gpu.launch(*2 * [lambda work=work: compute(*work)])
             if threading.current_thread().name in gpu.held_up:
                 faults.append("the thread that computes waited for the device")
         for buffers in (host, staging):
@@ -432,33 +483,65 @@ def faults_of_a_walk(seed: int, transport_class: Callable[[torch.device], Any]) 
 
 
 @pytest.mark.parametrize("first", range(0, 300, 100))
-def test_every_block_is_there_when_it_is_computed_with_whatever_the_device_does_first(first: int) -> None:
+def test_every_block_is_there_when_it_is_computed_with_whatever_the_device_does_first(
+    first: int,
+) -> None:
     for seed in range(first, first + 100):
         assert faults_of_a_walk(seed, CudaTransport) == [], seed
 
 
 COPY = "            slot[: host.numel()].copy_(host, non_blocking=True)\n"
-EVENT = "            event = torch.cuda.Event(blocking=True)  # who settles on it sleeps instead of spinning\n"
+EVENT = (
+    "            event = torch.cuda.Event(blocking=True)  # who settles on it sleeps "
+    "instead of spinning\n"
+)
 RECORD = "            event.record(self._stream)\n"
 MISTAKES = {
     "begin waits for nothing": ("self._stream.wait_stream(self._computing)", "pass"),
-    "begin waits the other way round": ("self._stream.wait_stream(self._computing)", "self._computing.wait_stream(self._stream)"),
-    "copies on the computing stream": ("torch.cuda.stream(self._stream)", "contextlib.nullcontext()"),
+    "begin waits the other way round": (
+        "self._stream.wait_stream(self._computing)",
+        "self._computing.wait_stream(self._stream)",
+    ),
+    "copies on the computing stream": (
+        "torch.cuda.stream(self._stream)",
+        "contextlib.nullcontext()",
+    ),
     "a copy does not wait for its slot": ("self._stream.wait_event(after)", "pass"),
-    "computing waits in the place of the copy": ("self._stream.wait_event(after)", "self._computing.wait_event(after)"),
-    "the host waits in the place of the copy": ("self._stream.wait_event(after)", "self._stream.synchronize()"),
+    "computing waits in the place of the copy": (
+        "self._stream.wait_event(after)",
+        "self._computing.wait_event(after)",
+    ),
+    "the host waits in the place of the copy": (
+        "self._stream.wait_event(after)",
+        "self._stream.synchronize()",
+    ),
     "a copy blocks the host": (", non_blocking=True", ""),
     "a copy's event is not recorded": (RECORD, ""),
-    "a copy's event is recorded on the computing stream": (RECORD, RECORD.replace("_stream", "_computing")),
+    "a copy's event is recorded on the computing stream": (
+        RECORD,
+        RECORD.replace("_stream", "_computing"),
+    ),
     "a copy's event is recorded before it": (COPY + EVENT + RECORD, EVENT + RECORD + COPY),
     "a mark is not recorded": ("event.record(self._computing)", "pass"),
-    "a mark is recorded on the copies' stream": ("event.record(self._computing)", "event.record(self._stream)"),
+    "a mark is recorded on the copies' stream": (
+        "event.record(self._computing)",
+        "event.record(self._stream)",
+    ),
     "computing does not wait for the copy": ("self._computing.wait_event(event)", "pass"),
-    "copies wait in the place of computing": ("self._computing.wait_event(event)", "self._stream.wait_event(event)"),
-    "the host waits in the place of computing": ("self._computing.wait_event(event)", "event.synchronize()"),
+    "copies wait in the place of computing": (
+        "self._computing.wait_event(event)",
+        "self._stream.wait_event(event)",
+    ),
+    "the host waits in the place of computing": (
+        "self._computing.wait_event(event)",
+        "event.synchronize()",
+    ),
     "a buffer is not settled on": ("event.synchronize()", "pass"),
     "settling waits for the whole stream": ("event.synchronize()", "self._stream.synchronize()"),
-    "settling waits for the whole device": ("event.synchronize()", "torch.cuda.synchronize(self._device)"),
+    "settling waits for the whole device": (
+        "event.synchronize()",
+        "torch.cuda.synchronize(self._device)",
+    ),
 }
 
 

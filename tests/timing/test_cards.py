@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from lowvram.errors import UsageError
-from lowvram.timing.cards import ACHIEVABLE, CARDS, REFERENCE_CARD, card_with, find_card, parse_link, parse_speed
+from lowvram.timing.cards import (
+    ACHIEVABLE,
+    CARDS,
+    REFERENCE_CARD,
+    card_with,
+    find_card,
+    parse_link,
+    parse_speed,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import static_bound
@@ -24,7 +32,9 @@ import static_bound
         ("H200", 989, 1979, 1979),
     ],
 )
-def test_peaks_are_those_of_the_facts(name: str, bf16: float, fp8: float | None, int8: float) -> None:
+def test_peaks_are_those_of_the_facts(
+    name: str, bf16: float, fp8: float | None, int8: float
+) -> None:
     """kernels 5."""
     card = find_card(name)
     assert card.bf16_ops_s == pytest.approx(bf16 * 1e12, rel=0.005)
@@ -85,17 +95,30 @@ def test_every_card_can_be_found_and_gives_a_profile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "arch"), [("ampere", "sm_86"), ("ada", "sm_89"), ("blackwell", "sm_120"), ("a100", "sm_80"), ("hopper", "sm_90")]
+    ("architecture", "arch"),
+    [
+        ("ampere", "sm_86"),
+        ("ada", "sm_89"),
+        ("blackwell", "sm_120"),
+        ("a100", "sm_80"),
+        ("hopper", "sm_90"),
+    ],
 )
 def test_shares_are_those_that_the_machine_code_predicts(architecture: str, arch: str) -> None:
     shares = static_bound.shares(static_bound.read_table(), arch)
     row = ACHIEVABLE[architecture]
-    assert (row.gemm_int8, row.gemm_fp8, row.attention) == (shares["gemm_int8"], shares.get("gemm_fp8"), shares["attention"])
+    assert (row.gemm_int8, row.gemm_fp8, row.attention) == (
+        shares["gemm_int8"],
+        shares.get("gemm_fp8"),
+        shares["attention"],
+    )
     assert row.basis == "predicted"
 
 
 def test_predictions_are_near_what_was_published_of_other_kernels() -> None:
-    """kernels 2.7 and 6: attention of SageAttention 1 on a 4090 and a 3090; row-wise fp8 in Triton on an H100, from above."""
+    """kernels 2.7 and 6: attention of SageAttention 1 on a 4090 and a 3090; row-wise fp8 in Triton
+    on an H100, from above.
+    """
     rates = {name: find_card(name).profile() for name in ("RTX 4090", "RTX 3090", "H200")}
     assert rates["RTX 4090"].attention_ops_s == pytest.approx(322e12, rel=0.15)
     assert rates["RTX 3090"].attention_ops_s == pytest.approx(135e12, rel=0.15)
@@ -104,7 +127,9 @@ def test_predictions_are_near_what_was_published_of_other_kernels() -> None:
 
 
 def test_what_the_user_names_is_no_assumption_of_the_table() -> None:
-    profile = find_card("RTX 3090").profile(link_bytes_s=parse_link("PCIe 3.0 x8"), disk_bytes_s=parse_speed("7GB"))
+    profile = find_card("RTX 3090").profile(
+        link_bytes_s=parse_link("PCIe 3.0 x8"), disk_bytes_s=parse_speed("7GB")
+    )
     assert (profile.link_bytes_s, profile.disk_bytes_s) == (6e9, 7e9)
     assert profile.sources["link_bytes_s"] == profile.sources["disk_bytes_s"] == "given"
     assert profile.basis == "predicted"
@@ -128,20 +153,32 @@ def test_links(text: str, speed: float) -> None:
 
 @pytest.mark.parametrize("text", ["PCIe 9.0 x16", "PCIe 4.0 x3", "fast", "", "0GB", "-1GB"])
 def test_links_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match=r'such as "PCIe 4.0 x8"|a link like "PCIe 4.0 x8", or its speed like 12GB'):
+    with pytest.raises(
+        UsageError, match=r'such as "PCIe 4.0 x8"|a link like "PCIe 4.0 x8", or its speed like 12GB'
+    ):
         parse_link(text)
 
 
 @pytest.mark.parametrize("text", ["PCIe 4.0 x4", "fast", "", "0GB", "-1GB"])
 def test_disks_that_are_none(text: str) -> None:
     """A link is none, and is not what is advised."""
-    with pytest.raises(UsageError, match=r"write it like 3\.5GB, what the disk reads in a second") as refused:
+    with pytest.raises(
+        UsageError, match=r"write it like 3\.5GB, what the disk reads in a second"
+    ) as refused:
         parse_speed(text)
     assert "PCIe" not in str(refused.value).replace(repr(text), "")
 
 
 @pytest.mark.parametrize(
-    ("gib", "name"), [(0, REFERENCE_CARD), (24, REFERENCE_CARD), (25, "RTX 5090"), (33, "A100 40GB"), (41, "A100 80GB"), (4096, "H200")]
+    ("gib", "name"),
+    [
+        (0, REFERENCE_CARD),
+        (24, REFERENCE_CARD),
+        (25, "RTX 5090"),
+        (33, "A100 40GB"),
+        (41, "A100 80GB"),
+        (4096, "H200"),
+    ],
 )
 def test_a_budget_without_a_card_is_that_of_one_that_has_it(gib: int, name: str) -> None:
     assert card_with(gib * 2**30).name == name

@@ -1,4 +1,6 @@
-"""Predictions: operations against the facts and against torch's own count, few simulated steps against all of them."""
+"""Predictions: operations against the facts and against torch's own count, few simulated steps
+against all of them.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,12 @@ def profile(**changes: float) -> MachineProfile:
 @pytest.mark.parametrize(("tokens", "tera"), [(75_600, 163.1), (32_760, 41.96)])
 def test_a_block_is_the_work_that_the_facts_count(tokens: int, tera: float) -> None:
     """kernels 5."""
-    ops = linear_ops(DIT, tokens) + text_ops(DIT) + attention_ops(DIT, tokens, tokens) + attention_ops(DIT, tokens, DIT.text_len)
+    ops = (
+        linear_ops(DIT, tokens)
+        + text_ops(DIT)
+        + attention_ops(DIT, tokens, tokens)
+        + attention_ops(DIT, tokens, DIT.text_len)
+    )
     assert ops / 1e12 == pytest.approx(tera, rel=1e-3)
 
 
@@ -64,10 +71,16 @@ def test_element_wise_work_is_what_the_facts_count() -> None:
 
 def test_seconds_of_a_block_follow_from_the_rates() -> None:
     tokens, rate = 8192 * 4, 1e12
-    bare = profile(gemm_int8_ops_s=rate, attention_ops_s=rate, elementwise_bytes_s=1e30, launch_s=1e-12)
-    ops = linear_ops(DIT, tokens) + text_ops(DIT) + attention_ops(DIT, tokens, tokens + DIT.text_len)
+    bare = profile(
+        gemm_int8_ops_s=rate, attention_ops_s=rate, elementwise_bytes_s=1e30, launch_s=1e-12
+    )
+    ops = (
+        linear_ops(DIT, tokens) + text_ops(DIT) + attention_ops(DIT, tokens, tokens + DIT.text_len)
+    )
     assert block_seconds(DIT, "int8", tokens, 8192, bare) == pytest.approx(ops / rate)
-    moved = profile(gemm_int8_ops_s=1e30, attention_ops_s=1e30, elementwise_bytes_s=1e9, launch_s=1e-12)
+    moved = profile(
+        gemm_int8_ops_s=1e30, attention_ops_s=1e30, elementwise_bytes_s=1e9, launch_s=1e-12
+    )
     seconds = block_seconds(DIT, "int8", tokens, 8192, moved)
     assert seconds is not None
     assert seconds > tokens * elementwise_bytes(DIT, "int8") / 1e9
@@ -84,17 +97,25 @@ def test_short_chunks_cost_time_and_launches_bound_tiny_ones() -> None:
 
 
 class Launches(TorchDispatchMode):
-    """Counts what starts a kernel on a GPU: every op of the dispatch once, whatever its reference does, and every operator of torch outside
-    of them that is no view and does more than allocate.
+    """Counts what starts a kernel on a GPU: every op of the dispatch once, whatever its reference
+    does, and every operator of torch outside of them that is no view and does more than allocate.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.count = self.within = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         returns = func._schema.returns
-        view = bool(returns) and all(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+        view = bool(returns) and all(
+            value.alias_info is not None and not value.alias_info.is_write for value in returns
+        )
         if not self.within and not view and "empty" not in func._schema.name:
             self.count += 1
         return func(*args, **(kwargs or {}))
@@ -113,32 +134,70 @@ class Launches(TorchDispatchMode):
 
 @torch.no_grad()
 def launches_of_a_visit(store: Store, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Kernels from behind the first block to behind the second: one visit, of a clip of 768 tokens and one branch."""
+    """Kernels from behind the first block to behind the second: one visit, of a clip of 768 tokens
+    and one branch.
+    """
     config, choice = store.config, Choice(chunk_tokens, 0, 2, 0, False)
     plan = describe_plan(config, store.format, (256, 256), 9, 1, choice, Host.of("cpu"))
     assert plan.num_tokens == 768
-    ledger, shape, file = Ledger("VRAM", plan.peak_vram_bytes), latent_shape(config, 256, 256, 9), store.files[EXPERTS[0]]
-    conditioning = condition(file.read, config.dit, store.format, torch.tensor([900]), [torch.randn(7, config.dit.text_dim)], CPU)
-    schedule, buffers = [(EXPERTS[0], index) for index in range(2)], Buffers(plan.slot_bytes, 2, 0, 0, 0)
+    ledger, shape, file = (
+        Ledger("VRAM", plan.peak_vram_bytes),
+        latent_shape(config, 256, 256, 9),
+        store.files[EXPERTS[0]],
+    )
+    conditioning = condition(
+        file.read,
+        config.dit,
+        store.format,
+        torch.tensor([900]),
+        [torch.randn(7, config.dit.text_dim)],
+        CPU,
+    )
+    schedule, buffers = (
+        [(EXPERTS[0], index) for index in range(2)],
+        Buffers(plan.slot_bytes, 2, 0, 0, 0),
+    )
     counter, counts = Launches(), list[int]()
     with (
         monkeypatch.context() as patch,
-        open_stream(store.files, schedule, buffers, ledger, Ledger("RAM", plan.peak_ram_bytes), CPU, make_transport(CPU)) as streamer,
+        open_stream(
+            store.files,
+            schedule,
+            buffers,
+            ledger,
+            Ledger("RAM", plan.peak_ram_bytes),
+            CPU,
+            make_transport(CPU),
+        ) as streamer,
         counter,
     ):
         for name in ops.OPS:
             patch.setattr(ops, name, counter.counted(getattr(ops, name)))
-        model = WanTransformer(config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU)
+        model = WanTransformer(
+            config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU
+        )
         ends = load_ends(file.read, store.format, CPU)
         latents = torch.randn(shape.shape)
-        model.velocities(latents, 0, conditioning, ends, streamer, EXPERTS[0], lambda index, x: counts.append(counter.count))
+        model.velocities(
+            latents,
+            0,
+            conditioning,
+            ends,
+            streamer,
+            EXPERTS[0],
+            lambda index, x: counts.append(counter.count),
+        )
     return counts[1] - counts[0]
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8"])
-def test_a_block_starts_the_kernels_that_are_counted(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_starts_the_kernels_that_are_counted(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open_store(write_store(tmp_path / "model", tiny_config(), format)) as store:
-        one, three, six = (launches_of_a_visit(store, chunk, monkeypatch) for chunk in (768, 256, 128))
+        one, three, six = (
+            launches_of_a_visit(store, chunk, monkeypatch) for chunk in (768, 256, 128)
+        )
     per_chunk = (six - three) / 3
     assert three - one == 2 * per_chunk
     assert (per_chunk, one - per_chunk) == (LAUNCHES_PER_CHUNK, LAUNCHES_PER_VISIT)
@@ -153,7 +212,9 @@ def test_formats_have_their_own_rates() -> None:
 
 
 def test_the_decoder_does_the_operations_that_torch_counts() -> None:
-    """The first frame stands for a whole latent one, so short clips do a little more than their share."""
+    """The first frame stands for a whole latent one, so short clips do a little more than their
+    share.
+    """
     config = VAEConfig(base_dim=8)
     model = _build(config).to_empty(device="cpu")
     for parameter in model.parameters():
@@ -161,7 +222,9 @@ def test_the_decoder_does_the_operations_that_torch_counts() -> None:
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         clip = model.decode(torch.randn(1, 16, 4, 4, 4), return_dict=False)[0]
-    counted = sum(ops for op, ops in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
+    counted = sum(
+        ops for op, ops in counter.get_flop_counts()["Global"].items() if "convolution" in str(op)
+    )
     pixels = clip.shape[2] * clip.shape[3] * clip.shape[4]
     assert clip.shape[2:] == (13, 32, 32)
     assert counted / pixels == pytest.approx(decode_ops(config), rel=0.06)
@@ -174,17 +237,27 @@ def test_tiles_decode_their_overlaps_twice() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 4, 30, 40, 50])
-@pytest.mark.parametrize(("shift", "boundary"), [(12.0, 0.875), (5.0, 0.9), (1.0, 0.5), (5.0, 0.0), (5.0, 1.0)])
-def test_experts_work_the_steps_that_the_schedule_gives_them(steps: int, shift: float, boundary: float) -> None:
+@pytest.mark.parametrize(
+    ("shift", "boundary"), [(12.0, 0.875), (5.0, 0.9), (1.0, 0.5), (5.0, 0.0), (5.0, 1.0)]
+)
+def test_experts_work_the_steps_that_the_schedule_gives_them(
+    steps: int, shift: float, boundary: float
+) -> None:
     timesteps = make_schedule("unipc", steps, shift).timesteps.tolist()
-    assert high_noise_steps(steps, shift, boundary) == sum(expert_of(timestep, boundary) == EXPERTS[0] for timestep in timesteps)
+    assert high_noise_steps(steps, shift, boundary) == sum(
+        expert_of(timestep, boundary) == EXPERTS[0] for timestep in timesteps
+    )
 
 
-def plan_of(choice: Choice, size: tuple[int, int] = (480, 272), frames: int = 17, device: str = "cuda") -> MemoryPlan:
+def plan_of(
+    choice: Choice, size: tuple[int, int] = (480, 272), frames: int = 17, device: str = "cuda"
+) -> MemoryPlan:
     return describe_plan(T2V_A14B, "int8", size, frames, 40, choice, Host.of(device))
 
 
-def clock(steps: int = 40, branches: tuple[int, int] = (2, 2), machine: MachineProfile = CARD) -> Forecast:
+def clock(
+    steps: int = 40, branches: tuple[int, int] = (2, 2), machine: MachineProfile = CARD
+) -> Forecast:
     return Forecast(T2V_A14B, "int8", machine, steps, 12.0, 0.875, branches)
 
 
@@ -199,7 +272,9 @@ CHOICES = [
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("branches", [(2, 2), (1, 2), (1, 1)])
-def test_a_few_simulated_steps_stand_for_all(choice: Choice, branches: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_simulated_steps_stand_for_all(
+    choice: Choice, branches: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = clock(20, branches)(plan_of(choice))
     monkeypatch.setattr(forecast, "SIMULATED_STEPS", 20)
     every = clock(20, branches)(plan_of(choice))
@@ -244,7 +319,11 @@ def test_a_host_predicts_too() -> None:
 
 def test_a_faster_machine_is_never_predicted_to_be_slower() -> None:
     plans = [plan_of(choice) for choice in CHOICES]
-    faster = profile(link_bytes_s=2 * CARD.link_bytes_s, disk_bytes_s=2 * CARD.disk_bytes_s, gemm_int8_ops_s=2 * CARD.gemm_int8_ops_s)
+    faster = profile(
+        link_bytes_s=2 * CARD.link_bytes_s,
+        disk_bytes_s=2 * CARD.disk_bytes_s,
+        gemm_int8_ops_s=2 * CARD.gemm_int8_ops_s,
+    )
     for plan in plans:
         slow, fast = clock()(plan), clock(machine=faster)(plan)
         assert slow is not None
@@ -258,7 +337,9 @@ def test_what_is_printed_for_scripts() -> None:
     data = json.loads(json.dumps(prediction.to_dict()))
     assert data["machine"] == "RTX 4090"
     assert data["basis"] == "predicted"
-    assert data["video_s"] == pytest.approx(sum(data[f"{phase}_s"] for phase in ("text", "conditioning", "denoise", "decode")))
+    assert data["video_s"] == pytest.approx(
+        sum(data[f"{phase}_s"] for phase in ("text", "conditioning", "denoise", "decode"))
+    )
 
 
 def test_image_to_video_is_predicted_with_its_own_schedule() -> None:
@@ -267,11 +348,24 @@ def test_image_to_video_is_predicted_with_its_own_schedule() -> None:
 
 
 def test_the_overhead_is_that_of_the_budgets_and_short_chunks_are_part_of_it() -> None:
-    """The smallest budgets of 720p: nothing waits for a block, yet chunks of 64 tokens take almost twice the time."""
+    """The smallest budgets of 720p: nothing waits for a block, yet chunks of 64 tokens take almost
+    twice the time.
+    """
     machine = find_card("RTX 3060 12GB").profile(2 * 10**9)
     forecast = clock(machine=machine)
     plans = [
-        choose_plan(T2V_A14B, "int8", HD, 81, 40, Host.of("cuda"), vram, ram, clock=forecast, pinned_limit_bytes=machine.pinned_limit_bytes)
+        choose_plan(
+            T2V_A14B,
+            "int8",
+            HD,
+            81,
+            40,
+            Host.of("cuda"),
+            vram,
+            ram,
+            clock=forecast,
+            pinned_limit_bytes=machine.pinned_limit_bytes,
+        )
         for vram, ram in ((3547 * 2**20, 2 * 10**9), (2**40, 2**40))
     ]
     small, unbounded = (plan.prediction for plan in plans)
@@ -279,7 +373,11 @@ def test_the_overhead_is_that_of_the_budgets_and_short_chunks_are_part_of_it() -
     assert unbounded is not None
     assert (plans[0].choice.chunk_tokens, plans[1].choice.chunk_tokens) == (64, 8192)
     assert plans[1].choice.resident_blocks == 40
-    assert unbounded.step_s == pytest.approx(unbounded.resident_step_s) == pytest.approx(unbounded.compute_step_s)
+    assert (
+        unbounded.step_s
+        == pytest.approx(unbounded.resident_step_s)
+        == pytest.approx(unbounded.compute_step_s)
+    )
     assert unbounded.overhead == pytest.approx(0, abs=1e-9)
     assert small.resident_step_s == unbounded.resident_step_s
     assert small.overhead == pytest.approx(small.step_s / unbounded.step_s - 1)
@@ -294,6 +392,8 @@ def test_no_plan_is_faster_than_one_without_budgets(tokens: tuple[int, int, int]
     *size, frames = tokens
     for chunk in (64, 128, 512, 4096, 8192):
         for joint in (False, True):
-            prediction = clock()(plan_of(Choice(chunk, 0, 40, 0, joint), (size[0], size[1]), frames))
+            prediction = clock()(
+                plan_of(Choice(chunk, 0, 40, 0, joint), (size[0], size[1]), frames)
+            )
             assert prediction is not None
             assert prediction.step_s >= prediction.resident_step_s * (1 - 1e-9)

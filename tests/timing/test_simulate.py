@@ -1,4 +1,6 @@
-"""The model of time: its arithmetic by hand, its laws over random schedules, and the real streamer's own times on a simulated clock."""
+"""The model of time: its arithmetic by hand, its laws over random schedules, and the real
+streamer's own times on a simulated clock.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ TENSORS = {"weight": (torch.uint8, (NBYTES,), 0)}
 
 
 def two_experts(blocks: int, steps: int, switch: int) -> list[BlockId]:
-    return [("high" if step < switch else "low", index) for step in range(steps) for index in range(blocks)]
+    return [
+        ("high" if step < switch else "low", index)
+        for step in range(steps)
+        for index in range(blocks)
+    ]
 
 
 def speeds(read_s: float, stage_s: float, copy_s: float, staged: bool = True) -> Speeds:
@@ -40,7 +46,9 @@ def speeds(read_s: float, stage_s: float, copy_s: float, staged: bool = True) ->
 
 
 def test_two_slots_by_hand() -> None:
-    """Read 1 s, copy 2 s, compute 5 s, one staging buffer: copies run under computations, and the third waits for its slot."""
+    """Read 1 s, copy 2 s, compute 5 s, one staging buffer: copies run under computations, and the
+    third waits for its slot.
+    """
     visits = assign_slots([("high", index) for index in range(3)], 0, 2, 0, 1)
     timeline = simulate(visits, NBYTES, 5.0, speeds(1, 1, 2))
     reads = [(times.read_start_s, times.read_end_s) for times in timeline.visits]
@@ -50,7 +58,12 @@ def test_two_slots_by_hand() -> None:
     assert copies == [(1, 3), (4, 6), (8, 10)]
     assert computed == [(3, 8), (8, 13), (13, 18)]
     assert timeline.stall_s == (3, 0, 0)
-    assert (timeline.seconds, timeline.read_bytes, timeline.link_bytes, timeline.host_copy_bytes) == (18, 3 * NBYTES, 3 * NBYTES, 0)
+    assert (
+        timeline.seconds,
+        timeline.read_bytes,
+        timeline.link_bytes,
+        timeline.host_copy_bytes,
+    ) == (18, 3 * NBYTES, 3 * NBYTES, 0)
 
 
 def test_one_slot_hides_nothing() -> None:
@@ -102,7 +115,12 @@ def random_case(seed: int) -> Case:
     ring = rng.randint(1, 4) if resident < blocks else 0
     host = rng.randint(0, blocks - resident)
     rates = speeds(*(rng.choice((0.25, 0.5, 1, 2, 4, 8)) for _ in range(3)))
-    return Case(schedule, (resident, ring, host, rng.randint(0, host), rng.randint(1, 3)), rates, rng.choice((0.5, 1.0, 4.0, 16.0)))
+    return Case(
+        schedule,
+        (resident, ring, host, rng.randint(0, host), rng.randint(1, 3)),
+        rates,
+        rng.choice((0.5, 1.0, 4.0, 16.0)),
+    )
 
 
 def run_model(case: Case, step_starts: frozenset[int] = frozenset()) -> Timeline:
@@ -139,15 +157,21 @@ def test_faster_hops_and_more_slots_cost_no_time(seed: int) -> None:
     assert run_model(faster).seconds <= seconds + 1e-9
     resident, ring, *rest = case.choice
     streamed = max(index for _, index in case.schedule) + 1 - resident
-    if streamed > ring + 1:  # with as many slots as blocks some are found where they were, or not, by the parity of their turn
+    # with as many slots as blocks some are found where they were, or not, by the parity of their
+    # turn
+    if streamed > ring + 1:
         wider = Case(case.schedule, (resident, ring + 1, *rest), case.speeds, case.compute_s)
         assert run_model(wider).seconds <= seconds + 1e-9
 
 
 def test_forty_blocks_of_a_whole_run_take_less_than_a_second() -> None:
-    schedule = [(name, index) for name in ("high", "low") for _ in range(20 * 2) for index in range(40)]
+    schedule = [
+        (name, index) for name in ("high", "low") for _ in range(20 * 2) for index in range(40)
+    ]
     began = time.perf_counter()
-    timeline = simulate_choice(schedule, Choice(8192, 2, 5, 20, False, 10), NBYTES, 3.0, speeds(1, 0.5, 0.7), 2, [80] * 40)
+    timeline = simulate_choice(
+        schedule, Choice(8192, 2, 5, 20, False, 10), NBYTES, 3.0, speeds(1, 0.5, 0.7), 2, [80] * 40
+    )
     assert time.perf_counter() - began < 1
     assert len(timeline.visits) == 3200
 
@@ -156,7 +180,8 @@ def test_forty_blocks_of_a_whole_run_take_less_than_a_second() -> None:
 
 
 class VirtualClock:
-    """Time that stands still while any thread works, and jumps to the next wake-up once all of them sleep or wait.
+    """Time that stands still while any thread works, and jumps to the next wake-up once all of them
+    sleep or wait.
 
     Threads wait in `threading.Condition`s, which `counted` makes the clock aware of.
     """
@@ -200,7 +225,9 @@ class VirtualClock:
 
 
 def counted(clock: VirtualClock) -> type[threading.Condition]:
-    """Conditions whose waiters the clock knows to be waiting, and to be running again from the moment they are notified."""
+    """Conditions whose waiters the clock knows to be waiting, and to be running again from the
+    moment they are notified.
+    """
 
     class Counted(threading.Condition):
         def wait(self, timeout: float | None = None) -> bool:
@@ -225,8 +252,16 @@ class Recorder:
         self.clock, self.case = clock, case
         self.events: list[tuple[float, str, int]] = []
         visits = case.visits
-        stages = [number for number, visit in enumerate(visits) if visit.stage is not None and visit.host is not None]
-        copies = [number for number, visit in enumerate(visits) if visit.load and (visit.host, visit.stage) != (None, None)]
+        stages = [
+            number
+            for number, visit in enumerate(visits)
+            if visit.stage is not None and visit.host is not None
+        ]
+        copies = [
+            number
+            for number, visit in enumerate(visits)
+            if visit.load and (visit.host, visit.stage) != (None, None)
+        ]
         reads = [number for number, visit in enumerate(visits) if visit.read]
         self._next = {"read": iter(reads), "stage": iter(stages), "copy": iter(copies)}
 
@@ -240,7 +275,11 @@ class TimedFile(BlockFile):
     """A disk of the case's speed, on the simulated clock."""
 
     def __init__(self, recorder: Recorder, blocks: int) -> None:
-        self.path, self.ranges, self._recorder = Path("simulated"), [(index * NBYTES, NBYTES) for index in range(blocks)], recorder
+        self.path, self.ranges, self._recorder = (
+            Path("simulated"),
+            [(index * NBYTES, NBYTES) for index in range(blocks)],
+            recorder,
+        )
 
     def read_into(self, block: int, buffer: torch.Tensor) -> torch.Tensor:
         self._recorder.note("read")
@@ -252,7 +291,9 @@ class TimedFile(BlockFile):
 
 
 class TimedDevice:
-    """A device with a stream for copies and one for computing: events are the moments at which they will have happened."""
+    """A device with a stream for copies and one for computing: events are the moments at which they
+    will have happened.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder, self._clock, self._speeds = recorder, recorder.clock, recorder.case.speeds
@@ -278,7 +319,9 @@ class TimedDevice:
             self._clock.sleep(NBYTES / self._speeds.host_copy_bytes_s)
             return None
         free = after if isinstance(after, float) else 0.0
-        self.link_free = max(self._clock.now, self.link_free, free) + NBYTES / self._speeds.link_bytes_s
+        self.link_free = (
+            max(self._clock.now, self.link_free, free) + NBYTES / self._speeds.link_bytes_s
+        )
         return self.link_free
 
     def mark(self) -> float | None:
@@ -327,16 +370,23 @@ def on_the_clock(monkeypatch: pytest.MonkeyPatch, clock: VirtualClock) -> Iterat
         yield
 
 
-def real_events(case: Case, monkeypatch: pytest.MonkeyPatch, steps: frozenset[int] = frozenset()) -> list[tuple[float, str, int]]:
+def real_events(
+    case: Case, monkeypatch: pytest.MonkeyPatch, steps: frozenset[int] = frozenset()
+) -> list[tuple[float, str, int]]:
     """The streamer, its threads and all, on simulated disk, host memory, link and kernels."""
     clock, ledger = VirtualClock(), Ledger("test", 10**6)
     recorder = Recorder(clock, case)
     device = TimedDevice(recorder)
     resident, ring, host, _, staging = case.choice
     slots = Slots("slot", resident + ring, NBYTES, ledger, CPU)
-    buffers = Slots("cached", host, NBYTES, ledger, CPU), Slots("staging", staging, NBYTES, ledger, CPU)
+    buffers = (
+        Slots("cached", host, NBYTES, ledger, CPU),
+        Slots("staging", staging, NBYTES, ledger, CPU),
+    )
     blocks = 1 + max(index for _, index in case.schedule)
-    files = {name: StreamedComponent(TimedFile(recorder, blocks), TENSORS) for name in ("high", "low")}
+    files = {
+        name: StreamedComponent(TimedFile(recorder, blocks), TENSORS) for name in ("high", "low")
+    }
     clock.started()
     with on_the_clock(monkeypatch, clock):
         streamer = Streamer(files, case.visits, slots, *buffers, device)
@@ -351,16 +401,23 @@ def real_events(case: Case, monkeypatch: pytest.MonkeyPatch, steps: frozenset[in
     return sorted(recorder.events)
 
 
-def predicted_events(case: Case, steps: frozenset[int] = frozenset()) -> list[tuple[float, str, int]]:
+def predicted_events(
+    case: Case, steps: frozenset[int] = frozenset()
+) -> list[tuple[float, str, int]]:
     events: list[tuple[float, str, int]] = []
-    for number, (visit, times) in enumerate(zip(case.visits, run_model(case, steps).visits, strict=True)):
+    for number, (visit, times) in enumerate(
+        zip(case.visits, run_model(case, steps).visits, strict=True)
+    ):
         if visit.read:
             events.append((times.read_start_s, "read", number))
         if visit.stage is not None and visit.host is not None:
             events.append((times.stage_start_s, "stage", number))
         if visit.load and (visit.host, visit.stage) != (None, None):
             events.append((times.issued_s, "copy", number))
-        events += [(times.compute_start_s, "compute", number), (times.released_s, "release", number)]
+        events += [
+            (times.compute_start_s, "compute", number),
+            (times.released_s, "release", number),
+        ]
     return sorted(events)
 
 
@@ -377,8 +434,12 @@ NAMED = {
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_the_real_streamer_keeps_the_predicted_times(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every read, staging, issue of a copy, computation and release happens at the very moment that the model gives it."""
+def test_the_real_streamer_keeps_the_predicted_times(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every read, staging, issue of a copy, computation and release happens at the very moment that
+    the model gives it.
+    """
     choice, seconds, compute_s = NAMED[name]
     case = Case(two_experts(5, 4, 2), choice, speeds(*seconds), compute_s)
     steps = frozenset((5, 10, 15))
@@ -386,13 +447,17 @@ def test_the_real_streamer_keeps_the_predicted_times(name: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_real_streamer_keeps_the_predicted_times_of_random_choices(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_streamer_keeps_the_predicted_times_of_random_choices(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = random_case(seed)
     assert real_events(case, monkeypatch) == predicted_events(case)
 
 
 @pytest.mark.parametrize("ring", [1, 2, 3])
-def test_the_real_streamer_on_a_host_keeps_the_predicted_times(ring: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_streamer_on_a_host_keeps_the_predicted_times(
+    ring: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = Case(two_experts(5, 3, 1), (1, ring, 0, 0, 0), speeds(2, 1, 1, staged=False), 3.0)
     assert real_events(case, monkeypatch) == predicted_events(case)
 

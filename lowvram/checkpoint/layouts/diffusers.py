@@ -1,4 +1,6 @@
-"""The layout of Wan-AI/Wan2.2-T2V-A14B-Diffusers: one folder per component; `transformer` is the high-noise expert."""
+"""The layout of Wan-AI/Wan2.2-T2V-A14B-Diffusers: one folder per component; `transformer` is the
+high-noise expert.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,26 @@ from functools import partial
 from pathlib import Path
 
 from lowvram.checkpoint import names
-from lowvram.checkpoint.layouts.parts import Parts, Rename, make_dit_config, model_config, read_sampling, read_settings, read_tokenizer
+from lowvram.checkpoint.layouts.parts import (
+    Parts,
+    Rename,
+    make_dit_config,
+    model_config,
+    read_sampling,
+    read_settings,
+    read_tokenizer,
+)
 from lowvram.checkpoint.readers.files import Settings
 from lowvram.checkpoint.readers.shards import open_folder
 from lowvram.errors import CheckpointError
 from lowvram.variants import DiTConfig, SamplingDefaults, TextEncoderConfig, VAEConfig
 
-FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2", "text_encoder": "text_encoder", "vae": "vae"}
+FOLDERS = {
+    "high_noise": "transformer",
+    "low_noise": "transformer_2",
+    "text_encoder": "text_encoder",
+    "vae": "vae",
+}
 TOKENIZER = Path("tokenizer", "tokenizer.json")
 
 
@@ -22,10 +37,16 @@ def looks_diffusers(root: Path) -> bool:
 
 def read_diffusers(root: Path) -> Parts:
     """Headers and settings of all parts. Raises `CheckpointError`."""
-    settings = {component: read_settings(root, root / folder / "config.json") for component, folder in FOLDERS.items()}
+    settings = {
+        component: read_settings(root, root / folder / "config.json")
+        for component, folder in FOLDERS.items()
+    }
     high, low = (_dit_config(settings[component]) for component in ("high_noise", "low_noise"))
     if high != low:
-        raise CheckpointError(f"{root}: the config.json of transformer and transformer_2 differ: take both experts from one model")
+        raise CheckpointError(
+            f"{root}: the config.json of transformer and transformer_2 differ: take both "
+            f"experts from one model"
+        )
     text, vae = _text_config(settings["text_encoder"]), _vae_config(settings["vae"])
     config = model_config(high, text, vae, _sampling(root))
     renames: dict[str, Rename] = {
@@ -108,5 +129,7 @@ def _vae_config(settings: Settings) -> VAEConfig:
     )
     if len(config.temporal_downsample) != len(config.dim_mult) - 1:
         levels = len(config.dim_mult)
-        raise CheckpointError(f"{settings.path}: {levels} levels need {levels - 1} entries in temperal_downsample")
+        raise CheckpointError(
+            f"{settings.path}: {levels} levels need {levels - 1} entries in temperal_downsample"
+        )
     return config

@@ -1,4 +1,6 @@
-"""Tells the dimensions of a text encoder and a VAE from their tensors, where no config file does."""
+"""Tells the dimensions of a text encoder and a VAE from their tensors, where no config file
+does.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,33 @@ Tensors = Mapping[str, TensorInfo]
 
 
 def infer_text_encoder(tensors: Tensors) -> TextEncoderConfig:
-    """The config whose `text_encoder_shapes` should be these. Raises `MissingTensorsError` where it cannot be told."""
+    """The config whose `text_encoder_shapes` should be these. Raises `MissingTensorsError` where it
+    cannot be told.
+    """
     vocab_size, d_model = _sizes(tensors, "token_embedding.weight", 2)
     num_buckets, num_heads = _sizes(tensors, "blocks.0.pos_embedding.embedding.weight", 2)
     inner, _ = _sizes(tensors, "blocks.0.attn.q.weight", 2)
     d_ff, _ = _sizes(tensors, "blocks.0.ffn.fc1.weight", 2)
     if inner % num_heads:
-        raise MissingTensorsError(f"text_encoder: {num_heads} heads do not divide the width {inner} of blocks.0.attn.q.weight")
-    return TextEncoderConfig(vocab_size, d_model, num_heads, inner // num_heads, d_ff, len(_indices(tensors, "blocks")), num_buckets)
+        raise MissingTensorsError(
+            f"text_encoder: {num_heads} heads do not divide the width {inner} of "
+            f"blocks.0.attn.q.weight"
+        )
+    return TextEncoderConfig(
+        vocab_size,
+        d_model,
+        num_heads,
+        inner // num_heads,
+        d_ff,
+        len(_indices(tensors, "blocks")),
+        num_buckets,
+    )
 
 
 def infer_vae(tensors: Tensors) -> VAEConfig:
-    """The config whose `vae_shapes` should be these. Raises `MissingTensorsError` where it cannot be told."""
+    """The config whose `vae_shapes` should be these. Raises `MissingTensorsError` where it cannot
+    be told.
+    """
     base_dim = _sizes(tensors, "encoder.conv1.weight", 5)[0]
     z_dim = _sizes(tensors, "conv2.weight", 5)[0]
     widths, blocks, temporal = [base_dim], [0], []
@@ -38,16 +55,25 @@ def infer_vae(tensors: Tensors) -> VAEConfig:
             widths[-1] = _sizes(tensors, f"{name}.residual.2.weight", 5)[0]
             blocks[-1] += 1
     if not all(blocks) or any(width % base_dim for width in widths):
-        raise MissingTensorsError(f"vae: levels of widths {widths} with {blocks} residual blocks are not a Wan2.1 VAE of base {base_dim}")
-    return VAEConfig(base_dim, z_dim, tuple(width // base_dim for width in widths), blocks[0], tuple(temporal))
+        raise MissingTensorsError(
+            f"vae: levels of widths {widths} with {blocks} residual blocks are not a Wan2.1 "
+            f"VAE of base {base_dim}"
+        )
+    return VAEConfig(
+        base_dim, z_dim, tuple(width // base_dim for width in widths), blocks[0], tuple(temporal)
+    )
 
 
 def _sizes(tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:
     info = tensors.get(name)
     if info is None:
-        raise MissingTensorsError(f"{quoted(name)} is missing, from which the size of the model would be told")
+        raise MissingTensorsError(
+            f"{quoted(name)} is missing, from which the size of the model would be told"
+        )
     if len(info.shape) != rank or 0 in info.shape:
-        raise MissingTensorsError(f"{quoted(name)} has the shape {list(info.shape)}, expected {rank} sizes")
+        raise MissingTensorsError(
+            f"{quoted(name)} has the shape {list(info.shape)}, expected {rank} sizes"
+        )
     return info.shape
 
 

@@ -1,11 +1,20 @@
-"""The layout of Wan-AI/Wan2.2-T2V-A14B: two expert folders, T5 and VAE as single files, the tokenizer under google/."""
+"""The layout of Wan-AI/Wan2.2-T2V-A14B: two expert folders, T5 and VAE as single files, the
+tokenizer under google/.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lowvram.checkpoint.layouts.infer import infer_text_encoder, infer_vae
-from lowvram.checkpoint.layouts.parts import Parts, make_dit_config, model_config, read_sampling, read_settings, read_tokenizer
+from lowvram.checkpoint.layouts.parts import (
+    Parts,
+    make_dit_config,
+    model_config,
+    read_sampling,
+    read_settings,
+    read_tokenizer,
+)
 from lowvram.checkpoint.readers.files import Settings
 from lowvram.checkpoint.readers.shards import open_folder, open_one
 from lowvram.errors import CheckpointError
@@ -22,18 +31,29 @@ def looks_official(root: Path) -> bool:
 
 def read_official(root: Path, allow_pickle: bool) -> Parts:
     """Headers and settings of all parts. Raises `CheckpointError`."""
-    configs = {component: _dit_config(root, root / folder / "config.json") for component, folder in FOLDERS.items()}
+    configs = {
+        component: _dit_config(root, root / folder / "config.json")
+        for component, folder in FOLDERS.items()
+    }
     dit = configs["high_noise"]
     if configs["low_noise"] != dit:
         both = " and ".join(FOLDERS.values())
-        raise CheckpointError(f"{root}: the config.json of {both} differ: take both experts from one model")
+        raise CheckpointError(
+            f"{root}: the config.json of {both} differ: take both experts from one model"
+        )
     raw = {component: open_folder(root, root / folder) for component, folder in FOLDERS.items()}
     raw |= {component: open_one(root, stem, allow_pickle) for component, stem in STEMS.items()}
     text, vae = T2V_A14B.text_encoder, T2V_A14B.vae
     if dit != T2V_A14B.dit:
         text, vae = infer_text_encoder(raw["text_encoder"].infos), infer_vae(raw["vae"].infos)
     config = model_config(dit, text, vae, read_sampling(root))
-    return Parts("official", config, raw, dict.fromkeys(COMPONENTS, _same_name), read_tokenizer(root, root / TOKENIZER))
+    return Parts(
+        "official",
+        config,
+        raw,
+        dict.fromkeys(COMPONENTS, _same_name),
+        read_tokenizer(root, root / TOKENIZER),
+    )
 
 
 def _same_name(name: str) -> str | None:

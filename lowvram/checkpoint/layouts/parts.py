@@ -10,7 +10,14 @@ from lowvram.checkpoint.readers.files import Settings, read_bytes, read_json
 from lowvram.checkpoint.readers.shards import RawTensors
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.request import Request
-from lowvram.variants import T2V_A14B, DiTConfig, ModelConfig, SamplingDefaults, TextEncoderConfig, VAEConfig
+from lowvram.variants import (
+    T2V_A14B,
+    DiTConfig,
+    ModelConfig,
+    SamplingDefaults,
+    TextEncoderConfig,
+    VAEConfig,
+)
 
 Rename = Callable[[str], "str | None"]
 DEFAULTS_FILE = "lowvram_defaults.json"
@@ -38,7 +45,8 @@ def read_tokenizer(root: Path, path: Path) -> bytes:
 
 
 def read_sampling(root: Path) -> SamplingDefaults:
-    """The official defaults, with what `lowvram_defaults.json` in the root of the model says instead.
+    """The official defaults, with what `lowvram_defaults.json` in the root of the model says
+    instead.
 
     Raises `CheckpointError` that names file and field where no request could be made with them.
     """
@@ -49,8 +57,14 @@ def read_sampling(root: Path) -> SamplingDefaults:
     known = {item.name: item.type for item in fields(SamplingDefaults) if item.name != "boundary"}
     unknown = [key for key in settings.data if key not in known]
     if unknown:
-        raise CheckpointError(f"{path}: unknown key {unknown[0][:80]!r}; known are {', '.join(known)}; correct it or remove it")
-    changes = {key: settings.integer(key) if known[key] == "int" else settings.number(key) for key in settings.data}
+        raise CheckpointError(
+            f"{path}: unknown key {unknown[0][:80]!r}; known are {', '.join(known)}; correct "
+            f"it or remove it"
+        )
+    changes = {
+        key: settings.integer(key) if known[key] == "int" else settings.number(key)
+        for key in settings.data
+    }
     defaults = replace(SamplingDefaults(), **changes)  # type: ignore[arg-type]  # each key has its own field's type
     try:
         Request(prompt="", **asdict(defaults))
@@ -60,13 +74,17 @@ def read_sampling(root: Path) -> SamplingDefaults:
 
 
 def make_dit_config(path: Path, make: Callable[[], DiTConfig]) -> DiTConfig:
-    """The config that `make` builds; its refusal becomes a `CheckpointError` that names the file."""
+    """The config that `make` builds; its refusal becomes a `CheckpointError` that names the
+    file.
+    """
     try:
         return make()
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def model_config(dit: DiTConfig, text: TextEncoderConfig, vae: VAEConfig, sampling: SamplingDefaults) -> ModelConfig:
+def model_config(
+    dit: DiTConfig, text: TextEncoderConfig, vae: VAEConfig, sampling: SamplingDefaults
+) -> ModelConfig:
     real = (dit, text, vae) == (T2V_A14B.dit, T2V_A14B.text_encoder, T2V_A14B.vae)
     return ModelConfig(T2V_A14B.variant if real else "t2v-custom", dit, text, vae, sampling)

@@ -1,4 +1,6 @@
-"""Opens what lies inside a model folder, and nothing that a name or a link in it points at elsewhere."""
+"""Opens what lies inside a model folder, and nothing that a name or a link in it points at
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,25 @@ DOWNLOAD = "download it again"
 
 
 def check_plain_name(name: str, where: Path) -> str:
-    """`name`, if it is one plain file name on every system. Raises `UnsafeFileError`, also for absolute, drive and UNC names."""
-    odd = name in ("", ".", "..") or re.search(r'[/\\:\x00-\x1f\x7f<>"|?*]', name) or name.endswith((" ", "."))
+    """`name`, if it is one plain file name on every system. Raises `UnsafeFileError`, also for
+    absolute, drive and UNC names.
+    """
+    odd = (
+        name in ("", ".", "..")
+        or re.search(r'[/\\:\x00-\x1f\x7f<>"|?*]', name)
+        or name.endswith((" ", "."))
+    )
     if odd or len(name) > 255 or not name.isprintable():
-        raise UnsafeFileError(f"{where} names the file {name[:120]!r}, which is not a plain file name: do not use this model folder")
+        raise UnsafeFileError(
+            f"{where} names the file {name[:120]!r}, which is not a plain file name: do not "
+            f"use this model folder"
+        )
     return name
 
 
 def inside(root: Path, path: Path) -> Path:
-    """`path`, if its target lies in the model folder `root` or in the blobs of the hub cache that holds `root`.
+    """`path`, if its target lies in the model folder `root` or in the blobs of the hub cache that
+    holds `root`.
 
     Raises `UnsafeFileError` where a link leads elsewhere.
     """
@@ -31,12 +43,19 @@ def inside(root: Path, path: Path) -> Path:
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(allowed) for allowed in homes):
-        raise UnsafeFileError(f"{path} is a link that leaves its model folder (to {target}): put the file itself there")
+        raise UnsafeFileError(
+            f"{path} is a link that leaves its model folder (to {target}): put the file "
+            f"itself there"
+        )
     return path
 
 
-def read_bytes(root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD) -> bytes:
-    """The content of a small file of the model folder `root`. Raises `CheckpointError` that ends in `advice`."""
+def read_bytes(
+    root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD
+) -> bytes:
+    """The content of a small file of the model folder `root`. Raises `CheckpointError` that ends in
+    `advice`.
+    """
     inside(root, path)
     try:
         if not path.parent.is_dir():
@@ -48,12 +67,18 @@ def read_bytes(root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: 
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}: {advice}") from error
     if len(content) > cap_bytes:
-        raise CheckpointError(f"{path} is larger than {cap_bytes} bytes, too large for what it should hold: {advice}")
+        raise CheckpointError(
+            f"{path} is larger than {cap_bytes} bytes, too large for what it should hold: {advice}"
+        )
     return content
 
 
-def read_json(root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD) -> dict[str, Any]:
-    """The JSON object in a file of the model folder `root`. Raises `CheckpointError` that ends in `advice`."""
+def read_json(
+    root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD
+) -> dict[str, Any]:
+    """The JSON object in a file of the model folder `root`. Raises `CheckpointError` that ends in
+    `advice`.
+    """
     try:
         data = json.loads(read_bytes(root, path, cap_bytes, advice).decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -64,7 +89,9 @@ def read_json(root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: s
 
 
 class Settings:
-    """Checked access to a JSON object: every wrong value is a `CheckpointError` that names file and key."""
+    """Checked access to a JSON object: every wrong value is a `CheckpointError` that names file and
+    key.
+    """
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
         self.path = path
@@ -90,14 +117,22 @@ class Settings:
 
     def booleans(self, key: str, default: tuple[bool, ...]) -> tuple[bool, ...]:
         value = self._value(key, default)
-        if not isinstance(value, (list, tuple)) or len(value) > 16 or not all(isinstance(item, bool) for item in value):
+        if (
+            not isinstance(value, (list, tuple))
+            or len(value) > 16
+            or not all(isinstance(item, bool) for item in value)
+        ):
             raise self._error(key, value, "a list of true and false")
         return tuple(value)
 
     def require(self, key: str, *allowed: Any) -> None:
         """Raises unless the key is absent or holds one of `allowed`."""
         if key in self.data and self.data[key] not in allowed:
-            raise self._error(key, self.data[key], " or ".join(repr(item) for item in allowed) + ", all that this version reads")
+            raise self._error(
+                key,
+                self.data[key],
+                " or ".join(repr(item) for item in allowed) + ", all that this version reads",
+            )
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.data.get(key, default)

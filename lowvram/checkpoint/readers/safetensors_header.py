@@ -1,4 +1,6 @@
-"""Reads a safetensors header and trusts nothing in it: every rule of the format has its own error."""
+"""Reads a safetensors header and trusts nothing in it: every rule of the format has its own
+error.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,24 @@ from typing import Any, NoReturn
 from lowvram.errors import CheckpointError, HeaderError
 
 DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+    "C64": 8,
+}
 HEADER_CAP_BYTES = 32 * 2**20  # a 14 B model needs 0.3 MB
 SIZE_CAP = 2**63 - 1
 
@@ -118,7 +135,9 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file whose tensors tile its data exactly. Raises a `HeaderError` subclass per broken rule."""
+    """The header of a safetensors file whose tensors tile its data exactly. Raises a `HeaderError`
+    subclass per broken rule.
+    """
     text, file_bytes = _read_text(path)
     data_start = 8 + len(text)
     entries = _parse(path, text)
@@ -151,14 +170,23 @@ def _read_text(path: Path) -> tuple[bytes, int]:
 
 def _check_length(path: Path, prefix: bytes, file_bytes: int) -> int:
     if len(prefix) < 8:
-        raise FileTooShortError(f"{path}: {file_bytes} bytes, but a safetensors file has at least 8: download or convert it again")
+        raise FileTooShortError(
+            f"{path}: {file_bytes} bytes, but a safetensors file has at least 8: download or "
+            f"convert it again"
+        )
     length = int.from_bytes(prefix, "little")
     if length == 0:
         raise EmptyHeaderError(f"{path}: the header has length 0: not a safetensors file")
     if length > HEADER_CAP_BYTES:
-        raise HeaderTooLongError(f"{path}: the header claims {length} bytes, above the cap of {HEADER_CAP_BYTES}: not a safetensors file")
+        raise HeaderTooLongError(
+            f"{path}: the header claims {length} bytes, above the cap of {HEADER_CAP_BYTES}: "
+            f"not a safetensors file"
+        )
     if length > file_bytes - 8:
-        raise HeaderBeyondFileError(f"{path}: the header claims {length} bytes, but only {file_bytes - 8} follow: download it again")
+        raise HeaderBeyondFileError(
+            f"{path}: the header claims {length} bytes, but only {file_bytes - 8} follow: "
+            f"download it again"
+        )
     return length
 
 
@@ -181,11 +209,17 @@ def _no_constant(text: str) -> NoReturn:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        entries = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
     except UnicodeDecodeError as error:
-        raise HeaderEncodingError(f"{path}: the header is not UTF-8 at byte {8 + error.start}") from error
+        raise HeaderEncodingError(
+            f"{path}: the header is not UTF-8 at byte {8 + error.start}"
+        ) from error
     except _Duplicate as error:
-        raise DuplicateKeyError(f"{path}: the header holds the key {quoted(str(error))} twice") from error
+        raise DuplicateKeyError(
+            f"{path}: the header holds the key {quoted(str(error))} twice"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise HeaderJsonError(f"{path}: the header is not JSON: {error}") from error
     if not isinstance(entries, dict) or text[:1] != b"{":
@@ -199,7 +233,9 @@ def _check_text(path: Path, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise HeaderEncodingError(f"{path}: the header holds the text {quoted(text)}, which is not UTF-8") from error
+        raise HeaderEncodingError(
+            f"{path}: the header holds the text {quoted(text)}, which is not UTF-8"
+        ) from error
 
 
 def _metadata(path: Path, entry: Any) -> dict[str, str]:
@@ -218,25 +254,38 @@ def _is_integer(value: Any) -> bool:
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     where = f"{path}: tensor {quoted(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise TensorEntryError(f"{where}: the entry is not an object of dtype, shape and data_offsets")
+        raise TensorEntryError(
+            f"{where}: the entry is not an object of dtype, shape and data_offsets"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise UnknownDtypeError(f"{where}: unknown dtype {quoted(str(dtype))}; known are {', '.join(DTYPE_BYTES)}")
+        raise UnknownDtypeError(
+            f"{where}: unknown dtype {quoted(str(dtype))}; known are {', '.join(DTYPE_BYTES)}"
+        )
     if not isinstance(shape, list) or not all(_is_integer(size) and size >= 0 for size in shape):
         raise ShapeError(f"{where}: the shape {quoted(str(shape))} is not a list of integers >= 0")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_integer(offset) for offset in offsets):
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(_is_integer(offset) for offset in offsets)
+    ):
         raise OffsetsError(f"{where}: data_offsets {quoted(str(offsets))} is not two integers")
     start, end = offsets
     if not 0 <= start <= end:
         raise OffsetsError(f"{where}: data_offsets {quoted(str(offsets))} is not 0 <= start <= end")
     nbytes = _checked_bytes(where, dtype, shape, end)
     if nbytes != end - start:
-        raise SizeMismatchError(f"{where}: {dtype} {quoted(str(shape))} takes {nbytes} bytes, but data_offsets span {end - start}")
+        raise SizeMismatchError(
+            f"{where}: {dtype} {quoted(str(shape))} takes {nbytes} bytes, but data_offsets "
+            f"span {end - start}"
+        )
     return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
 
 
 def _checked_bytes(where: str, dtype: str, shape: list[int], end: int) -> int:
-    """Bytes of a tensor; the product of the sizes other than 0 must fit as well, since strides are made of it."""
+    """Bytes of a tensor; the product of the sizes other than 0 must fit as well, since strides are
+    made of it.
+    """
     nbytes = DTYPE_BYTES[dtype]
     for size in shape:
         nbytes *= max(size, 1)
@@ -247,15 +296,28 @@ def _checked_bytes(where: str, dtype: str, shape: list[int], end: int) -> int:
     return 0 if 0 in shape else nbytes
 
 
-def _check_tiling(path: Path, tensors: dict[str, TensorInfo], data_start: int, file_bytes: int) -> None:
+def _check_tiling(
+    path: Path, tensors: dict[str, TensorInfo], data_start: int, file_bytes: int
+) -> None:
     position = data_start
     for info in sorted(tensors.values(), key=lambda item: (item.start, item.end)):
         if info.start < position:
-            raise OverlapError(f"{path}: tensor {quoted(info.name)} overlaps the one before it by {position - info.start} bytes")
+            raise OverlapError(
+                f"{path}: tensor {quoted(info.name)} overlaps the one before it by "
+                f"{position - info.start} bytes"
+            )
         if info.start > position:
-            raise HoleError(f"{path}: {info.start - position} bytes before tensor {quoted(info.name)} belong to no tensor")
+            raise HoleError(
+                f"{path}: {info.start - position} bytes before tensor {quoted(info.name)} belong "
+                f"to no tensor"
+            )
         position = info.end
     if position > file_bytes:
-        raise TruncatedFileError(f"{path}: expected {position} bytes, found {file_bytes}: download or convert the file again")
+        raise TruncatedFileError(
+            f"{path}: expected {position} bytes, found {file_bytes}: download or convert the "
+            f"file again"
+        )
     if position < file_bytes:
-        raise TrailingBytesError(f"{path}: expected {position} bytes, found {file_bytes}: the rest belongs to no tensor")
+        raise TrailingBytesError(
+            f"{path}: expected {position} bytes, found {file_bytes}: the rest belongs to no tensor"
+        )

@@ -26,7 +26,9 @@ class Reader(Protocol):
 
 @dataclass
 class RawTensors:
-    """All tensors of one component and the files they lie in; `notes` are texts in them that may tell which expert it is."""
+    """All tensors of one component and the files they lie in; `notes` are texts in them that may
+    tell which expert it is.
+    """
 
     where: Path
     infos: dict[str, TensorInfo] = field(default_factory=dict)
@@ -34,10 +36,15 @@ class RawTensors:
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, path: Path, reader: Reader, infos: dict[str, TensorInfo], metadata: dict[str, str]) -> None:
+    def add(
+        self, path: Path, reader: Reader, infos: dict[str, TensorInfo], metadata: dict[str, str]
+    ) -> None:
         twice = [name for name in infos if name in self.infos]
         if twice:
-            raise CheckpointError(f"{path} repeats {len(twice)} tensors of another shard: {named(twice)}; download both again")
+            raise CheckpointError(
+                f"{path} repeats {len(twice)} tensors of another shard: {named(twice)}; download "
+                f"both again"
+            )
         self.infos |= infos
         self.readers |= dict.fromkeys(infos, reader)
         self.files.append(path)
@@ -71,18 +78,26 @@ def open_one(root: Path, stem: str, allow_pickle: bool) -> RawTensors:
 
 
 def open_folder(root: Path, folder: Path) -> RawTensors:
-    """The tensors of a folder: the shards that its one index names, or its only safetensors file. Raises `CheckpointError`."""
+    """The tensors of a folder: the shards that its one index names, or its only safetensors file.
+    Raises `CheckpointError`.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"the folder {folder} is missing, or is none: download it again")
     inside(root, folder)
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
     if len(indexes) > 1:
-        raise CheckpointError(f"{folder} holds {len(indexes)} indexes: {named([path.name for path in indexes])}; keep the right one")
+        raise CheckpointError(
+            f"{folder} holds {len(indexes)} indexes: "
+            f"{named([path.name for path in indexes])}; keep the right one"
+        )
     if indexes:
         return _open_indexed(root, folder, indexes[0], files)
     if len(files) != 1:
-        text = f"{folder} holds {len(files)} .safetensors files and no .safetensors.index.json that names its shards"
+        text = (
+            f"{folder} holds {len(files)} .safetensors files and no .safetensors.index.json "
+            f"that names its shards"
+        )
         raise CheckpointError(f"{text}: download the index" + ("" if files else " and the shards"))
     raw = RawTensors(folder)
     open_safetensors(root, files[0], raw)
@@ -91,16 +106,25 @@ def open_folder(root: Path, folder: Path) -> RawTensors:
 
 def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> RawTensors:
     weight_map = read_json(root, index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        raise CheckpointError(f"{index} holds no weight_map from tensor names to file names: download it again")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(value, str) for value in weight_map.values()
+    ):
+        raise CheckpointError(
+            f"{index} holds no weight_map from tensor names to file names: download it again"
+        )
     shards = sorted({check_plain_name(name, index) for name in weight_map.values()})
     missing = [name for name in shards if not (folder / name).exists()]
     if missing:
         count = f"{len(missing)} of the {len(shards)} shards"
-        raise CheckpointError(f"{folder} lacks {count} that {index.name} names: {named(missing)}; download them")
+        raise CheckpointError(
+            f"{folder} lacks {count} that {index.name} names: {named(missing)}; download them"
+        )
     stray = [path.name for path in files if path.name not in shards]
     if stray:
-        raise CheckpointError(f"{folder} holds {named(stray)}, which {index.name} does not name: remove what does not belong to the model")
+        raise CheckpointError(
+            f"{folder} holds {named(stray)}, which {index.name} does not name: remove what "
+            f"does not belong to the model"
+        )
     raw = RawTensors(folder)
     homes: dict[str, str] = {}
     for name in shards:
@@ -115,7 +139,9 @@ def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> R
 
 
 def fingerprint_texts(infos: dict[str, TensorInfo], files: list[Path]) -> list[str]:
-    """What identifies a source without reading its data: tensors with dtype and shape, files with size and time of change."""
+    """What identifies a source without reading its data: tensors with dtype and shape, files with
+    size and time of change.
+    """
     tensors = [json.dumps([name, infos[name].dtype, infos[name].shape]) for name in sorted(infos)]
     status = [path.stat() for path in sorted(files)]
     return tensors + [f"{item.st_size} {item.st_mtime_ns}" for item in status]
