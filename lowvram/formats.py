@@ -1,5 +1,53 @@
-"""Ways of storing and multiplying the experts' weights."""
+"""Ways of storing the experts' weights and of multiplying them: one `Format` per name."""
 
 from __future__ import annotations
 
-FORMATS = ("int8", "int8-plain", "fp8", "bf16", "fp32")
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# Inputs of a linear that are rotated together.
+ROTATION_GROUP = 256
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a format stores and multiplies the linears of an expert's blocks.
+
+    weights: their dtype in a safetensors file; rest: that of the linears outside the blocks, in
+    which floats travel between operations too; marker: the `comfy_quant` JSON of a quantized
+    linear, None where nothing is quantized; rotated: whether inputs are rotated (ConvRot).
+    """
+
+    name: str
+    weights: str
+    rest: str = "BF16"
+    marker: Mapping[str, object] | None = None
+    rotated: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights and activations are 8-bit codes with scales."""
+        return self.marker is not None
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of a float in flight."""
+        return 4 if self.rest == "F32" else 2
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of an activation as linears read it."""
+        return 1 if self.quantized else self.float_bytes
+
+
+_CONVROT = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": ROTATION_GROUP}
+FORMATS = {
+    format.name: format
+    for format in (
+        Format("int8", "I8", marker=_CONVROT, rotated=True),
+        Format("int8-plain", "I8", marker={"format": "int8_tensorwise"}),
+        Format("fp8", "F8_E4M3", marker={"format": "float8_e4m3fn"}),
+        Format("bf16", "BF16"),
+        Format("fp32", "F32", rest="F32"),
+    )
+}

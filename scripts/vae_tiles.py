@@ -19,7 +19,7 @@ from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.demo.run import MODEL
 from lowvram.demo.scenes import render_collage
 from lowvram.models.vae import WanVAE, tile_starts
-from lowvram.planner.phases import VAE_TILE_MARGIN_PIXELS, VAE_TILE_OVERLAP_PIXELS, VAE_TILE_PIXELS
+from lowvram.planner.vae import VAE_TILE_MARGIN_PIXELS, VAE_TILE_OVERLAP_PIXELS, VAE_TILE_PIXELS
 
 # Two tiles each way that overlap by exactly the 64 pixels which the decoder fades over.
 SIZE = 2 * VAE_TILE_PIXELS - VAE_TILE_OVERLAP_PIXELS

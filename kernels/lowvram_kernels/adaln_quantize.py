@@ -8,7 +8,7 @@ from torch import Tensor
 from lowvram_kernels import constraints
 from lowvram_kernels.dispatch import op
 from lowvram_kernels.quantize_rows import store_quantized
-from lowvram_kernels.slices import row_slices
+from lowvram_kernels.sizes import row_slices
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:

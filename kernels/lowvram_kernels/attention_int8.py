@@ -13,9 +13,8 @@ from lowvram_kernels import constraints
 from lowvram_kernels.dispatch import op
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.quantize_rows import INT8_MAX, SMALLEST_ABSMAX
-from lowvram_kernels.slices import REFERENCE_ROWS, row_slices
+from lowvram_kernels.sizes import KEY_TILE, REFERENCE_ROWS, row_slices
 
-KEY_TILE = 64
 # The largest value of a tile and channel, and the largest probability, by the dtype that both are
 # multiplied in. A tile's sum stays within fp16 where cards sum it there at twice the rate: 64 * 448
 # * 2.25 = 64,512 (kernels 2.3).

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowvram_kernels import sizes
 from lowvram_kernels.attention_int8 import value_max
 from lowvram_kernels.common_triton import (
     BEFORE_3_7,
@@ -23,7 +24,7 @@ from lowvram_kernels.common_triton import (
 )
 from lowvram_kernels.tuning import PV_DTYPES, architecture, attention_tile, multiplies_e4m3
 
-KEY_TILE = tl.constexpr(64)
+KEY_TILE = tl.constexpr(sizes.KEY_TILE)
 # Its low byte is p - 128 once p was added; the sum of both rounds p half to even.
 ROUND_LESS_128 = tl.constexpr(12582912.0 - 128.0)
 LOG2_255 = tl.constexpr(math.log2(255.0))

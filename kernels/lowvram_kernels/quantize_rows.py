@@ -9,7 +9,7 @@ from lowvram_kernels import constraints
 from lowvram_kernels.dispatch import op
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.hadamard import rotate
-from lowvram_kernels.slices import row_slices
+from lowvram_kernels.sizes import row_slices
 
 INT8_MAX = 127.0
 E4M3_MAX = 448.0

@@ -10,7 +10,7 @@ from lowvram_kernels.constraints import GELU_ALONE
 from lowvram_kernels.dispatch import op
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.quantize_rows import gelu_tanh
-from lowvram_kernels.slices import output_slices, row_slices
+from lowvram_kernels.sizes import output_slices, row_slices
 
 
 def product(a: Tensor, weight: Tensor) -> Tensor:

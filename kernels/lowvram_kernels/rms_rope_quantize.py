@@ -9,7 +9,7 @@ from torch import Tensor
 from lowvram_kernels import constraints
 from lowvram_kernels.dispatch import op
 from lowvram_kernels.quantize_rows import INT8_MAX, SMALLEST_ABSMAX
-from lowvram_kernels.slices import row_slices
+from lowvram_kernels.sizes import row_slices
 
 
 def rms_rope(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from lowvram_kernels.slices import row_slices
+from lowvram_kernels.sizes import row_slices
 from torch import Tensor
 
 # Libraries pick their GEMM by shape, and another one rounds differently: these linears always see

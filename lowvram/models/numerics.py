@@ -14,15 +14,16 @@ import lowvram_kernels.ops as ops
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.adaln_quantize import adaln
-from lowvram_kernels.attention_int8 import KEY_TILE
 from lowvram_kernels.rms_rope_quantize import rms_rope
+from lowvram_kernels.sizes import KEY_TILE
 from lowvram_kernels.tuning import pv_dtype
 from torch import Tensor
 
+from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
 from lowvram.errors import UnsupportedError
+from lowvram.formats import FORMATS
 from lowvram.memory.arena import Arena
-from lowvram.planner.phases import PLAIN_ROWS
-from lowvram.planner.workspace import QUANTIZED_FORMATS
+from lowvram.planner.wan import PLAIN_ROWS
 from lowvram.streaming.block import LinearWeights
 
 
@@ -121,7 +122,7 @@ def attention_values(format: str, device: torch.device) -> str:
     """The dtype that attention multiplies values in: for quantized formats as `LOWVRAM_PV` says,
     else that of the weights.
     """
-    return str(pv_dtype(device)).removeprefix("torch.") if format in QUANTIZED_FORMATS else format
+    return str(pv_dtype(device)).removeprefix("torch.") if FORMATS[format].quantized else format
 
 
 class QuantizedNumerics:
@@ -138,8 +139,8 @@ class QuantizedNumerics:
     def __init__(
         self, format: str, num_heads: int, head_dim: int, eps: float, arena: Arena
     ) -> None:
-        self._rotated = format == "int8"
-        self._code = torch.float8_e4m3fn if format == "fp8" else torch.int8
+        self._rotated = FORMATS[format].rotated
+        self._code = TORCH_DTYPES[FORMATS[format].weights]
         self._shapes = _Shapes(num_heads, head_dim, eps)
         self._arena = arena
 
@@ -326,9 +327,6 @@ def _scale(scale: Tensor | None) -> Tensor:
 
 def make_numerics(format: str, num_heads: int, head_dim: int, eps: float, arena: Arena) -> Numerics:
     """The arithmetic of one of `FORMATS`."""
-    if format in QUANTIZED_FORMATS:
+    if FORMATS[format].quantized:
         return QuantizedNumerics(format, num_heads, head_dim, eps, arena)
-    compute = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(format)
-    if compute is None:
-        raise UnsupportedError(f"no arithmetic for format {format!r}")
-    return PlainNumerics(compute, num_heads, head_dim, eps, arena)
+    return PlainNumerics(TORCH_DTYPES[FORMATS[format].weights], num_heads, head_dim, eps, arena)

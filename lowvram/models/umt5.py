@@ -13,12 +13,10 @@ from torch import Tensor
 
 from lowvram.errors import CheckpointError
 from lowvram.models.linear import dequantized
+from lowvram.planner.umt5 import HEADS_AT_ONCE
 from lowvram.streaming.block import BlockView
 from lowvram.streaming.streamer import Streamer
 from lowvram.variants import TextEncoderConfig
-
-# Attention weights are made for this many heads at a time: a number that no budget changes.
-HEADS_AT_ONCE = 8
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowvram.checkpoint.names import diffusers_vae_from_official
 from lowvram.errors import CheckpointError
-from lowvram.planner.phases import VAE_TILE_MARGIN_PIXELS, VAE_TILE_OVERLAP_PIXELS
+from lowvram.planner.vae import VAE_TILE_MARGIN_PIXELS, VAE_TILE_OVERLAP_PIXELS
 from lowvram.variants import VAEConfig
 
 # At the picture's own border, where no other tile is, it is divided out.

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from lowvram_kernels.adaln_quantize import adaln
 from torch import Tensor
 
+from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
+from lowvram.formats import FORMATS
 from lowvram.memory.arena import Arena
 from lowvram.models.linear import fixed_rows_linear
 from lowvram.models.numerics import AttentionMemory, Heads, Rope, make_numerics, mean_key
 from lowvram.models.rope import RopeTable
 from lowvram.planner.plan import Choice
-from lowvram.planner.workspace import QUANTIZED_FORMATS, SMOOTHING_TOKENS
+from lowvram.planner.workspace import SMOOTHING_TOKENS
 from lowvram.request import LatentShape
 from lowvram.streaming.block import Blocks, BlockView
 from lowvram.variants import DiTConfig
@@ -55,7 +57,7 @@ class Ends(NamedTuple):
 
 def compute_dtype(format: str) -> torch.dtype:
     """What floats in flight are: fp32 in `fp32`, bf16 in every other format."""
-    return torch.float32 if format == "fp32" else torch.bfloat16
+    return TORCH_DTYPES[FORMATS[format].rest]
 
 
 def timestep_features(timesteps: Tensor, freq_dim: int) -> Tensor:
@@ -141,7 +143,7 @@ class WanTransformer:
         self._arena = arena
         self._device = device
         self._numerics = make_numerics(format, config.num_heads, config.head_dim, config.eps, arena)
-        self._smoothed = format in QUANTIZED_FORMATS
+        self._smoothed = FORMATS[format].quantized
         self._rope = RopeTable(latents.grid, config.head_dim, device)
         count = min(self._tokens, SMOOTHING_TOKENS)
         self._smoothing_tokens = torch.arange(count, device=device) * self._tokens // count

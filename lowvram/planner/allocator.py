@@ -12,6 +12,9 @@ from collections.abc import Sequence
 SMALL_BYTES, SMALL_SEGMENT_BYTES = 1 << 20, 2 << 20
 LARGE_BYTES, SEGMENT_BYTES, SEGMENT_STEP_BYTES = 10 << 20, 20 << 20, 2 << 20
 ALLOCATION_STEP_BYTES = 512
+# Segments of either kind that short-lived tensors open beside those of the buffers that a phase is
+# known to hold.
+PASSING_SEGMENTS = 3
 
 
 def segment_bytes(nbytes: int) -> int:
@@ -50,3 +53,15 @@ def segments_bytes(sizes: Sequence[int]) -> int:
         if room - size > (0 if small else SMALL_BYTES):  # a smaller rest is not split off
             free[small].append(room - size)
     return total
+
+
+def phase_rounding_bytes(buffers: Sequence[int]) -> int:
+    """VRAM that torch's allocator takes in another phase beyond the tensors in it. buffers: sizes
+    of the large ones.
+    """
+    return segments_bytes(buffers) - sum(buffers) + passing_bytes()
+
+
+def passing_bytes() -> int:
+    """VRAM of the segments that short-lived tensors open."""
+    return PASSING_SEGMENTS * (SEGMENT_BYTES + SMALL_SEGMENT_BYTES)

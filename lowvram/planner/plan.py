@@ -13,25 +13,25 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
+from lowvram_kernels.sizes import KEY_TILE
+
 from lowvram.errors import BudgetError
-from lowvram.planner.allocator import packed_bytes
-from lowvram.planner.phases import (
+from lowvram.hardware.profile import PINNED_SHARE
+from lowvram.planner.allocator import packed_bytes, phase_rounding_bytes
+from lowvram.planner.prediction import Prediction
+from lowvram.planner.umt5 import text_bytes
+from lowvram.planner.vae import decode_bytes, decode_rounding_bytes, vae_tile_pixels
+from lowvram.planner.wan import (
     LATENTS_IN_BLOCK,
     LATENTS_IN_STATE,
     conditioning_bytes,
     conditioning_phase_bytes,
-    decode_bytes,
-    decode_rounding_bytes,
     latent_bytes,
     loop_host_bytes,
     loop_rounding_bytes,
     loop_temporaries_bytes,
-    phase_rounding_bytes,
-    text_bytes,
-    vae_tile_pixels,
 )
-from lowvram.planner.prediction import Prediction
-from lowvram.planner.workspace import KEY_TILE, READ_SLACK_BYTES, Workspace, dit_workspace
+from lowvram.planner.workspace import READ_SLACK_BYTES, Workspace, dit_workspace
 from lowvram.request import latent_shape
 from lowvram.store.layout import component_layout
 from lowvram.units import format_bytes
@@ -45,8 +45,6 @@ CUDA_CONTEXT_BYTES = 600 * 10**6
 PROCESS_BYTES = 900 * 10**6
 STAGING_BUFFERS = 2
 RING_SLOTS = (2, 3, 4)
-# Of the RAM that a run may use, no more than this share is page-locked where nobody says otherwise.
-PINNED_SHARE = 0.5
 # Plans whose predicted times differ by less are equally fast: the simplest of them is taken.
 SAME_TIME = 1e-3
 

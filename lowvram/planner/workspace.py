@@ -11,6 +11,9 @@ import math
 import os
 from dataclasses import dataclass
 
+from lowvram_kernels.sizes import KEY_TILE
+
+from lowvram.formats import FORMATS
 from lowvram.variants import DiTConfig
 
 ALIGNMENT_BYTES = 256
@@ -18,11 +21,9 @@ ALIGNMENT_BYTES = 256
 # room at both ends and for its start.
 PAGE_BYTES = 4096
 READ_SLACK_BYTES = 3 * PAGE_BYTES
-KEY_TILE = 64
 # Keys are smoothed by the mean of this many tokens, evenly spaced over the clip: a set that no
 # budget changes.
 SMOOTHING_TOKENS = 256
-QUANTIZED_FORMATS = ("int8", "int8-plain", "fp8")
 
 
 def aligned(nbytes: int) -> int:
@@ -45,10 +46,7 @@ def element_bytes(format: str) -> tuple[int, int]:
     """(bytes of a float in flight, bytes of a quantized activation) for a format of the expert's
     linears.
     """
-    if format in QUANTIZED_FORMATS:
-        return 2, 1
-    compute = 4 if format == "fp32" else 2
-    return compute, compute
+    return FORMATS[format].float_bytes, FORMATS[format].code_bytes
 
 
 def value_bytes(code: int) -> int:
@@ -65,7 +63,7 @@ def dit_workspace(
     block (1 or 2).
     """
     compute, code = element_bytes(format)
-    quantized = format in QUANTIZED_FORMATS
+    quantized = FORMATS[format].quantized
     dim, ffn, heads, text = config.dim, config.ffn_dim, config.num_heads, config.text_len
     rows = max(chunk_tokens, min(num_tokens, SMOOTHING_TOKENS))
     padded, text_padded = _tiles(num_tokens) * KEY_TILE, _tiles(text) * KEY_TILE

@@ -59,16 +59,9 @@ def unipc_grid(steps: int, shift: float) -> Schedule:
     )
 
 
-def euler_grid(steps: int, shift: float) -> Schedule:
-    """The grid of UniPC: both solvers then integrate between the same points and can be compared
-    step by step.
-    """
-    return unipc_grid(steps, shift)
-
-
 def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
     """The grid that goes with a solver of `solvers.make_solver`. Raises `UsageError`."""
-    grids = {"unipc": unipc_grid, "euler": euler_grid}
+    grids = {"unipc": unipc_grid, "euler": unipc_grid}  # both integrate between the same points
     if solver not in grids:
         raise UsageError(f"unknown solver {solver!r}: use one of {', '.join(grids)}")
     return grids[solver](steps, shift)

@@ -16,11 +16,10 @@ from itertools import chain
 
 from lowvram.checkpoint.names import dit_shapes, text_encoder_shapes, vae_shapes
 from lowvram.errors import UsageError
-from lowvram.formats import FORMATS
+from lowvram.formats import FORMATS, ROTATION_GROUP
 from lowvram.variants import EXPERTS, ModelConfig
 
 ALIGNMENT_BYTES = 256
-ROTATION_GROUP = 256
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 
 # Linears of a block in the order of their matrices: q, k, v of the same input are one fused
@@ -85,26 +84,18 @@ class ComponentLayout:
         """The header metadata that ComfyUI reads: `_quantization_metadata`, where anything is
         quantized.
         """
-        if self.format not in MARKERS:
+        marker = FORMATS[self.format].marker
+        if marker is None:
             return {}
         layers = {
-            t.name.removesuffix(".comfy_quant"): MARKERS[self.format]
-            for t in self.tensors
-            if t.role == "marker"
+            t.name.removesuffix(".comfy_quant"): marker for t in self.tensors if t.role == "marker"
         }
         return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
 
 
-MARKERS: dict[str, dict[str, object]] = {
-    "int8": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": ROTATION_GROUP},
-    "int8-plain": {"format": "int8_tensorwise"},
-    "fp8": {"format": "float8_e4m3fn"},
-}
-
-
 def marker_bytes(format: str) -> bytes:
     """The `comfy_quant` JSON of one layer, padded with spaces to `ALIGNMENT_BYTES`."""
-    return json.dumps(MARKERS[format]).encode().ljust(ALIGNMENT_BYTES)
+    return json.dumps(FORMATS[format].marker).encode().ljust(ALIGNMENT_BYTES)
 
 
 def component_format(component: str, format: str) -> str:
@@ -113,7 +104,7 @@ def component_format(component: str, format: str) -> str:
     """
     if component == "vae":
         return "fp32"
-    if component == "text_encoder" and format in MARKERS:
+    if component == "text_encoder" and FORMATS[format].quantized:
         return "int8-plain"
     return format
 
@@ -153,7 +144,7 @@ def _blocked(
     linears: tuple[str, ...],
     num_layers: int,
 ) -> ComponentLayout:
-    rest_dtype = "F32" if format == "fp32" else "BF16"
+    rest_dtype = FORMATS[format].rest
     rest = [name for name in shapes if not name.startswith("blocks.")]
     stored_rest = [
         _copy(name, shapes[name], rest_dtype if name.startswith(BF16_REST) else "F32")
@@ -187,16 +178,15 @@ def _block(
     biases = [name for linear in linears if (name := f"{prefix}{linear}.bias") in shapes]
     small = [name for name in own if name not in {*weights, *biases}]
     copies = [_copy(name, shapes[name], "F32") for name in (*biases, *small)]
-    if format not in MARKERS:
-        dtype = "F32" if format == "fp32" else "BF16"
+    dtype = FORMATS[format].weights
+    if not FORMATS[format].quantized:
         return (*(_copy(name, shapes[name], dtype) for name in weights), *copies)
     for name in weights:
-        if format == "int8" and shapes[name][1] % ROTATION_GROUP:
+        if FORMATS[format].rotated and shapes[name][1] % ROTATION_GROUP:
             raise UsageError(
-                f"{name} {list(shapes[name])}: format int8 rotates groups of {ROTATION_GROUP} "
+                f"{name} {list(shapes[name])}: format {format} rotates groups of {ROTATION_GROUP} "
                 f"inputs; use int8-plain or fp8"
             )
-    dtype = "F8_E4M3" if format == "fp8" else "I8"
     return (
         *(StoredTensor(name, dtype, shapes[name], "weight", name) for name in weights),
         *(

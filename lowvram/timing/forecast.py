@@ -7,10 +7,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lowvram_kernels.sizes import KEY_TILE
+
 from lowvram.hardware.profile import MachineProfile
 from lowvram.planner.plan import CHUNK_TOKENS, Choice, MemoryPlan
 from lowvram.planner.prediction import Prediction
-from lowvram.planner.workspace import KEY_TILE
 from lowvram.request import latent_shape
 from lowvram.store.layout import component_layout
 from lowvram.streaming.schedule import BlockId, assign_slots

@@ -8,7 +8,7 @@ import math
 
 from lowvram.checkpoint.names import vae_shapes
 from lowvram.hardware.profile import MachineProfile
-from lowvram.planner.phases import VAE_TILE_OVERLAP_PIXELS
+from lowvram.planner.vae import VAE_TILE_OVERLAP_PIXELS
 from lowvram.planner.workspace import element_bytes
 from lowvram.request import LatentShape
 from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig

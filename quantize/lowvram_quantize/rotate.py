@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowvram.store.layout import ROTATION_GROUP
+from lowvram.formats import ROTATION_GROUP
 
 _H4 = ((1.0, 1.0, 1.0, -1.0), (1.0, 1.0, -1.0, 1.0), (1.0, -1.0, 1.0, 1.0), (-1.0, 1.0, 1.0, 1.0))
 _STAGES = 4  # 4^4 = 256

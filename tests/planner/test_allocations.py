@@ -18,12 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels import slices
 from torch.profiler import ProfilerActivity, profile
 
-from lowvram.models import umt5 as text_encoder
 from lowvram.pipeline import Pipeline
-from lowvram.planner import phases
 from lowvram.planner.plan import Choice, MemoryPlan
 from lowvram.progress import Progress
 from lowvram.store.reader import Store, StoreFile, open_store
@@ -224,11 +221,3 @@ def test_p15_the_kernel_kills_a_run_in_a_group_of_less_than_the_plan(tmp_path: P
     with store_of(tmp_path, medium_config(512, 128), "int8") as store:
         done = limited_run(store.path, "group", share=0.8)
     assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-def test_constants_that_the_planner_cannot_import() -> None:
-    assert (slices.REFERENCE_ROWS, slices.REFERENCE_VALUES) == (
-        phases.REFERENCE_ROWS,
-        phases.REFERENCE_VALUES,
-    )
-    assert text_encoder.HEADS_AT_ONCE == phases.TEXT_HEADS_AT_ONCE

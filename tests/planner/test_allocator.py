@@ -19,7 +19,7 @@ from lowvram.hardware import budgets as budget
 from lowvram.models.wan import Conditioning, Ends, condition, load_ends
 from lowvram.pipeline import Pipeline, moved
 from lowvram.planner import allocator as segment_sizes
-from lowvram.planner import phases
+from lowvram.planner import wan as formulas
 from lowvram.planner.plan import CUDA_CONTEXT_BYTES, Choice, Host
 from lowvram.progress import Progress
 from lowvram.sampling import recovery
@@ -63,7 +63,9 @@ def test_p15_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None
         made = condition(read, config.dit, "int8", torch.arange(STEPS), features, META)
         ends = load_ends(read, "int8", META)
     kept = [made.time, made.modulation, *made.contexts, *ends]
-    assert [tensor.nbytes for tensor in kept] == phases._conditioning_tensors(config, "int8", STEPS)
+    assert [tensor.nbytes for tensor in kept] == formulas._conditioning_tensors(
+        config, "int8", STEPS
+    )
     segments.empty()
     assert segments.reserved > 5 * sum(tensor.nbytes for tensor in kept)
     together = Segments()
@@ -71,7 +73,7 @@ def test_p15_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None
         for tensor in kept:
             together.allocate(tensor.nbytes)
     assert together.reserved == segment_sizes.segments_bytes(
-        2 * phases._conditioning_tensors(config, "int8", STEPS)
+        2 * formulas._conditioning_tensors(config, "int8", STEPS)
     )
     assert together.reserved < 2 * sum(tensor.nbytes for tensor in kept) + 40 * MIB
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lowvram.formats import FORMATS
-from lowvram.planner import phases
+from lowvram.planner import umt5, vae, wan
 from lowvram.planner.plan import Choice, Host, describe_plan
 from lowvram.request import latent_shape
 from lowvram.store.layout import component_layout
@@ -27,10 +27,10 @@ def test_the_text_encoder_streams_in_little_memory() -> None:
     assert table == 256_384 * 4096 * 2
     assert len(layout.blocks) == 24
     assert layout.block_bytes == pytest.approx(193e6, rel=0.01)
-    vram, ram = phases.text_bytes(T2V_A14B, "int8", layout.block_bytes, 2)
+    vram, ram = umt5.text_bytes(T2V_A14B, "int8", layout.block_bytes, 2)
     matrix = 4096 * 10240 * 2
     assert 2 * layout.block_bytes + matrix < vram < 0.6e9
-    tokenizer = 256_384 * phases.TOKENIZER_BYTES
+    tokenizer = 256_384 * umt5.TOKENIZER_BYTES
     assert ram == tokenizer > 2 * layout.block_bytes
     assert vram + ram < table
 
@@ -38,7 +38,7 @@ def test_the_text_encoder_streams_in_little_memory() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_temporaries_stay_small_whatever_the_chunk(format: str) -> None:
     sizes = {
-        chunk: phases.loop_temporaries_bytes(T2V_A14B, format, HD, chunk, references=True)
+        chunk: wan.loop_temporaries_bytes(T2V_A14B, format, HD, chunk, references=True)
         for chunk in (64, 1024, 8192, 65536)
     }
     assert sizes[8192] < 1.35 * sizes[1024], (
@@ -46,7 +46,7 @@ def test_temporaries_stay_small_whatever_the_chunk(format: str) -> None:
     )
     assert max(sizes[chunk] for chunk in (64, 1024, 8192)) < 0.4e9
     if format in ("int8", "int8-plain", "fp8"):
-        kernels = phases.loop_temporaries_bytes(T2V_A14B, format, HD, 8192, references=False)
+        kernels = wan.loop_temporaries_bytes(T2V_A14B, format, HD, 8192, references=False)
         assert kernels < sizes[8192]
 
 
@@ -63,19 +63,19 @@ def test_the_plan_lists_the_references_temporaries_where_they_run() -> None:
 
 def test_the_tile_follows_from_the_size_alone() -> None:
     assert [
-        phases.vae_tile_pixels(*size) for size in ((64, 64), (256, 256), (272, 256), (1280, 720))
+        vae.vae_tile_pixels(*size) for size in ((64, 64), (256, 256), (272, 256), (1280, 720))
     ] == [0, 0, 256, 256]
 
 
 def test_decoding_takes_a_tile_whatever_the_size_and_a_row_of_tiles_on_the_host() -> None:
     small, large = (
-        phases.decode_bytes(T2V_A14B, latent_shape(T2V_A14B, width, height, 81), 256)
+        vae.decode_bytes(T2V_A14B, latent_shape(T2V_A14B, width, height, 81), 256)
         for width, height in ((832, 480), (1280, 720))
     )
     assert large[0] == pytest.approx(small[0], rel=0.05)
     frames = 81 * 1280 * 720 * 3
     assert frames + 81 * 256 * 1280 * 12 < large[1] < frames * 5, "the clip never exists as floats"
     wide = replace(T2V_A14B.vae, base_dim=192)
-    narrow = phases.decoder_peak_values(T2V_A14B.vae, 32, 32)
-    assert phases.decoder_peak_values(wide, 32, 32) == pytest.approx(2 * narrow, rel=0.01)
-    assert phases.decoder_peak_values(T2V_A14B.vae, 32, 64) == pytest.approx(2 * narrow, rel=0.02)
+    narrow = vae.decoder_peak_values(T2V_A14B.vae, 32, 32)
+    assert vae.decoder_peak_values(wide, 32, 32) == pytest.approx(2 * narrow, rel=0.01)
+    assert vae.decoder_peak_values(T2V_A14B.vae, 32, 64) == pytest.approx(2 * narrow, rel=0.02)

@@ -1,13 +1,16 @@
-"""What a torch reference works on at a time, so that its temporaries are bounded, stay in the
-cache, and no budget changes a bit.
+"""Sizes that kernels, references and the planner share, and the slices that a reference works on.
+
+A torch reference works in slices, so that its temporaries are bounded, stay in the cache, and no
+budget changes a bit. Without torch: the planner counts with these numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-# Rows of a product. A multiple of the 64 keys of an attention tile. The planner counts with both
-# numbers too (`lowvram.planner.phases`).
+# Keys of one attention tile.
+KEY_TILE = 64
+# Rows of a product, a multiple of `KEY_TILE`.
 REFERENCE_ROWS = 256
 # fp32 values of one temporary: half a MiB. Buffers of a MiB and more go back to the system when
 # they are freed (`lowvram.memory.malloc`), and the page faults of fresh ones cost more than the
