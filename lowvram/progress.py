@@ -6,7 +6,30 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-PHASES = ("text", "conditioning", "denoise", "decode", "write")
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run that releases its memory before the next begins.
+
+    label: what people are shown; leaner: what it does where memory is short a second time, slower
+    and the same bit for bit; None where it can do nothing. The denoising phase has fallback plans.
+    """
+
+    name: str
+    label: str
+    leaner: str | None = None
+
+
+PHASES = {
+    phase.name: phase
+    for phase in (
+        Phase("text", "reading the prompt", "one block slot and one staging buffer"),
+        Phase("conditioning", "preparing the experts"),
+        Phase("denoise", "denoising"),
+        Phase("decode", "decoding frames", "the decoder's weights read one by one"),
+        Phase("write", "writing the video"),
+    )
+}
 
 
 @dataclass(frozen=True)

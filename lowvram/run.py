@@ -16,7 +16,7 @@ from lowvram.memory.arena import Ledger
 from lowvram.memory.out_of_memory import as_out_of_memory, hand_back
 from lowvram.planner.fallback import RAM, VRAM
 from lowvram.planner.plan import Choice, Host, MemoryPlan, describe_plan
-from lowvram.progress import Listener
+from lowvram.progress import PHASES, Listener
 from lowvram.request import LatentShape, Request, latent_shape
 from lowvram.store.reader import Store
 from lowvram.streaming.schedule import BlockId
@@ -25,13 +25,6 @@ from lowvram.streaming.streamer import Streamer
 from lowvram.streaming.transport import Transport
 from lowvram.units import format_bytes
 
-# What a phase does with where memory is short a second time: slower, and the same bit for bit. The
-# denoising phase has a ladder of its own; a phase that stands nowhere takes the least that it can
-# from the start.
-LEANER = {
-    "text": "one block slot and one staging buffer",
-    "decode": "the decoder's weights read one by one",
-}
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -40,8 +33,8 @@ class Run:
     """What every phase of a request works with. `vram` and `ram` count what is handed out and
     refuse more than the plan grants.
 
-    lean: the phase at work is to do with the least it can (`LEANER`); resumable: finished steps of
-    this request are saved.
+    lean: the phase at work is to do with the least it can (`Phase.leaner`); resumable: finished
+    steps of this request are saved.
     """
 
     def __init__(
@@ -105,12 +98,13 @@ class Run:
 
     def phase(self, name: str, work: Callable[[], T]) -> T:
         """`work`; where it runs out of memory once more, with everything handed back that is not in
-        use, and then the `LEANER` way.
+        use, and then its `leaner` way.
 
         Raises `OutOfMemoryError` naming the phase.
         """
         hand_back(self.device)  # what the phase before has left in torch's allocator
-        ways = ["once more", *([f"with {LEANER[name]}"] if name in LEANER else [])]
+        leaner = _leaner(name)
+        ways = ["once more", *([f"with {leaner}"] if leaner else [])]
         for attempt in range(1 + len(ways)):
             self.lean = attempt == 2
             try:
@@ -142,8 +136,8 @@ class Run:
             needs = f"it needs less {short} than any phase of the plan"
         elif phase == "denoise":
             needs = f"with everything given up that it can, it needs {needs}"
-        elif phase in LEANER:
-            needs = f"it needs {needs}, and with {LEANER[phase]} it still found too little"
+        elif _leaner(phase):
+            needs = f"it needs {needs}, and with {_leaner(phase)} it still found too little"
         else:
             needs = f"it needs {needs} and has nothing that it could give up"
         host = self.device.type == "cpu"
@@ -159,6 +153,10 @@ class Run:
                 f"or fewer --frames"
             )
         return OutOfMemoryError(f"out of {short} in {where} ({failure}): {needs}; {advice}", short)
+
+
+def _leaner(phase: str) -> str | None:
+    return PHASES[phase].leaner if phase in PHASES else None
 
 
 def _follows_the_size(phase: str, short: str, host: bool) -> bool:

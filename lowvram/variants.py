@@ -131,6 +131,19 @@ class ModelConfig:
             raise UsageError(f"not a lowvram model description: {error}") from error
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One model of the family: a row of `VARIANTS` is all that a new one needs.
+
+    conditioning: what it takes beside the prompt, "none" or "image"; note: what tables of plans
+    say about it.
+    """
+
+    config: ModelConfig
+    conditioning: str = "none"
+    note: str = ""
+
+
 T2V_A14B = ModelConfig("t2v-a14b", DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40))
 # Image to video: 16 channels of noise, 4 of mask and 16 of the image (spec sections 1 and 6.1).
 # Planned, not yet generated.
@@ -139,4 +152,11 @@ I2V_A14B = ModelConfig(
     DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36),
     sampling=SamplingDefaults(shift=5.0, guidance_high=3.5, guidance_low=3.5, boundary=0.9),
 )
-VARIANTS = {config.variant: config for config in (T2V_A14B, I2V_A14B)}
+_ONLY_PLANNED = (
+    "image to video can be planned but not run yet; encoding the image is not counted, neither its "
+    "time nor its memory"
+)
+VARIANTS = {
+    variant.config.variant: variant
+    for variant in (Variant(T2V_A14B), Variant(I2V_A14B, "image", _ONLY_PLANNED))
+}

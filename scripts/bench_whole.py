@@ -39,7 +39,7 @@ from lowvram.variants import T2V_A14B, ModelConfig
 GB = 10**9
 OUTPUT = ROOT / "docs" / "benchmarks" / "whole.csv"
 TOKENIZER = ROOT / "lowvram" / "demo" / "model" / "google" / "umt5-xxl" / "tokenizer.json"
-PHASES = ("text", "conditioning", "denoise", "decode")
+PLANNED = ("text", "conditioning", "denoise", "decode")
 # Runs a command and then prints the most bytes that it had resident, and how many it read from the
 # disk.
 WATCH = (
@@ -154,10 +154,10 @@ def rows(store: Path, clip: Clip, budgets: Sequence[str], work: Path) -> Iterato
             choice["joint_guidance"],
             rss_bytes / GB,
             max(phase["vram_bytes"] + phase["ram_bytes"] for phase in plan["phases"]) / GB,
-            *(round(seconds[name], 3) for name in PHASES),
+            *(round(seconds[name], 3) for name in PLANNED),
             seconds["step"],
             seconds["step"] / resident_s - 1,
-            *(round(predicted[name], 3) for name in PHASES),
+            *(round(predicted[name], 3) for name in PLANNED),
             predicted["step"],
             read_bytes / GB,
             profile.disk_bytes_s / GB,

@@ -22,8 +22,9 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from lowvram import progress
+from lowvram.progress import PHASES
 from lowvram.units import format_bytes
-from lowvram.variants import I2V_A14B
+from lowvram.variants import VARIANTS
 
 if TYPE_CHECKING:
     from lowvram_quantize.progress import Progress as QuantizeProgress
@@ -33,13 +34,6 @@ if TYPE_CHECKING:
     from lowvram.planner.prediction import Prediction
     from lowvram.plans.table import Matrix
 
-LABELS = {
-    "text": "reading the prompt",
-    "conditioning": "preparing the experts",
-    "denoise": "denoising",
-    "decode": "decoding frames",
-    "write": "writing the video",
-}
 
 LINE_PERIOD_S = 15.0
 
@@ -80,7 +74,7 @@ def generation_progress(console: Console) -> Iterator[progress.Listener]:
     if not console.is_terminal:
         lines = Lines(console)
         yield lambda event: lines.say(
-            LABELS[event.phase], f"{event.done} of {event.total}{_left(event)}"
+            PHASES[event.phase].label, f"{event.done} of {event.total}{_left(event)}"
         )
         return
     columns = (
@@ -96,7 +90,9 @@ def generation_progress(console: Console) -> Iterator[progress.Listener]:
 
         def listen(event: progress.Progress) -> None:
             if event.phase not in bars:
-                bars[event.phase] = shown.add_task(LABELS[event.phase], total=event.total, left="")
+                bars[event.phase] = shown.add_task(
+                    PHASES[event.phase].label, total=event.total, left=""
+                )
             shown.update(
                 bars[event.phase], completed=event.done, left=_left(event).removeprefix(", ")
             )
@@ -160,7 +156,8 @@ def times_table(prediction: Prediction, times: dict[str, Any]) -> Table:
         ("actual / predicted", "right"),
     ):
         table.add_column(name, justify="left" if justify == "left" else "right")
-    labels = {**LABELS, "step": "one denoising step"}
+    labels = {name: phase.label for name, phase in PHASES.items()}
+    labels["step"] = "one denoising step"
     for phase, predicted in times["predicted"].items():
         actual = times["actual"].get(phase)
         ratio = f"{actual / predicted:.2f}" if actual and predicted > 0 else "-"
@@ -208,7 +205,7 @@ def peaks_table(peaks: dict[str, Any]) -> Table:
                 format_bytes(sum(planned[name] for name in names)),
                 format_bytes(sum(found)) if found else "-",
             ]
-        table.add_row(LABELS[phase], *cells)
+        table.add_row(PHASES[phase].label, *cells)
     return table
 
 
@@ -262,7 +259,7 @@ def plan_table(plan: MemoryPlan, gpu: str | None = None) -> Table:
     )
     where = f"{choice.resident_blocks} in VRAM, {in_ram}, {streamed - choice.host_blocks} from disk"
     visits = "; both guidance branches share a visit" if choice.joint_guidance else ""
-    table.caption = f"blocks of the expert at work: {where}{visits}{_only_planned(plan.variant)}"
+    table.caption = f"blocks of the expert at work: {where}{visits}{_note(plan.variant)}"
     return table
 
 
@@ -284,7 +281,7 @@ def _add_prediction(table: Table, plan: MemoryPlan, gpu: str | None) -> None:
         f"{_precise(prediction.step_s)}, {prediction.overhead:.1%} more than with all resident",
     )
     for phase, seconds in prediction.phase_s.items():
-        table.add_row(f"{LABELS[phase]}, predicted", _precise(seconds))
+        table.add_row(f"{PHASES[phase].label}, predicted", _precise(seconds))
     table.add_row("the video, predicted", _precise(prediction.video_s), style="bold")
 
 
@@ -295,14 +292,10 @@ def _no_rate(format: str) -> str:
     )
 
 
-def _only_planned(variant: str) -> str:
-    """What the tables add for image to video, which is planned and not yet generated."""
-    if variant != I2V_A14B.variant:
-        return ""
-    return (
-        "\nimage to video can be planned but not run yet; encoding the image is not "
-        "counted, neither its time nor its memory"
-    )
+def _note(variant: str) -> str:
+    """What the tables add for some variants, on a line of its own."""
+    note = VARIANTS[variant].note if variant in VARIANTS else ""
+    return f"\n{note}" if note else ""
 
 
 def matrix_table(matrix: Matrix) -> Table:
@@ -341,7 +334,7 @@ def matrix_table(matrix: Matrix) -> Table:
     )
     table.caption = (
         f"{times}; --size WIDTHxHEIGHT --frames N --vram … shows one of them in full"
-        + _only_planned(matrix.variant)
+        + _note(matrix.variant)
     )
     return table
 

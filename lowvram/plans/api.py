@@ -271,7 +271,7 @@ def _check_vram(machine: MachineProfile, vram_bytes: int) -> None:
 def describe(model: str | Path, format: str) -> tuple[ModelConfig, str]:
     """(configuration, format) of a variant's name or of a store on disk."""
     if str(model) in VARIANTS:
-        return VARIANTS[str(model)], format
+        return VARIANTS[str(model)].config, format
     if not Path(model).exists():
         raise UsageError(
             f"{model} is neither a folder nor a variant: use {', '.join(VARIANTS)} or the "

@@ -11,8 +11,9 @@ from torch import Tensor
 from lowvram.errors import NumericsError
 from lowvram.models.wan import Conditioning, Ends, WanTransformer
 from lowvram.request import Request
-from lowvram.sampling.schedule import Schedule, expert_of
+from lowvram.sampling.schedule import Schedule
 from lowvram.sampling.solvers import Solver
+from lowvram.sigmas import expert_of
 from lowvram.streaming.block import Blocks
 from lowvram.streaming.schedule import BlockId
 

@@ -1,6 +1,4 @@
-"""The official grid of sigmas and timesteps (spec section 5.1), and which expert works at which
-timestep.
-"""
+"""The official grid of sigmas and timesteps as tensors (spec section 5.1)."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ import torch
 from torch import Tensor
 
 from lowvram.errors import UsageError
-
-NUM_TRAIN_TIMESTEPS = 1000
-FIRST_SIGMA = 0.9990000128746033  # 0.999 as fp32: the official scheduler keeps it in a tensor
+from lowvram.sigmas import sigmas, timesteps
 
 
 @dataclass(frozen=True)
@@ -31,11 +27,6 @@ class Schedule:
         return len(self.timesteps)
 
 
-def shifted(sigma: float, shift: float) -> float:
-    """shift * sigma / (1 + (shift - 1) * sigma)"""
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
 def unipc_grid(steps: int, shift: float) -> Schedule:
     """sigma_i = shifted(FIRST_SIGMA * (1 - i / N)), in fp64, stored in fp32; t_i = trunc(1000 *
     sigma_i) from the unrounded sigma.
@@ -45,17 +36,16 @@ def unipc_grid(steps: int, shift: float) -> Schedule:
     """
     if steps < 1:
         raise UsageError(f"steps {steps} is less than 1")
-    spacing = -FIRST_SIGMA / steps  # added as numpy.linspace adds it, for the same last bit
-    exact = [shifted(i * spacing + FIRST_SIGMA, shift) for i in range(steps)]
+    exact = sigmas(steps, shift)
     stored = [1.0, *(_as_fp32(sigma) for sigma in exact), 0.0]
     if any(after >= before for before, after in pairwise(stored)):
         raise UsageError(
             f"shift {shift} with {steps} steps gives sigmas equal in fp32: use fewer steps or "
             f"a shift nearer to 1"
         )
-    timesteps = [int(NUM_TRAIN_TIMESTEPS * sigma) for sigma in exact]
     return Schedule(
-        torch.tensor(stored[1:], dtype=torch.float32), torch.tensor(timesteps, dtype=torch.int64)
+        torch.tensor(stored[1:], dtype=torch.float32),
+        torch.tensor(timesteps(steps, shift), dtype=torch.int64),
     )
 
 
@@ -65,11 +55,6 @@ def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
     if solver not in grids:
         raise UsageError(f"unknown solver {solver!r}: use one of {', '.join(grids)}")
     return grids[solver](steps, shift)
-
-
-def expert_of(timestep: int, boundary: float) -> str:
-    """`high_noise` while the integer timestep >= boundary * 1000, then `low_noise`."""
-    return "high_noise" if int(timestep) >= boundary * NUM_TRAIN_TIMESTEPS else "low_noise"
 
 
 def _as_fp32(value: float) -> float:

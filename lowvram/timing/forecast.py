@@ -13,6 +13,7 @@ from lowvram.hardware.profile import MachineProfile
 from lowvram.planner.plan import CHUNK_TOKENS, Choice, MemoryPlan
 from lowvram.planner.prediction import Prediction
 from lowvram.request import latent_shape
+from lowvram.sigmas import high_noise_steps
 from lowvram.store.layout import component_layout
 from lowvram.streaming.schedule import BlockId, assign_slots
 from lowvram.timing.predict import block_seconds, decode_seconds, text_seconds
@@ -21,17 +22,6 @@ from lowvram.variants import EXPERTS, ModelConfig
 
 # Steps of each expert that are simulated; the others repeat the last of them.
 SIMULATED_STEPS = 3
-FIRST_SIGMA = 0.999  # of the official schedule (spec 5.1)
-
-
-def high_noise_steps(steps: int, shift: float, boundary: float) -> int:
-    """How many of the steps the high-noise expert works: those whose integer timestep is >=
-    boundary * 1000 (spec 5.1, 5.4).
-    """
-    sigmas = (FIRST_SIGMA * (1 - index / steps) for index in range(steps))
-    return sum(
-        int(1000 * shift * sigma / (1 + (shift - 1) * sigma)) >= boundary * 1000 for sigma in sigmas
-    )
 
 
 class Forecast:

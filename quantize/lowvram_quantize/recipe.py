@@ -30,7 +30,6 @@ class Recipe:
     """
 
     format: str = "int8"
-    scale_optimizer: str = "absmax"
     quantizer_version: int = QUANTIZER_VERSION
 
     def __post_init__(self) -> None:

@@ -33,8 +33,8 @@ from lowvram.models.vae import WanVAE
 from lowvram.pipeline import Pipeline
 from lowvram.planner.fallback import VRAM, Ladder
 from lowvram.planner.plan import Choice, MemoryPlan
+from lowvram.progress import PHASES
 from lowvram.request import Request
-from lowvram.run import LEANER
 from lowvram.sampling import recovery, state
 from lowvram.sampling.denoise import block_schedule
 from lowvram.sampling.schedule import make_schedule
@@ -631,10 +631,11 @@ def test_p16_the_text_phase_does_with_one_slot(
     if slots:
         with caplog.at_level(logging.WARNING):
             assert digest(pipeline.generate(asked, plan=plan).frames) == expected(asked)
-        assert f"trying it with {LEANER['text']}" in caplog.text
+        assert f"trying it with {PHASES['text'].leaner}" in caplog.text
     else:
         with pytest.raises(
-            OutOfMemoryError, match=re.escape(f"with {LEANER['text']} it still found too little")
+            OutOfMemoryError,
+            match=re.escape(f"with {PHASES['text'].leaner} it still found too little"),
         ):
             pipeline.generate(asked, plan=plan)
 
@@ -671,10 +672,11 @@ def test_p16_the_decoder_does_without_most_of_its_weights(
     if share:
         with caplog.at_level(logging.WARNING):
             assert digest(pipeline.generate(asked, plan=plan).frames) == whole
-        assert f"trying it with {LEANER['decode']}" in caplog.text
+        assert f"trying it with {PHASES['decode'].leaner}" in caplog.text
     else:
         with pytest.raises(
-            OutOfMemoryError, match=re.escape(f"with {LEANER['decode']} it still found too little")
+            OutOfMemoryError,
+            match=re.escape(f"with {PHASES['decode'].leaner} it still found too little"),
         ):
             pipeline.generate(asked, plan=plan)
     assert alive == [0]

@@ -14,7 +14,7 @@ from lowvram.errors import LowvramError, UsageError
 from lowvram.hardware import budgets as budget
 from lowvram.hardware.budgets import amount_bytes, resolve_budgets
 from lowvram.request import MAX_STEPS, Request, check_clip
-from lowvram.sampling.schedule import NUM_TRAIN_TIMESTEPS
+from lowvram.sigmas import NUM_TRAIN_TIMESTEPS
 from lowvram.units import clip_size, parse_bytes, parse_size
 
 HUGE = 10**5000  # Python refuses to print it

@@ -8,7 +8,8 @@ import torch
 
 from lowvram.errors import UsageError
 from lowvram.request import SOLVERS
-from lowvram.sampling.schedule import expert_of, make_schedule, unipc_grid
+from lowvram.sampling.schedule import make_schedule, unipc_grid
+from lowvram.sigmas import expert_of
 
 T2V = """999 997 995 993 990 988 985 982 979 976 972 969 965 961 956 952 947 941 936 929 922 915 907 898 888 877 865 852 837 819 799 776
     749 717 678 631 571 492 386 235"""

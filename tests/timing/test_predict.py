@@ -22,13 +22,14 @@ from lowvram.models.vae import _build
 from lowvram.models.wan import WanTransformer, condition, load_ends
 from lowvram.planner.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
 from lowvram.request import latent_shape
-from lowvram.sampling.schedule import expert_of, make_schedule
+from lowvram.sampling.schedule import make_schedule
+from lowvram.sigmas import expert_of, high_noise_steps
 from lowvram.store.reader import Store, open_store
 from lowvram.streaming.stream import Buffers, open_stream
 from lowvram.streaming.transport import make_transport
 from lowvram.timing import forecast
 from lowvram.timing.cards import find_card
-from lowvram.timing.forecast import Forecast, high_noise_steps
+from lowvram.timing.forecast import Forecast
 from lowvram.timing.predict import (
     LAUNCHES_PER_CHUNK,
     LAUNCHES_PER_VISIT,
