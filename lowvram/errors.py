@@ -24,7 +24,13 @@ class CheckpointError(LowvramError):
 
 
 class HeaderError(CheckpointError):
-    """A safetensors header breaks the format; subclasses in `checkpoint.header` name the rule."""
+    """A safetensors file breaks a rule of the format. `rule`: its name, of
+    `checkpoint.readers.safetensors_header.RULES`.
+    """
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 class MissingTensorsError(CheckpointError):

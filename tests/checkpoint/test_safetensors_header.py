@@ -40,72 +40,72 @@ def pair(first: list[int], second: list[int]) -> dict[str, Any]:
 
 
 MALFORMED: dict[str, tuple[Any, type[HeaderError]]] = {
-    "empty file": (b"RAW", header.FileTooShortError),
-    "7 bytes": (b"RAW1234567", header.FileTooShortError),
-    "length 0": (b"RAW" + bytes(8), header.EmptyHeaderError),
-    "over the cap": (b"RAW" + (2**62).to_bytes(8, "little") + b"{}", header.HeaderTooLongError),
+    "empty file": (b"RAW", "file_too_short"),
+    "7 bytes": (b"RAW1234567", "file_too_short"),
+    "length 0": (b"RAW" + bytes(8), "empty_header"),
+    "over the cap": (b"RAW" + (2**62).to_bytes(8, "little") + b"{}", "too_long"),
     "just over the cap": (
         b"RAW" + (header.HEADER_CAP_BYTES + 1).to_bytes(8, "little"),
-        header.HeaderTooLongError,
+        "too_long",
     ),
-    "over the file": (b"RAW" + (3).to_bytes(8, "little") + b"{}", header.HeaderBeyondFileError),
+    "over the file": (b"RAW" + (3).to_bytes(8, "little") + b"{}", "beyond_file"),
     "claims the cap": (
         b"RAW" + header.HEADER_CAP_BYTES.to_bytes(8, "little") + b"{}",
-        header.HeaderBeyondFileError,
+        "beyond_file",
     ),
-    "not UTF-8": (b'{"\xff":1}', header.HeaderEncodingError),
-    "lone surrogate in a name": (b'{"\\ud800":1}', header.HeaderEncodingError),
-    "lone surrogate in metadata": (b'{"__metadata__":{"a":"\\ud800"}}', header.HeaderEncodingError),
-    "not JSON": (b"{nonsense}", header.HeaderJsonError),
-    "padded with NUL": (b"{}\x00\x00", header.HeaderJsonError),
-    "NaN": (b'{"a":NaN}', header.HeaderJsonError),
-    "a list": (b"[]", header.HeaderJsonError),
-    "space before the object": (b" {}", header.HeaderJsonError),
-    "nested too deeply": (b'{"a":' * 100_000, header.HeaderJsonError),
-    "a number of 5000 digits": (b'{"a":' + b"9" * 5000 + b"}", header.HeaderJsonError),
-    "duplicate tensor": (b'{"a":1,"a":2}', header.DuplicateKeyError),
+    "not UTF-8": (b'{"\xff":1}', "encoding"),
+    "lone surrogate in a name": (b'{"\\ud800":1}', "encoding"),
+    "lone surrogate in metadata": (b'{"__metadata__":{"a":"\\ud800"}}', "encoding"),
+    "not JSON": (b"{nonsense}", "json"),
+    "padded with NUL": (b"{}\x00\x00", "json"),
+    "NaN": (b'{"a":NaN}', "json"),
+    "a list": (b"[]", "json"),
+    "space before the object": (b" {}", "json"),
+    "nested too deeply": (b'{"a":' * 100_000, "json"),
+    "a number of 5000 digits": (b'{"a":' + b"9" * 5000 + b"}", "json"),
+    "duplicate tensor": (b'{"a":1,"a":2}', "duplicate_key"),
     "duplicate key in a tensor": (
         b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-        header.DuplicateKeyError,
+        "duplicate_key",
     ),
-    "metadata is a list": ({"__metadata__": []}, header.MetadataError),
-    "metadata holds a number": ({"__metadata__": {"a": 1}}, header.MetadataError),
-    "entry is a number": ({"a": 1}, header.TensorEntryError),
+    "metadata is a list": ({"__metadata__": []}, "metadata"),
+    "metadata holds a number": ({"__metadata__": {"a": 1}}, "metadata"),
+    "entry is a number": ({"a": 1}, "tensor_entry"),
     "entry lacks the dtype": (
         {"a": {"shape": [2], "data_offsets": [0, 8]}},
-        header.TensorEntryError,
+        "tensor_entry",
     ),
-    "entry has one key more": (changed(stride=[1]), header.TensorEntryError),
-    "unknown dtype": (changed(dtype="F33"), header.UnknownDtypeError),
-    "dtype is a list": (changed(dtype=["F32"]), header.UnknownDtypeError),
-    "shape is a number": (changed(shape=2), header.ShapeError),
-    "shape holds a bool": (changed(shape=[2, True]), header.ShapeError),
-    "shape holds a negative": (changed(shape=[-2]), header.ShapeError),
-    "shape holds a float": (changed(shape=[2.0]), header.ShapeError),
-    "shape holds a text": (changed(shape=["2"]), header.ShapeError),
-    "one offset": (changed(data_offsets=[8]), header.OffsetsError),
-    "an offset is a bool": (changed(data_offsets=[False, 8]), header.OffsetsError),
-    "an offset is a float": (changed(data_offsets=[0, 8.0]), header.OffsetsError),
-    "a negative offset": (changed(data_offsets=[-8, 0]), header.OffsetsError),
-    "offsets backwards": (changed(data_offsets=[8, 0]), header.OffsetsError),
-    "size overflow": (changed(shape=[2**62, 2]), header.SizeOverflowError),
-    "size overflow that wraps to 8": (changed(shape=[2**63 + 1, 2]), header.SizeOverflowError),
+    "entry has one key more": (changed(stride=[1]), "tensor_entry"),
+    "unknown dtype": (changed(dtype="F33"), "unknown_dtype"),
+    "dtype is a list": (changed(dtype=["F32"]), "unknown_dtype"),
+    "shape is a number": (changed(shape=2), "shape"),
+    "shape holds a bool": (changed(shape=[2, True]), "shape"),
+    "shape holds a negative": (changed(shape=[-2]), "shape"),
+    "shape holds a float": (changed(shape=[2.0]), "shape"),
+    "shape holds a text": (changed(shape=["2"]), "shape"),
+    "one offset": (changed(data_offsets=[8]), "offsets"),
+    "an offset is a bool": (changed(data_offsets=[False, 8]), "offsets"),
+    "an offset is a float": (changed(data_offsets=[0, 8.0]), "offsets"),
+    "a negative offset": (changed(data_offsets=[-8, 0]), "offsets"),
+    "offsets backwards": (changed(data_offsets=[8, 0]), "offsets"),
+    "size overflow": (changed(shape=[2**62, 2]), "size_overflow"),
+    "size overflow that wraps to 8": (changed(shape=[2**63 + 1, 2]), "size_overflow"),
     "size overflow beside a zero": (
         changed(shape=[0, 2**40, 2**40], data_offsets=[0, 0]),
-        header.SizeOverflowError,
+        "size_overflow",
     ),
-    "offset overflow": (changed(data_offsets=[2**64, 2**64 + 8]), header.SizeOverflowError),
-    "size mismatch": (changed(shape=[3]), header.SizeMismatchError),
-    "overlap": (pair([0, 5], [4, 8]), header.OverlapError),
-    "the same bytes twice": (pair([0, 8], [0, 8]), header.OverlapError),
-    "hole": (pair([0, 3], [4, 8]), header.HoleError),
-    "hole at the start": (pair([1, 3], [3, 8]), header.HoleError),
-    "trailing bytes": (pair([0, 3], [3, 7]), header.TrailingBytesError),
-    "no tensors but bytes": ({}, header.TrailingBytesError),
-    "truncated": (pair([0, 3], [3, 9]), header.TruncatedFileError),
+    "offset overflow": (changed(data_offsets=[2**64, 2**64 + 8]), "size_overflow"),
+    "size mismatch": (changed(shape=[3]), "size_mismatch"),
+    "overlap": (pair([0, 5], [4, 8]), "overlap"),
+    "the same bytes twice": (pair([0, 8], [0, 8]), "overlap"),
+    "hole": (pair([0, 3], [4, 8]), "hole"),
+    "hole at the start": (pair([1, 3], [3, 8]), "hole"),
+    "trailing bytes": (pair([0, 3], [3, 7]), "trailing_bytes"),
+    "no tensors but bytes": ({}, "trailing_bytes"),
+    "truncated": (pair([0, 3], [3, 9]), "truncated_file"),
     "claims 2^60 bytes": (
         changed(shape=[2**58], data_offsets=[0, 2**60]),
-        header.TruncatedFileError,
+        "truncated_file",
     ),
 }
 
@@ -125,7 +125,7 @@ def test_p10_malformed_kind_has_its_own_error(kind: str, tmp_path: Path) -> None
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert type(caught.value) is expected
+    assert caught.value.rule == expected
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600 + len(str(path))
@@ -134,7 +134,7 @@ def test_p10_malformed_kind_has_its_own_error(kind: str, tmp_path: Path) -> None
 
 def test_p10_each_kind_is_told_apart() -> None:
     kinds = {kind for _, kind in MALFORMED.values()}
-    assert kinds == set(HeaderError.__subclasses__())
+    assert kinds == set(header.RULES)
 
 
 def test_p10_tiny_file_cut_at_every_byte(tmp_path: Path) -> None:
@@ -156,8 +156,9 @@ def test_p10_tiny_file_cut_at_every_byte(tmp_path: Path) -> None:
 def test_truncated_file_names_expected_and_actual_bytes(tmp_path: Path) -> None:
     path = file_with(tmp_path / "cut.safetensors", {"a": F32_PAIR}, data_bytes=5)
     size = path.stat().st_size
-    with pytest.raises(header.TruncatedFileError, match=f"expected {size + 3} bytes, found {size}"):
+    with pytest.raises(HeaderError, match=f"expected {size + 3} bytes, found {size}") as caught:
         read_header(path)
+    assert caught.value.rule == "truncated_file"
 
 
 def test_header_agrees_with_the_safetensors_library(tmp_path: Path) -> None:

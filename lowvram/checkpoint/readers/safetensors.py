@@ -16,11 +16,10 @@ import torch
 from lowvram.checkpoint.readers.safetensors_header import (
     Header,
     TensorInfo,
-    TruncatedFileError,
     quoted,
     read_header,
 )
-from lowvram.errors import CheckpointError
+from lowvram.errors import CheckpointError, HeaderError
 from lowvram.files.io import read_ranges
 
 TORCH_DTYPES = {
@@ -116,9 +115,10 @@ class TensorFile:
         ]
         for row, count in zip(rows, self._fill(places, name), strict=True):
             if count != row_bytes:
-                raise TruncatedFileError(
+                raise HeaderError(
+                    "truncated_file",
                     f"{self.header.path}: row {row} of {quoted(name)} is cut off: it changed "
-                    f"meanwhile"
+                    f"meanwhile",
                 )
         return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).reshape(
             len(rows), *info.shape[1:]
@@ -130,9 +130,10 @@ class TensorFile:
         except OSError as error:
             raise self._unreadable(error) from error
         if found != self.header.file_bytes:
-            raise TruncatedFileError(
+            raise HeaderError(
+                "truncated_file",
                 f"{self.header.path}: expected {self.header.file_bytes} bytes, found {found}: it "
-                f"changed meanwhile"
+                f"changed meanwhile",
             )
 
     def _unreadable(self, error: OSError) -> CheckpointError:
@@ -145,9 +146,10 @@ class TensorFile:
             [(memoryview(buffer)[start : start + info.nbytes], info.start)], info.name
         )
         if count != info.nbytes:
-            raise TruncatedFileError(
+            raise HeaderError(
+                "truncated_file",
                 f"{self.header.path}: expected {info.nbytes} bytes of {quoted(info.name)}, found "
-                f"{count}"
+                f"{count}",
             )
         return buffer, start
 

@@ -34,78 +34,27 @@ DTYPE_BYTES = {
 }
 HEADER_CAP_BYTES = 32 * 2**20  # a 14 B model needs 0.3 MB
 SIZE_CAP = 2**63 - 1
-
-
-class FileTooShortError(HeaderError):
-    """Fewer bytes than the eight of the header's length."""
-
-
-class EmptyHeaderError(HeaderError):
-    """The header's length is 0."""
-
-
-class HeaderTooLongError(HeaderError):
-    """The header's length is above `HEADER_CAP_BYTES`."""
-
-
-class HeaderBeyondFileError(HeaderError):
-    """The header's length is above what the file holds."""
-
-
-class HeaderEncodingError(HeaderError):
-    """The header, or a name in it, is not UTF-8."""
-
-
-class HeaderJsonError(HeaderError):
-    """The header is not a JSON object."""
-
-
-class DuplicateKeyError(HeaderError):
-    """A key occurs twice in one JSON object."""
-
-
-class MetadataError(HeaderError):
-    """`__metadata__` is not an object of strings."""
-
-
-class TensorEntryError(HeaderError):
-    """A tensor's entry is not an object of dtype, shape and data_offsets alone."""
-
-
-class UnknownDtypeError(HeaderError):
-    """The dtype is not one of `DTYPE_BYTES`."""
-
-
-class ShapeError(HeaderError):
-    """The shape is not a list of integers >= 0 (a bool is not an integer)."""
-
-
-class OffsetsError(HeaderError):
-    """`data_offsets` is not two integers, 0 <= start <= end."""
-
-
-class SizeOverflowError(HeaderError):
-    """Shape times dtype, or an offset, exceeds 2^63-1 bytes."""
-
-
-class SizeMismatchError(HeaderError):
-    """Shape times dtype differs from the length of `data_offsets`."""
-
-
-class OverlapError(HeaderError):
-    """Two tensors share bytes."""
-
-
-class HoleError(HeaderError):
-    """Bytes between two tensors belong to neither."""
-
-
-class TruncatedFileError(HeaderError):
-    """The file ends before its last tensor does."""
-
-
-class TrailingBytesError(HeaderError):
-    """Bytes after the last tensor belong to none."""
+# The rules of the format, by the name that a `HeaderError` carries.
+RULES = {
+    "file_too_short": "Fewer bytes than the eight of the header's length.",
+    "empty_header": "The header's length is 0.",
+    "too_long": "The header's length is above `HEADER_CAP_BYTES`.",
+    "beyond_file": "The header's length is above what the file holds.",
+    "encoding": "The header, or a name in it, is not UTF-8.",
+    "json": "The header is not a JSON object.",
+    "duplicate_key": "A key occurs twice in one JSON object.",
+    "metadata": "`__metadata__` is not an object of strings.",
+    "tensor_entry": "A tensor's entry is not an object of dtype, shape and data_offsets alone.",
+    "unknown_dtype": "The dtype is not one of `DTYPE_BYTES`.",
+    "shape": "The shape is not a list of integers >= 0 (a bool is not an integer).",
+    "offsets": "`data_offsets` is not two integers, 0 <= start <= end.",
+    "size_overflow": "Shape times dtype, or an offset, exceeds 2^63-1 bytes.",
+    "size_mismatch": "Shape times dtype differs from the length of `data_offsets`.",
+    "overlap": "Two tensors share bytes.",
+    "hole": "Bytes between two tensors belong to neither.",
+    "truncated_file": "The file ends before its last tensor does.",
+    "trailing_bytes": "Bytes after the last tensor belong to none.",
+}
 
 
 @dataclass(frozen=True)
@@ -164,28 +113,33 @@ def _read_text(path: Path) -> tuple[bytes, int]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     if len(text) != length:
-        raise TruncatedFileError(f"{path}: the file shrank while its header was read")
+        raise HeaderError("truncated_file", f"{path}: the file shrank while its header was read")
     return text, file_bytes
 
 
 def _check_length(path: Path, prefix: bytes, file_bytes: int) -> int:
     if len(prefix) < 8:
-        raise FileTooShortError(
+        raise HeaderError(
+            "file_too_short",
             f"{path}: {file_bytes} bytes, but a safetensors file has at least 8: download or "
-            f"convert it again"
+            f"convert it again",
         )
     length = int.from_bytes(prefix, "little")
     if length == 0:
-        raise EmptyHeaderError(f"{path}: the header has length 0: not a safetensors file")
+        raise HeaderError(
+            "empty_header", f"{path}: the header has length 0: not a safetensors file"
+        )
     if length > HEADER_CAP_BYTES:
-        raise HeaderTooLongError(
+        raise HeaderError(
+            "too_long",
             f"{path}: the header claims {length} bytes, above the cap of {HEADER_CAP_BYTES}: "
-            f"not a safetensors file"
+            f"not a safetensors file",
         )
     if length > file_bytes - 8:
-        raise HeaderBeyondFileError(
+        raise HeaderError(
+            "beyond_file",
             f"{path}: the header claims {length} bytes, but only {file_bytes - 8} follow: "
-            f"download it again"
+            f"download it again",
         )
     return length
 
@@ -213,17 +167,17 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
             text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
         )
     except UnicodeDecodeError as error:
-        raise HeaderEncodingError(
-            f"{path}: the header is not UTF-8 at byte {8 + error.start}"
+        raise HeaderError(
+            "encoding", f"{path}: the header is not UTF-8 at byte {8 + error.start}"
         ) from error
     except _Duplicate as error:
-        raise DuplicateKeyError(
-            f"{path}: the header holds the key {quoted(str(error))} twice"
+        raise HeaderError(
+            "duplicate_key", f"{path}: the header holds the key {quoted(str(error))} twice"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise HeaderJsonError(f"{path}: the header is not JSON: {error}") from error
+        raise HeaderError("json", f"{path}: the header is not JSON: {error}") from error
     if not isinstance(entries, dict) or text[:1] != b"{":
-        raise HeaderJsonError(f"{path}: the header is not a JSON object")
+        raise HeaderError("json", f"{path}: the header is not a JSON object")
     for name in entries:
         _check_text(path, name)
     return entries
@@ -233,14 +187,14 @@ def _check_text(path: Path, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise HeaderEncodingError(
-            f"{path}: the header holds the text {quoted(text)}, which is not UTF-8"
+        raise HeaderError(
+            "encoding", f"{path}: the header holds the text {quoted(text)}, which is not UTF-8"
         ) from error
 
 
 def _metadata(path: Path, entry: Any) -> dict[str, str]:
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-        raise MetadataError(f"{path}: __metadata__ is not an object of strings")
+        raise HeaderError("metadata", f"{path}: __metadata__ is not an object of strings")
     for key, value in entry.items():
         _check_text(path, key)
         _check_text(path, value)
@@ -254,30 +208,38 @@ def _is_integer(value: Any) -> bool:
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     where = f"{path}: tensor {quoted(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise TensorEntryError(
-            f"{where}: the entry is not an object of dtype, shape and data_offsets"
+        raise HeaderError(
+            "tensor_entry", f"{where}: the entry is not an object of dtype, shape and data_offsets"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise UnknownDtypeError(
-            f"{where}: unknown dtype {quoted(str(dtype))}; known are {', '.join(DTYPE_BYTES)}"
+        raise HeaderError(
+            "unknown_dtype",
+            f"{where}: unknown dtype {quoted(str(dtype))}; known are {', '.join(DTYPE_BYTES)}",
         )
     if not isinstance(shape, list) or not all(_is_integer(size) and size >= 0 for size in shape):
-        raise ShapeError(f"{where}: the shape {quoted(str(shape))} is not a list of integers >= 0")
+        raise HeaderError(
+            "shape", f"{where}: the shape {quoted(str(shape))} is not a list of integers >= 0"
+        )
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
         or not all(_is_integer(offset) for offset in offsets)
     ):
-        raise OffsetsError(f"{where}: data_offsets {quoted(str(offsets))} is not two integers")
+        raise HeaderError(
+            "offsets", f"{where}: data_offsets {quoted(str(offsets))} is not two integers"
+        )
     start, end = offsets
     if not 0 <= start <= end:
-        raise OffsetsError(f"{where}: data_offsets {quoted(str(offsets))} is not 0 <= start <= end")
+        raise HeaderError(
+            "offsets", f"{where}: data_offsets {quoted(str(offsets))} is not 0 <= start <= end"
+        )
     nbytes = _checked_bytes(where, dtype, shape, end)
     if nbytes != end - start:
-        raise SizeMismatchError(
+        raise HeaderError(
+            "size_mismatch",
             f"{where}: {dtype} {quoted(str(shape))} takes {nbytes} bytes, but data_offsets "
-            f"span {end - start}"
+            f"span {end - start}",
         )
     return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
 
@@ -290,9 +252,11 @@ def _checked_bytes(where: str, dtype: str, shape: list[int], end: int) -> int:
     for size in shape:
         nbytes *= max(size, 1)
         if nbytes > SIZE_CAP:
-            raise SizeOverflowError(f"{where}: {dtype} {quoted(str(shape))} exceeds 2^63-1 bytes")
+            raise HeaderError(
+                "size_overflow", f"{where}: {dtype} {quoted(str(shape))} exceeds 2^63-1 bytes"
+            )
     if end > SIZE_CAP:
-        raise SizeOverflowError(f"{where}: the offset {quoted(str(end))} exceeds 2^63-1")
+        raise HeaderError("size_overflow", f"{where}: the offset {quoted(str(end))} exceeds 2^63-1")
     return 0 if 0 in shape else nbytes
 
 
@@ -302,22 +266,26 @@ def _check_tiling(
     position = data_start
     for info in sorted(tensors.values(), key=lambda item: (item.start, item.end)):
         if info.start < position:
-            raise OverlapError(
+            raise HeaderError(
+                "overlap",
                 f"{path}: tensor {quoted(info.name)} overlaps the one before it by "
-                f"{position - info.start} bytes"
+                f"{position - info.start} bytes",
             )
         if info.start > position:
-            raise HoleError(
+            raise HeaderError(
+                "hole",
                 f"{path}: {info.start - position} bytes before tensor {quoted(info.name)} belong "
-                f"to no tensor"
+                f"to no tensor",
             )
         position = info.end
     if position > file_bytes:
-        raise TruncatedFileError(
+        raise HeaderError(
+            "truncated_file",
             f"{path}: expected {position} bytes, found {file_bytes}: download or convert the "
-            f"file again"
+            f"file again",
         )
     if position < file_bytes:
-        raise TrailingBytesError(
-            f"{path}: expected {position} bytes, found {file_bytes}: the rest belongs to no tensor"
+        raise HeaderError(
+            "trailing_bytes",
+            f"{path}: expected {position} bytes, found {file_bytes}: the rest belongs to no tensor",
         )
