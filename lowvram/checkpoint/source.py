@@ -12,9 +12,8 @@ from types import TracebackType
 
 import torch
 
-from lowvram.checkpoint.layouts.diffusers import looks_diffusers, read_diffusers
-from lowvram.checkpoint.layouts.official import looks_official, read_official
 from lowvram.checkpoint.layouts.parts import Parts, Rename
+from lowvram.checkpoint.layouts.table import layout_of
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.checkpoint.readers.shards import RawTensors, fingerprint_texts, named
 from lowvram.checkpoint.validate import (
@@ -118,20 +117,7 @@ def _read_parts(path: Path, allow_pickle: bool) -> Parts:
         raise CheckpointError(
             f"{path} is a store that lowvram wrote: give the unquantized model it was made of"
         )
-    official, diffusers = looks_official(path), looks_diffusers(path)
-    if official and diffusers:
-        raise CheckpointError(
-            f"{path} mixes the official layout and that of diffusers: keep one of them"
-        )
-    if official:
-        return read_official(path, allow_pickle)
-    if diffusers:
-        return read_diffusers(path)
-    both = (
-        "neither high_noise_model/ and low_noise_model/ (official) nor transformer/ and "
-        "transformer_2/ (diffusers)"
-    )
-    raise CheckpointError(f"{path} holds {both}: give the folder that holds the whole model")
+    return layout_of(path).read(path, allow_pickle)
 
 
 def _rename(component: str, raw: RawTensors, rename: Rename) -> tuple[ComponentSource, list[str]]:

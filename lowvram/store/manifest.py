@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowvram.checkpoint.layouts.diffusers import looks_diffusers
-from lowvram.checkpoint.layouts.official import looks_official
+from lowvram.checkpoint.layouts.table import is_checkpoint
 from lowvram.checkpoint.readers.files import read_json
 from lowvram.errors import CheckpointError, IntegrityError, UsageError
 from lowvram.files.io import PARTIAL, replace_file
@@ -114,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _not_a_store(folder: Path) -> CheckpointError:
     if leftovers(folder):
         return CheckpointError(f"{folder} is unfinished: go on with lowvram quantize --resume")
-    if looks_official(folder) or looks_diffusers(folder):
+    if is_checkpoint(folder):
         return CheckpointError(
             f"{folder} is a model that is not quantized yet: make a store of it with `lowvram "
             f"quantize {folder} MODEL`"

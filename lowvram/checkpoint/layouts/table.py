@@ -1,0 +1,64 @@
+"""The layouts that are read, one row each: how a folder is recognised and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowvram.checkpoint.layouts.diffusers import looks_diffusers, read_diffusers
+from lowvram.checkpoint.layouts.official import looks_official, read_official
+from lowvram.checkpoint.layouts.parts import Parts
+from lowvram.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """name: in the manifest; title: in messages; holds: what tells it from the others.
+
+    looks: whether a folder has it; read: headers and settings of all parts, with or without
+    pickles.
+    """
+
+    name: str
+    title: str
+    holds: str
+    looks: Callable[[Path], bool]
+    read: Callable[[Path, bool], Parts]
+
+
+LAYOUTS = (
+    Layout(
+        "official",
+        "the official layout",
+        "high_noise_model/ and low_noise_model/ (official)",
+        looks_official,
+        read_official,
+    ),
+    Layout(
+        "diffusers",
+        "that of diffusers",
+        "transformer/ and transformer_2/ (diffusers)",
+        looks_diffusers,
+        lambda root, allow_pickle: read_diffusers(root),
+    ),
+)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the folder has any of the layouts."""
+    return any(layout.looks(path) for layout in LAYOUTS)
+
+
+def layout_of(path: Path) -> Layout:
+    """The one layout of the folder. Raises `CheckpointError` where it has none or several."""
+    found = [layout for layout in LAYOUTS if layout.looks(path)]
+    if len(found) > 1:
+        mixed = " and ".join(layout.title for layout in found)
+        raise CheckpointError(f"{path} mixes {mixed}: keep one of them")
+    if not found:
+        wanted = " nor ".join(layout.holds for layout in LAYOUTS)
+        raise CheckpointError(
+            f"{path} holds neither {wanted}: give the folder that holds the whole model"
+        )
+    return found[0]
