@@ -21,3 +21,15 @@ __all__ = [
     "quantized_linear",
     "rms_rope_quantize",
 ]
+
+# In the order in which a block uses them, whichever module was imported first.
+for _name in (
+    "adaln_quantize",
+    "quantize_rows",
+    "gelu_quantize",
+    "quantized_linear",
+    "rms_rope_quantize",
+    "quantize_values",
+    "attention_int8",
+):
+    OPS[_name] = OPS.pop(_name)
