@@ -18,10 +18,10 @@ from lowvram.errors import CheckpointError, UnsupportedError, UsageError
 from lowvram.hardware.profile import MachineProfile
 from lowvram.memory.cap import vram_cap
 from lowvram.memory.malloc import return_freed_memory
-from lowvram.memory.out_of_memory import hand_back
+from lowvram.memory.out_of_memory import release_cached_memory
 from lowvram.models.numerics import attention_values
 from lowvram.models.vae import WanVAE
-from lowvram.models.wan import Conditioning, Ends, condition, load_ends
+from lowvram.models.wan import Conditioning, EmbeddingsAndHead, condition, load_embeddings_and_head
 from lowvram.planner.plan import Host, MemoryPlan, choose_plan
 from lowvram.progress import Listener, PhaseClock, silent
 from lowvram.prompt.cache import PromptCache
@@ -86,7 +86,9 @@ def moved(expert: Expert, device: torch.device) -> Expert:
         tensor.to(device, copy=True) for tensor in (time, modulation, *contexts, *expert.ends)
     ]
     ends = len(copies) - len(expert.ends)
-    return Expert(Conditioning(copies[0], copies[1], tuple(copies[2:ends])), Ends(*copies[ends:]))
+    return Expert(
+        Conditioning(copies[0], copies[1], tuple(copies[2:ends])), EmbeddingsAndHead(*copies[ends:])
+    )
 
 
 class Pipeline:
@@ -312,11 +314,13 @@ class Pipeline:
             conditioning = condition(
                 read, config, format, schedule.timesteps, branches, self.device
             )
-            experts[name] = Expert(conditioning, load_ends(read, format, self.device))
+            experts[name] = Expert(
+                conditioning, load_embeddings_and_head(read, format, self.device)
+            )
             del conditioning
             if apart:
                 experts[name] = moved(experts[name], HOST)
-                hand_back(self.device)
+                release_cached_memory(self.device)
             clock.report(number + 1)
         return (
             {name: moved(expert, self.device) for name, expert in experts.items()}

@@ -13,9 +13,9 @@ import torch
 
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory.arena import Ledger
-from lowvram.memory.out_of_memory import as_out_of_memory, hand_back
+from lowvram.memory.out_of_memory import as_out_of_memory, release_cached_memory
 from lowvram.planner.fallback import RAM, VRAM
-from lowvram.planner.plan import Choice, Host, MemoryPlan, describe_plan
+from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, describe_plan
 from lowvram.progress import PHASES, Listener
 from lowvram.request import LatentShape, Request, latent_shape
 from lowvram.store.reader import Store
@@ -65,7 +65,7 @@ class Run:
             self.store.config, self.request.width, self.request.height, self.request.num_frames
         )
 
-    def describe(self, choice: Choice) -> MemoryPlan:
+    def describe(self, choice: PlanChoice) -> MemoryPlan:
         """The plan that `choice` makes of this request."""
         size = (self.request.width, self.request.height)
         return describe_plan(
@@ -102,7 +102,7 @@ class Run:
 
         Raises `OutOfMemoryError` naming the phase.
         """
-        hand_back(self.device)  # what the phase before has left in torch's allocator
+        release_cached_memory(self.device)  # what the phase before has left in torch's allocator
         leaner = _leaner(name)
         ways = ["once more", *([f"with {leaner}"] if leaner else [])]
         for attempt in range(1 + len(ways)):
@@ -112,7 +112,7 @@ class Run:
                     return work()
             except OutOfMemoryError as error:
                 short, failure = error.budget, str(error)
-            hand_back(self.device)
+            release_cached_memory(self.device)
             if attempt < len(ways):
                 _log.warning(
                     "out of %s in the %s phase (%s): trying it %s; the video stays the same",

@@ -379,7 +379,9 @@ def run_process(
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """Ends a process and its children, whether it still runs or has left some behind."""
+    """EmbeddingsAndHead a process and its children, whether it still runs or has left some
+    behind.
+    """
     if os.name != "posix":
         process.kill()
         return

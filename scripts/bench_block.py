@@ -23,7 +23,7 @@ from lowvram.checkpoint.names import official_from_diffusers_dit
 from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
 from lowvram.memory.arena import Arena, Ledger
 from lowvram.models.wan import WanTransformer
-from lowvram.planner.plan import Choice
+from lowvram.planner.plan import PlanChoice
 from lowvram.planner.workspace import dit_workspace
 from lowvram.request import LatentShape
 from lowvram.store.layout import StoredTensor, component_layout
@@ -161,7 +161,7 @@ def lowvram_block(
     view: BlockView, config: ModelConfig, format: str, inputs: Inputs
 ) -> Callable[[], Tensor]:
     device, tokens = inputs.x.device, inputs.latents.num_tokens
-    choice = Choice(min(CHUNK_TOKENS, tokens), 1, 0, 0, False)
+    choice = PlanChoice(min(CHUNK_TOKENS, tokens), 1, 0, 0, False)
     workspace = dit_workspace(config.dit, format, tokens, choice.chunk_tokens, 1)
     model = WanTransformer(
         config.dit,

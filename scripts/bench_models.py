@@ -15,7 +15,7 @@ import torch
 from bench_steps import Context, LeftOut, Row, Unit
 
 from lowvram.errors import BudgetError
-from lowvram.planner.plan import Choice, describe_plan
+from lowvram.planner.plan import PlanChoice, describe_plan
 from lowvram.request import latent_shape
 from lowvram.variants import T2V_A14B, ModelConfig, TextEncoderConfig, VAEConfig
 
@@ -225,18 +225,20 @@ def demo(context: Context) -> Iterator[Row]:
             yield {"name": name, **row}
 
 
-def demo_choices(layers: int) -> dict[str, Choice]:
+def demo_choices(layers: int) -> dict[str, PlanChoice]:
     """Decoding takes more than denoising of so small a model: a budget alone would leave everything
     resident, so plans are chosen here.
     """
     return {
-        "resident": Choice(64, 0, layers, 0, True),
-        "two slots, from RAM": Choice(64, 2, 0, layers, False),
-        "one slot, from disk": Choice(64, 1, 0, 0, False),
+        "resident": PlanChoice(64, 0, layers, 0, True),
+        "two slots, from RAM": PlanChoice(64, 2, 0, layers, False),
+        "one slot, from disk": PlanChoice(64, 1, 0, 0, False),
     }
 
 
-def demo_clip(pipeline: Pipeline, choice: Choice, settings: dict[str, Any]) -> tuple[Row, Video]:
+def demo_clip(
+    pipeline: Pipeline, choice: PlanChoice, settings: dict[str, Any]
+) -> tuple[Row, Video]:
     """One clip within exactly what the plan of `choice` takes, and its row."""
     from lowvram.demo.checker import matches
     from lowvram.demo.scenes import Scene

@@ -53,7 +53,7 @@ from lowvram.memory.cap import vram_cap
 from lowvram.memory.malloc import return_freed_memory
 from lowvram.memory.out_of_memory import is_out_of_memory
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Choice, Host, MemoryPlan
+from lowvram.planner.plan import Host, MemoryPlan, PlanChoice
 from lowvram.progress import Listener, Progress, silent
 from lowvram.request import Request, latent_shape
 from lowvram.run import Run
@@ -234,7 +234,7 @@ def lowvram_rows(
     that fails says why.
     """
     resident_s: float | None = None
-    measured: dict[Choice, str] = {}
+    measured: dict[PlanChoice, str] = {}
     for number, (vram, ram) in enumerate(dict.fromkeys(case.budgets)):
         row, timeline = (
             replace(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lowvram.cli.terminal import duration
 from lowvram.errors import BudgetError
-from lowvram.planner.plan import Choice, Host, MemoryPlan, choose_plan
+from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, choose_plan
 from lowvram.timing.cards import LANE_BYTES_S, Card, find_card
 from lowvram.timing.forecast import Forecast, simulate_choice
 from lowvram.timing.predict import attention_ops, block_seconds, linear_ops, text_ops
@@ -167,7 +167,7 @@ def plans_document() -> str:
 
 
 def steady_overhead(
-    compute_s: float, block_bytes: float, speeds: Speeds, choice: Choice, rounds: int = 2
+    compute_s: float, block_bytes: float, speeds: Speeds, choice: PlanChoice, rounds: int = 2
 ) -> float:
     """How much longer the third of three steps takes than computing alone, as a share."""
     length = rounds * BLOCKS
@@ -179,8 +179,8 @@ def steady_overhead(
     return third / (length * compute_s) - 1
 
 
-IN_RAM = Choice(8192, 2, 0, BLOCKS, False, BLOCKS)
-ON_DISK = Choice(8192, 2, 0, 0, False)
+IN_RAM = PlanChoice(8192, 2, 0, BLOCKS, False, BLOCKS)
+ON_DISK = PlanChoice(8192, 2, 0, 0, False)
 
 
 def first_hidden(hidden_at: Callable[[int], bool], low: int = 64, high: int = 200_000) -> int:

@@ -60,7 +60,7 @@ def short_budget(error: BaseException) -> str:
     return "RAM" if host else "VRAM"
 
 
-def hand_back(device: torch.device) -> None:
+def release_cached_memory(device: torch.device) -> None:
     """Returns what nothing refers to any more: Python's cycles, and what torch's allocator keeps of
     the device for later.
     """

@@ -18,7 +18,7 @@ from lowvram.memory.arena import Arena
 from lowvram.models.linear import fixed_rows_linear
 from lowvram.models.numerics import AttentionMemory, Heads, Rope, make_numerics, mean_key
 from lowvram.models.rope import RopeTable
-from lowvram.planner.plan import Choice
+from lowvram.planner.plan import PlanChoice
 from lowvram.planner.workspace import SMOOTHING_TOKENS
 from lowvram.request import LatentShape
 from lowvram.streaming.block import Blocks, BlockView
@@ -43,7 +43,7 @@ class Conditioning(NamedTuple):
     contexts: tuple[Tensor, ...]
 
 
-class Ends(NamedTuple):
+class EmbeddingsAndHead(NamedTuple):
     """The tensors before and after the blocks. patch: [D, C * 4]; head: [4 * out_dim, D] float32;
     head_modulation: [2, D] float32.
     """
@@ -110,9 +110,9 @@ def condition(
     return Conditioning(time, modulation, contexts)
 
 
-def load_ends(read: Reader, format: str, device: torch.device) -> Ends:
+def load_embeddings_and_head(read: Reader, format: str, device: torch.device) -> EmbeddingsAndHead:
     compute = compute_dtype(format)
-    return Ends(
+    return EmbeddingsAndHead(
         read("patch_embedding.weight").flatten(1).to(device, compute),
         read("patch_embedding.bias").to(device, compute),
         read("head.head.weight").to(device, torch.float32),
@@ -131,7 +131,7 @@ class WanTransformer:
         config: DiTConfig,
         format: str,
         latents: LatentShape,
-        choice: Choice,
+        choice: PlanChoice,
         arena: Arena,
         device: torch.device,
     ) -> None:
@@ -153,7 +153,7 @@ class WanTransformer:
         latents: Tensor,
         step: int,
         conditioning: Conditioning,
-        ends: Ends,
+        ends: EmbeddingsAndHead,
         streamer: Blocks,
         expert: str,
         after_block: Callable[[int, Tensor], None] | None = None,
@@ -179,7 +179,7 @@ class WanTransformer:
             results += [self._head(x, conditioning.time[step], ends) for x in streams]
         return results
 
-    def _embed(self, latents: Tensor, slot: int, ends: Ends) -> Tensor:
+    def _embed(self, latents: Tensor, slot: int, ends: EmbeddingsAndHead) -> Tensor:
         """Patches (c, dy, dx) -> tokens: the fp32 residual stream [N, D]."""
         x = self._arena.view(f"residual.{slot}", (self._tokens, self._config.dim), torch.float32)
         frames, rows, columns = self._latents.grid
@@ -198,7 +198,7 @@ class WanTransformer:
         )
         return x
 
-    def _head(self, x: Tensor, time: Tensor, ends: Ends) -> Tensor:
+    def _head(self, x: Tensor, time: Tensor, ends: EmbeddingsAndHead) -> Tensor:
         """The head and its unpatching: per-token values are ordered (pt, dy, dx, c), channel
         fastest.
         """

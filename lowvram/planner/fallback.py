@@ -1,9 +1,9 @@
-"""What a run gives up, rung by rung, when other programs take memory that its plan counts on:
-arithmetic from one plan to the next.
+"""The smaller plans that a run falls back to, one after the other, when other programs take memory
+that its plan counts on.
 
-In the quantized formats no rung changes a bit of the video: residency, slots, chunks, shared visits
-and RAM buffers are the planner's to choose. In the unquantized ones libraries pick their products
-by the length of a chunk.
+In the quantized formats no fallback changes a bit of the video: residency, slots, chunks, shared
+visits and RAM buffers are the planner's to choose. In the unquantized ones libraries pick their
+products by the length of a chunk.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from lowvram.planner.plan import CHUNK_TOKENS, Choice, MemoryPlan
+from lowvram.planner.plan import CHUNK_TOKENS, MemoryPlan, PlanChoice
 
 VRAM, RAM = "VRAM", "RAM"
-Describe = Callable[[Choice], MemoryPlan]
+Describe = Callable[[PlanChoice], MemoryPlan]
 # A choice of a model with so many blocks -> the smaller one, and what it gives up; None where there
 # is nothing of the kind to give up.
-Smaller = tuple[Choice, str] | None
+Smaller = tuple[PlanChoice, str] | None
 
 
 @dataclass(frozen=True)
-class Rung:
+class Fallback:
     """The plan to go on with, and what it does without."""
 
     plan: MemoryPlan
     gives_up: str
 
 
-class Ladder:
-    """The rungs below one plan; each is taken at most once, so that a run ends in its video or in
-    an error.
+class FallbackPlans:
+    """The smaller plans of one plan; each is taken at most once, so that a run ends in its video or
+    in an error.
 
     `shared`: both budgets are the same memory (a CPU), so that what one gives up helps the other.
     """
@@ -38,29 +38,29 @@ class Ladder:
     def __init__(self, plan: MemoryPlan, describe: Describe, shared: bool = False) -> None:
         self.plan = plan
         self._describe = describe
-        self._rungs: dict[str, Iterator[Callable[[Choice, int], Smaller]]] = {
-            VRAM: iter(_VRAM_RUNGS),
-            RAM: iter(_RAM_RUNGS),
+        self._left: dict[str, Iterator[Callable[[PlanChoice, int], Smaller]]] = {
+            VRAM: iter(_VRAM_FALLBACKS),
+            RAM: iter(_RAM_FALLBACKS),
         }
         self._order = {
             VRAM: (RAM, VRAM) if shared else (VRAM,),
             RAM: (RAM, VRAM) if shared else (RAM,),
         }
 
-    def down(self, short: str) -> Rung | None:
-        """The next rung that needs less of the budget `short` and more of none; None at the
-        foot.
+    def down(self, short: str) -> Fallback | None:
+        """The next fallback that needs less of the budget `short` and more of none; None after
+        the last.
         """
         return next(filter(None, map(self._next, self._order[short])), None)
 
-    def less_cache(self) -> Rung | None:
-        """The next rung that gives up blocks kept in RAM and nothing else; None where no more are
-        kept.
+    def less_cache(self) -> Fallback | None:
+        """The next fallback that gives up blocks kept in RAM and nothing else; None where no more
+        are kept.
         """
         return self._next(RAM)
 
-    def _next(self, budget: str) -> Rung | None:
-        for smaller in self._rungs[budget]:
+    def _next(self, budget: str) -> Fallback | None:
+        for smaller in self._left[budget]:
             proposed = smaller(self.plan.choice, self.plan.num_blocks)
             if proposed is None:
                 continue
@@ -69,7 +69,7 @@ class Ladder:
                 _needs(plan, b) <= _needs(self.plan, b) for b in (VRAM, RAM)
             ):
                 self.plan = plan
-                return Rung(plan, proposed[1])
+                return Fallback(plan, proposed[1])
         return None
 
 
@@ -79,7 +79,7 @@ def _needs(plan: MemoryPlan, budget: str) -> int:
     return denoise.vram_bytes if budget == VRAM else denoise.ram_bytes
 
 
-def _residents(choice: Choice, blocks: int, resident: int) -> Choice:
+def _residents(choice: PlanChoice, blocks: int, resident: int) -> PlanChoice:
     ring = min(max(choice.ring_slots, 2), blocks - resident)
     host = min(choice.host_blocks, blocks - resident)
     return replace(
@@ -91,7 +91,7 @@ def _residents(choice: Choice, blocks: int, resident: int) -> Choice:
     )
 
 
-def _half_the_residents(choice: Choice, blocks: int) -> Smaller:
+def _half_the_residents(choice: PlanChoice, blocks: int) -> Smaller:
     kept = choice.resident_blocks // 2
     return (
         (
@@ -103,7 +103,7 @@ def _half_the_residents(choice: Choice, blocks: int) -> Smaller:
     )
 
 
-def _no_residents(choice: Choice, blocks: int) -> Smaller:
+def _no_residents(choice: PlanChoice, blocks: int) -> Smaller:
     return (
         (_residents(choice, blocks, 0), "keeping no block on the device")
         if choice.resident_blocks
@@ -111,7 +111,7 @@ def _no_residents(choice: Choice, blocks: int) -> Smaller:
     )
 
 
-def _one_slot(choice: Choice, blocks: int) -> Smaller:
+def _one_slot(choice: PlanChoice, blocks: int) -> Smaller:
     one = replace(choice, resident_blocks=0, ring_slots=1)
     return (
         (one, "streaming through one slot: blocks no longer travel while others compute")
@@ -120,7 +120,7 @@ def _one_slot(choice: Choice, blocks: int) -> Smaller:
     )
 
 
-def _separate_branches(choice: Choice, blocks: int) -> Smaller:
+def _separate_branches(choice: PlanChoice, blocks: int) -> Smaller:
     return (
         (replace(choice, joint_guidance=False), "one guidance branch after the other")
         if choice.joint_guidance
@@ -128,7 +128,7 @@ def _separate_branches(choice: Choice, blocks: int) -> Smaller:
     )
 
 
-def _smaller_chunk(choice: Choice, blocks: int) -> Smaller:
+def _smaller_chunk(choice: PlanChoice, blocks: int) -> Smaller:
     chunk = next((tokens for tokens in CHUNK_TOKENS if tokens < choice.chunk_tokens), None)
     return (
         (
@@ -140,7 +140,7 @@ def _smaller_chunk(choice: Choice, blocks: int) -> Smaller:
     )
 
 
-def _smallest_chunk(choice: Choice, blocks: int) -> Smaller:
+def _smallest_chunk(choice: PlanChoice, blocks: int) -> Smaller:
     chunk = CHUNK_TOKENS[-1]
     smallest = replace(choice, chunk_tokens=chunk)
     return (
@@ -150,13 +150,13 @@ def _smallest_chunk(choice: Choice, blocks: int) -> Smaller:
     )
 
 
-def _half_the_cache(choice: Choice, blocks: int) -> Smaller:
+def _half_the_cache(choice: PlanChoice, blocks: int) -> Smaller:
     kept = choice.host_blocks // 2
     less = replace(choice, host_blocks=kept, pinned_blocks=min(choice.pinned_blocks, kept))
     return (less, f"keeping {kept} blocks in RAM instead of {choice.host_blocks}") if kept else None
 
 
-def _no_cache(choice: Choice, blocks: int) -> Smaller:
+def _no_cache(choice: PlanChoice, blocks: int) -> Smaller:
     return (
         (replace(choice, host_blocks=0, pinned_blocks=0), "reading every block from the disk")
         if choice.host_blocks
@@ -164,7 +164,7 @@ def _no_cache(choice: Choice, blocks: int) -> Smaller:
     )
 
 
-_VRAM_RUNGS = (
+_VRAM_FALLBACKS = (
     _half_the_residents,
     _no_residents,
     _one_slot,
@@ -172,4 +172,4 @@ _VRAM_RUNGS = (
     _smaller_chunk,
     _smallest_chunk,
 )
-_RAM_RUNGS = (_half_the_cache, _no_cache)
+_RAM_FALLBACKS = (_half_the_cache, _no_cache)

@@ -50,7 +50,7 @@ SAME_TIME = 1e-3
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlanChoice:
     """What the planner is free to choose. `host_blocks` are kept in RAM, the first `pinned_blocks`
     of them page-locked.
     """
@@ -84,7 +84,7 @@ class MemoryPlan:
     height: int
     num_frames: int
     num_tokens: int
-    choice: Choice
+    choice: PlanChoice
     num_blocks: int
     slot_bytes: int
     text_slot_bytes: int
@@ -154,7 +154,7 @@ def describe_plan(
     size: tuple[int, int],
     num_frames: int,
     steps: int,
-    choice: Choice,
+    choice: PlanChoice,
     host: Host,
 ) -> MemoryPlan:
     """The plan that follows from `choice`, whatever it takes. size: (width, height) in pixels."""
@@ -268,10 +268,10 @@ def choose_plan(
     padded = -(-tokens // KEY_TILE) * KEY_TILE
     limit = int(ram_bytes * PINNED_SHARE) if pinned_limit_bytes is None else pinned_limit_bytes
 
-    def plan_of(choice: Choice) -> MemoryPlan:
+    def plan_of(choice: PlanChoice) -> MemoryPlan:
         return describe_plan(config, format, size, num_frames, steps, choice, host)
 
-    def completed(base: MemoryPlan) -> Choice:
+    def completed(base: MemoryPlan) -> PlanChoice:
         slot_bytes = packed_bytes(base.slot_bytes) if host.rounds else base.slot_bytes
         return _add_host_blocks(
             base,
@@ -281,7 +281,7 @@ def choose_plan(
         )
 
     chunks = sorted({min(chunk, padded) for chunk in CHUNK_TOKENS}, reverse=True)
-    smallest = plan_of(Choice(chunks[-1], 1, 0, 0, False))
+    smallest = plan_of(PlanChoice(chunks[-1], 1, 0, 0, False))
     if smallest.peak_vram_bytes > vram_bytes or smallest.peak_ram_bytes > ram_bytes:
         raise BudgetError(_refusal(smallest, vram_bytes, ram_bytes))
     if clock is not None:
@@ -290,7 +290,7 @@ def choose_plan(
             for shared in (False, True)[: 1 + guided]
             for slots in RING_SLOTS
             for choice in _undominated(
-                (plan_of(Choice(chunk, slots, 0, 0, shared)) for chunk in chunks),
+                (plan_of(PlanChoice(chunk, slots, 0, 0, shared)) for chunk in chunks),
                 vram_bytes,
                 completed,
             )
@@ -302,7 +302,7 @@ def choose_plan(
             return fastest
     joint = guided and tokens < JOINT_BELOW_TOKENS
     plans = [
-        plan_of(Choice(chunk, 2, 0, 0, shared))
+        plan_of(PlanChoice(chunk, 2, 0, 0, shared))
         for shared in ((True, False) if joint else (False,))
         for chunk in chunks
     ]
@@ -312,8 +312,8 @@ def choose_plan(
 
 
 def _undominated(
-    bases: Iterable[MemoryPlan], vram_bytes: int, completed: Callable[[MemoryPlan], Choice]
-) -> Iterator[Choice]:
+    bases: Iterable[MemoryPlan], vram_bytes: int, completed: Callable[[MemoryPlan], PlanChoice]
+) -> Iterator[PlanChoice]:
     """Choices that fit, of falling chunk length: a shorter chunk is worth a look only where it
     makes room for another block.
     """
@@ -324,8 +324,8 @@ def _undominated(
             yield choice
 
 
-def _distinct(choices: Iterable[Choice]) -> Iterator[Choice]:
-    seen: set[Choice] = set()
+def _distinct(choices: Iterable[PlanChoice]) -> Iterator[PlanChoice]:
+    seen: set[PlanChoice] = set()
     for choice in choices:
         if choice not in seen:
             seen.add(choice)
@@ -351,8 +351,8 @@ def _fastest(plans: Iterable[MemoryPlan], clock: Clock) -> MemoryPlan | None:
 
 
 def _add_host_blocks(
-    base: MemoryPlan, choice: Choice, ram_bytes: int, pinned_limit_bytes: int
-) -> Choice:
+    base: MemoryPlan, choice: PlanChoice, ram_bytes: int, pinned_limit_bytes: int
+) -> PlanChoice:
     """Spends what is left of the denoising phase's RAM on cached blocks; the first of them are
     page-locked beside the staging buffers.
     """
@@ -363,7 +363,7 @@ def _add_host_blocks(
     return replace(choice, host_blocks=host_blocks, pinned_blocks=min(host_blocks, pinned))
 
 
-def _add_residents(base: MemoryPlan, vram_bytes: int, slot_bytes: int) -> Choice:
+def _add_residents(base: MemoryPlan, vram_bytes: int, slot_bytes: int) -> PlanChoice:
     """Spends what is left of the denoising phase's VRAM on resident blocks of `slot_bytes`; a whole
     expert needs no ring.
     """

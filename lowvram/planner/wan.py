@@ -78,7 +78,7 @@ def loop_rounding_bytes(
 
 def _conditioning_tensors(config: ModelConfig, format: str, steps: int) -> list[int]:
     """Sizes of the tensors of one expert that live through the loop: those of `Conditioning` and of
-    `Ends`, in their order.
+    `EmbeddingsAndHead`, in their order.
     """
     dit = config.dit
     compute, _ = element_bytes(format)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowvram.errors import NumericsError
-from lowvram.models.wan import Conditioning, Ends, WanTransformer
+from lowvram.models.wan import Conditioning, EmbeddingsAndHead, WanTransformer
 from lowvram.request import Request
 from lowvram.sampling.schedule import Schedule
 from lowvram.sampling.solvers import Solver
@@ -26,7 +26,7 @@ class Expert(NamedTuple):
     """What one expert needs beside its blocks."""
 
     conditioning: Conditioning
-    ends: Ends
+    ends: EmbeddingsAndHead
 
 
 def guidance_of(expert: str, request: Request) -> float:

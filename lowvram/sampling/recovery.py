@@ -14,9 +14,9 @@ from torch import Tensor
 from lowvram.errors import OutOfMemoryError
 from lowvram.hardware.cgroups import host_memory
 from lowvram.memory.arena import Arena
-from lowvram.memory.out_of_memory import as_out_of_memory, hand_back
+from lowvram.memory.out_of_memory import as_out_of_memory, release_cached_memory
 from lowvram.models.wan import WanTransformer
-from lowvram.planner.fallback import Ladder
+from lowvram.planner.fallback import FallbackPlans
 from lowvram.run import Run
 from lowvram.sampling.denoise import Expert, block_schedule, denoise
 from lowvram.sampling.schedule import Schedule
@@ -43,15 +43,14 @@ def denoise_within_budgets(
     latents: Tensor,
     on_step: OnStep,
 ) -> Tensor:
-    """The loop's remaining steps, down the ladder of plans as often as memory is short; the latents
-    are the same by every way.
+    """The loop's remaining steps, under the next fallback plan as often as memory is short; the
+    latents are the same by every way.
 
-    A step that does not fit at the ladder's foot is tried once more; then `OutOfMemoryError` names
-    it. `on_step` that runs out of memory is asked again, and its step is not computed again.
+    A step that does not fit the last of them is tried once more; then `OutOfMemoryError` names it. `on_step` that runs out of memory is asked again, and its step is not computed again.
     """
-    ladder = Ladder(run.plan, run.describe, shared=run.device.type == "cpu")
+    fallbacks = FallbackPlans(run.plan, run.describe, shared=run.device.type == "cpu")
     state, told, again = solver.state_dict(), solver.index, ""
-    hand_back(run.device)
+    release_cached_memory(run.device)
 
     def keep(finished: int, current: Tensor) -> None:
         nonlocal latents, state
@@ -69,21 +68,21 @@ def denoise_within_budgets(
                 if told < solver.index:
                     tell()
                 return (
-                    _attempt(run, ladder, experts, schedule, solver, latents, keep)
+                    _attempt(run, fallbacks, experts, schedule, solver, latents, keep)
                     if solver.index < schedule.steps
                     else latents
                 )
         except OutOfMemoryError as error:
             short, failure = error.budget, str(error)
-        hand_back(run.device)
+        release_cached_memory(run.device)
         solver.load_state_dict(state)
         where = (
             f"step {solver.index + 1}" if told == solver.index else f"saving step {solver.index}"
         )
-        rung = ladder.down(short)
-        if rung is None and again == where:
+        fallback = fallbacks.down(short)
+        if fallback is None and again == where:
             raise run.exhausted("denoise", f"{where} of {schedule.steps}", short, failure)
-        if rung is None:
+        if fallback is None:
             again = where  # whoever took the memory may have given it back
         _log.warning(
             "out of %s in %s of %d (%s): going on from step %d with %s; the video stays the same",
@@ -92,15 +91,15 @@ def denoise_within_budgets(
             schedule.steps,
             failure,
             solver.index,
-            rung.gives_up if rung else "the same plan once more",
+            fallback.gives_up if fallback else "the same plan once more",
         )
-        if rung is not None:
-            run.go_on_with(rung.plan)
+        if fallback is not None:
+            run.go_on_with(fallback.plan)
 
 
 def _attempt(
     run: Run,
-    ladder: Ladder,
+    fallbacks: FallbackPlans,
     experts: Mapping[str, Expert],
     schedule: Schedule,
     solver: Solver,
@@ -113,7 +112,7 @@ def _attempt(
         schedule, run.request, plan.num_blocks, choice.joint_guidance, solver.index
     )
     with (
-        closing(_RelievedBlocks(run, ladder, blocks)) as streamer,
+        closing(_RelievedBlocks(run, fallbacks, blocks)) as streamer,
         closing(Arena(plan.workspace, run.vram, run.device)) as arena,
     ):
         model = WanTransformer(config, run.store.format, run.shape, choice, arena, run.device)
@@ -128,8 +127,8 @@ class _RelievedBlocks:
     the device and on their way are read from the disk once more.
     """
 
-    def __init__(self, run: Run, ladder: Ladder, schedule: Sequence[BlockId]) -> None:
-        self._run, self._ladder, self._schedule = run, ladder, schedule
+    def __init__(self, run: Run, fallbacks: FallbackPlans, schedule: Sequence[BlockId]) -> None:
+        self._run, self._fallbacks, self._schedule = run, fallbacks, schedule
         self._visited = 0
         self._looked = monotonic()
         self._open()
@@ -168,8 +167,8 @@ class _RelievedBlocks:
         self._looked = monotonic()
         if free_bytes >= LOW_RAM_BYTES:
             return
-        rung = self._ladder.less_cache()
-        if rung is None:
+        fallback = self._fallbacks.less_cache()
+        if fallback is None:
             return
         _log.warning(
             "%s of RAM is free on this machine, less than %s: going on with %s; "
@@ -178,10 +177,10 @@ class _RelievedBlocks:
             "the video stays the same",
             format_bytes(free_bytes),
             format_bytes(LOW_RAM_BYTES),
-            rung.gives_up,
+            fallback.gives_up,
         )
         self._stream.close()
         del self._streamer  # it holds on to the slots
-        hand_back(self._run.device)
-        self._run.go_on_with(rung.plan)
+        release_cached_memory(self._run.device)
+        self._run.go_on_with(fallback.plan)
         self._open()

@@ -119,8 +119,8 @@ class BlockFile:
             return self._read(block, buffer)
 
     def stop(self) -> None:
-        """Ends a read that is under way in another thread, at its next part or pause, or after
-        `STOP_GRACE_S`.
+        """EmbeddingsAndHead a read that is under way in another thread, at its next part or pause,
+        or after `STOP_GRACE_S`.
         """
         self._stopped.set()
 

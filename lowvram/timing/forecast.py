@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from lowvram_kernels.sizes import KEY_TILE
 
 from lowvram.hardware.profile import MachineProfile
-from lowvram.planner.plan import CHUNK_TOKENS, Choice, MemoryPlan
+from lowvram.planner.plan import CHUNK_TOKENS, MemoryPlan, PlanChoice
 from lowvram.planner.prediction import Prediction
 from lowvram.request import latent_shape
 from lowvram.sigmas import high_noise_steps
@@ -182,7 +182,7 @@ class Forecast:
 
 def simulate_choice(
     schedule: Sequence[BlockId],
-    choice: Choice,
+    choice: PlanChoice,
     block_bytes: int,
     compute_s: float | Sequence[float],
     speeds: Speeds,

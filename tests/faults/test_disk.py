@@ -18,7 +18,7 @@ from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.errors import CheckpointError, LowvramError, OutOfMemoryError, ResumeError
 from lowvram.files import io as disk_module
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Choice
+from lowvram.planner.plan import PlanChoice
 from lowvram.progress import Progress
 from lowvram.store.reader import Store
 from lowvram.streaming.block_file import BlockFile
@@ -27,7 +27,7 @@ from tests.helpers.staged import StagedPipeline
 from tests.helpers.threads import lowvram_threads
 
 StoreOf = Callable[[str], Store]
-CHOICE = Choice(64, 1, 0, 1, False, pinned_blocks=1)
+CHOICE = PlanChoice(64, 1, 0, 1, False, pinned_blocks=1)
 
 
 class Disk:

@@ -31,8 +31,8 @@ from lowvram.models import wan
 from lowvram.models.umt5 import TextEncoder
 from lowvram.models.vae import WanVAE
 from lowvram.pipeline import Pipeline
-from lowvram.planner.fallback import VRAM, Ladder
-from lowvram.planner.plan import Choice, MemoryPlan
+from lowvram.planner.fallback import VRAM, FallbackPlans
+from lowvram.planner.plan import MemoryPlan, PlanChoice
 from lowvram.progress import PHASES
 from lowvram.request import Request
 from lowvram.sampling import recovery, state
@@ -47,7 +47,7 @@ from tests.helpers.threads import lowvram_threads
 
 # One slot, no block kept on the device: every visit is a copy, and one through staging, since no
 # cached block is page-locked.
-CHOICE = Choice(64, 1, 0, 2, False)
+CHOICE = PlanChoice(64, 1, 0, 2, False)
 NUMBER_BYTES = 8  # the step's number, a tensor in a solver's state
 TILED = {"width": 464, "height": 32, "num_frames": 5, "steps": 1}  # three tiles
 
@@ -428,7 +428,7 @@ def test_p16_memory_that_never_comes_back_is_a_clear_error(
 def test_p16_staging_that_never_works_again_ends_in_the_video(
     pipeline: StagedPipeline, expected: Callable[[Request], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ladder gives up the blocks that pass through it: the disk is read into the staging
+    """The fallbacks gives up the blocks that pass through it: the disk is read into the staging
     buffers themselves.
     """
     asked = request(pipeline)
@@ -446,10 +446,10 @@ def needs(plan: MemoryPlan, phase: str, budget: str = "vram_bytes") -> int:
 
 
 def foot_of(pipeline: Pipeline, request: Request, plan: MemoryPlan) -> MemoryPlan:
-    ladder = Ladder(plan, pipeline.new_run(request, plan).describe, shared=True)
-    while ladder.down(VRAM):
+    fallbacks = FallbackPlans(plan, pipeline.new_run(request, plan).describe, shared=True)
+    while fallbacks.down(VRAM):
         pass
-    return ladder.plan
+    return fallbacks.plan
 
 
 ENDLESS = """
@@ -717,14 +717,14 @@ class Counted:
 
 @pytest.mark.parametrize(
     "choice",
-    [CHOICE, Choice(64, 1, 1, 1, True, pinned_blocks=1)],
+    [CHOICE, PlanChoice(64, 1, 1, 1, True, pinned_blocks=1)],
     ids=["streamed", "one resident, shared visits"],
 )
 def test_p16_another_program_takes_the_ram_in_the_middle_of_a_step(
     pipeline: StagedPipeline,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    choice: Choice,
+    choice: PlanChoice,
 ) -> None:
     """In front of any block: cached blocks are handed back there and then, no block is computed
     twice, and no bit changes.

@@ -17,8 +17,8 @@ from lowvram.memory import arena
 from lowvram.memory.out_of_memory import is_out_of_memory, short_budget
 from lowvram.models import wan
 from lowvram.pipeline import Pipeline, Video
-from lowvram.planner.fallback import RAM, VRAM, Ladder
-from lowvram.planner.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
+from lowvram.planner.fallback import RAM, VRAM, FallbackPlans
+from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, choose_plan, describe_plan
 from lowvram.progress import Progress
 from lowvram.request import Request
 from lowvram.sampling import recovery
@@ -29,7 +29,7 @@ from tests.helpers.staged import StagedPipeline, StagedTransport
 from tests.helpers.threads import lowvram_threads
 
 StoreOf = Callable[[str], Store]
-CHOICE = Choice(128, 1, 1, 1, True, pinned_blocks=1)
+CHOICE = PlanChoice(128, 1, 1, 1, True, pinned_blocks=1)
 GIB = 2**30
 
 
@@ -95,7 +95,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> StoreOf:
     from tests.helpers.checkpoints import tiny_config
     from tests.helpers.runs import make_store
 
-    store = make_store(tmp_path_factory.mktemp("ladder"), tiny_config(), "int8")
+    store = make_store(tmp_path_factory.mktemp("fallbacks"), tiny_config(), "int8")
     return lambda format: store
 
 
@@ -105,7 +105,7 @@ def request(pipeline: Pipeline) -> Request:
 
 def run(
     pipeline: StagedPipeline,
-    choice: Choice = CHOICE,
+    choice: PlanChoice = CHOICE,
     listener: Callable[[Progress], None] = lambda event: None,
 ) -> tuple[Video, MemoryPlan]:
     plan = plan_of(pipeline, request(pipeline), choice)
@@ -116,7 +116,7 @@ def run(
     return video, plan
 
 
-def rungs(caplog: pytest.LogCaptureFixture) -> list[str]:
+def fallbacks(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "out of" in record.getMessage()]
 
 
@@ -159,7 +159,7 @@ def test_p16_any_allocation_may_fail_once(
             memory = Memory(patch, ERRORS[number % 3], lambda n, failing=number: n == failing)
             video, _ = run(pipeline)
         assert digest(video.frames) == expected, number
-        assert len(rungs(caplog)) == 1, number
+        assert len(fallbacks(caplog)) == 1, number
         assert (
             memory.peak_bytes
             <= plan.peak_vram_bytes + plan.peak_ram_bytes - pipeline.host.process_bytes
@@ -195,8 +195,8 @@ def test_p16_any_block_of_any_step_may_fail(
         assert digest(video.frames) == expected, failing
         assert calls == visits + 1 + failing % 4
         step = failing // 4
-        assert f"step {step + 1} of 3" in rungs(caplog)[0]
-        assert f"going on from step {step} with" in rungs(caplog)[0]
+        assert f"step {step + 1} of 3" in fallbacks(caplog)[0]
+        assert f"going on from step {step} with" in fallbacks(caplog)[0]
 
 
 @pytest.mark.parametrize("phase", ["_encode_prompts", "_condition", "_decode"])
@@ -245,9 +245,9 @@ def test_p16_the_foot_of_the_ladder_is_a_clear_error(
     with pytest.raises(
         OutOfMemoryError, match=r"out of VRAM in step 1 of 3 .* needs .* of VRAM; close .* --size"
     ) as failed:
-        run(pipeline, Choice(192, 2, 0, 2, True))
+        run(pipeline, PlanChoice(192, 2, 0, 2, True))
     assert "\n" not in str(failed.value)
-    said = rungs(caplog)
+    said = fallbacks(caplog)
     assert len(calls) == len(said) + 1 == 8
     assert "the same plan once more" in said[-1]
     for text in (
@@ -273,7 +273,7 @@ def test_other_errors_are_raised_as_they_are(
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(pipeline)
     assert len(calls) == 1
-    assert not rungs(caplog)
+    assert not fallbacks(caplog)
 
 
 class RaisingTransport(StagedTransport):
@@ -296,7 +296,7 @@ def test_p16_refused_pinning_leaves_pageable_buffers(
 ) -> None:
     """Staging is locked first; cached blocks that are not pass through it."""
     pipeline = StagedPipeline(tiny_store("int8"), transport, locks)
-    video, _ = run(pipeline, Choice(64, 1, 0, 2, False, pinned_blocks=2))
+    video, _ = run(pipeline, PlanChoice(64, 1, 0, 2, False, pinned_blocks=2))
     assert digest(video.frames) == expected
     assert "was refused" in caplog.text
     assert "pageable now" in caplog.text
@@ -323,7 +323,7 @@ def test_p16_blocks_in_ram_are_handed_back_under_pressure(
 
     monkeypatch.setattr(recovery, "host_memory", host)
     monkeypatch.setattr(recovery, "FREE_RAM_PERIOD_S", 0.0)
-    video, _ = run(pipeline, Choice(64, 1, 0, 2, False, pinned_blocks=2))
+    video, _ = run(pipeline, PlanChoice(64, 1, 0, 2, False, pinned_blocks=2))
     assert digest(video.frames) == expected
     assert len(readings) == 2
     first, second = (
@@ -351,7 +351,7 @@ def test_nothing_is_allocated_between_the_first_step_and_the_last(
     memory, counts = Memory(monkeypatch), []
     run(
         pipeline,
-        Choice(64, 1, 0, 1, False),
+        PlanChoice(64, 1, 0, 1, False),
         lambda event: counts.append(memory.count) if event.phase == "denoise" else None,
     )
     before, *steps = counts
@@ -362,7 +362,7 @@ def test_nothing_is_allocated_between_the_first_step_and_the_last(
 
 def a14b(
     vram_gib: float, ram_gib: float, device: str = "cuda"
-) -> tuple[MemoryPlan, Callable[[Choice], MemoryPlan]]:
+) -> tuple[MemoryPlan, Callable[[PlanChoice], MemoryPlan]]:
     host = Host.of(device)
     plan = choose_plan(
         T2V_A14B, "int8", (1280, 720), 81, 40, host, int(vram_gib * GIB), int(ram_gib * GIB)
@@ -370,12 +370,12 @@ def a14b(
     return plan, lambda choice: describe_plan(T2V_A14B, "int8", (1280, 720), 81, 40, choice, host)
 
 
-def descend(ladder: Ladder, short: str) -> list[MemoryPlan]:
-    plans = [ladder.plan]
-    while (rung := ladder.down(short)) is not None:
-        assert rung.plan is ladder.plan
-        assert rung.gives_up
-        plans.append(rung.plan)
+def descend(fallbacks: FallbackPlans, short: str) -> list[MemoryPlan]:
+    plans = [fallbacks.plan]
+    while (fallback := fallbacks.down(short)) is not None:
+        assert fallback.plan is fallbacks.plan
+        assert fallback.gives_up
+        plans.append(fallback.plan)
     return plans
 
 
@@ -385,7 +385,7 @@ def descend(ladder: Ladder, short: str) -> list[MemoryPlan]:
 def test_every_rung_needs_less_and_there_are_a_handful(
     short: str, vram_gib: int, ram_gib: int
 ) -> None:
-    plans = descend(Ladder(*a14b(vram_gib, ram_gib)), short)
+    plans = descend(FallbackPlans(*a14b(vram_gib, ram_gib)), short)
     label = "vram_bytes" if short == VRAM else "ram_bytes"
     other = "ram_bytes" if short == VRAM else "vram_bytes"
 
@@ -410,8 +410,8 @@ def test_every_rung_needs_less_and_there_are_a_handful(
 
 
 def test_on_a_cpu_either_budget_is_helped_by_both() -> None:
-    ladder = Ladder(*a14b(12, 16, "cpu"), shared=True)
-    choices = [plan.choice for plan in descend(ladder, VRAM)]
+    fallbacks = FallbackPlans(*a14b(12, 16, "cpu"), shared=True)
+    choices = [plan.choice for plan in descend(fallbacks, VRAM)]
     assert choices[1].host_blocks < choices[0].host_blocks, (
         "RAM buffers go first: residency costs more to lose"
     )

@@ -18,7 +18,7 @@ import pytest
 from lowvram.errors import CheckpointError
 from lowvram.files import io as disk
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Choice
+from lowvram.planner.plan import PlanChoice
 from lowvram.store.reader import Store
 from lowvram.streaming.streamer import Hops
 from tests.helpers.hanging import HangingReads
@@ -26,7 +26,7 @@ from tests.helpers.runs import pipeline_of, plan_of, request_of
 from tests.helpers.staged import StagedPipeline
 
 StoreOf = Callable[[str], Store]
-CHOICE = Choice(64, 1, 0, 1, False, pinned_blocks=1)
+CHOICE = PlanChoice(64, 1, 0, 1, False, pinned_blocks=1)
 
 
 def hanging_disk(

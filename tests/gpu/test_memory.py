@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Choice, MemoryPlan, describe_plan
+from lowvram.planner.plan import MemoryPlan, PlanChoice, describe_plan
 from lowvram.progress import Progress
 from lowvram.store.reader import open_store
 from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
@@ -22,9 +22,9 @@ from tests.helpers.runs import digest
 
 SIZE, FRAMES, STEPS = (640, 384), 17, 3
 CHOICES = {
-    "two slots, separate branches": Choice(1024, 2, 0, 0, False),
-    "everything resident, shared visits": Choice(2048, 0, 2, 0, True),
-    "smallest": Choice(64, 1, 0, 1, False),
+    "two slots, separate branches": PlanChoice(1024, 2, 0, 0, False),
+    "everything resident, shared visits": PlanChoice(2048, 0, 2, 0, True),
+    "smallest": PlanChoice(64, 1, 0, 1, False),
 }
 
 
@@ -87,7 +87,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return pipeline
 
 
-def run(pipeline: Pipeline, choice: Choice) -> tuple[MemoryPlan, Peaks, str]:
+def run(pipeline: Pipeline, choice: PlanChoice) -> tuple[MemoryPlan, Peaks, str]:
     request = pipeline.request(
         "a ball " * 300, width=SIZE[0], height=SIZE[1], num_frames=FRAMES, steps=STEPS
     )

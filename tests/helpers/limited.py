@@ -25,7 +25,7 @@ from memory_group import NoGroupError, memory_group
 
 from lowvram.memory.malloc import return_freed_memory
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Choice
+from lowvram.planner.plan import PlanChoice
 from lowvram.store.reader import open_store
 from tests.helpers.runs import CPU, plan_of
 
@@ -74,7 +74,7 @@ def main(
         request = pipeline.request(
             "a ball", width=int(width), height=int(height), num_frames=int(frames), steps=2
         )
-        plan = plan_of(pipeline, request, Choice(int(chunk), 2, 0, 0, False))
+        plan = plan_of(pipeline, request, PlanChoice(int(chunk), 2, 0, 0, False))
         planned = max(phase.vram_bytes + phase.ram_bytes for phase in plan.phases)
         with LIMITS[kind](int((planned - base) * float(share))):
             Path("/proc/self/clear_refs").write_text("5")

@@ -11,9 +11,9 @@ import torch
 from lowvram_quantize.convert import quantize
 
 from lowvram.memory.arena import Arena, Ledger
-from lowvram.models.wan import WanTransformer, condition, load_ends
+from lowvram.models.wan import WanTransformer, condition, load_embeddings_and_head
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Choice, Host, MemoryPlan, describe_plan
+from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, describe_plan
 from lowvram.request import Request, latent_shape
 from lowvram.store.reader import Store, open_store
 from lowvram.streaming.stream import Buffers, open_stream
@@ -43,7 +43,7 @@ def request_of(pipeline: Pipeline, prompt: str = "a red circle", **changes: obje
     return pipeline.request(prompt, **({"steps": 3} | SMALL | changes))
 
 
-def plan_of(pipeline: Pipeline, request: Request, choice: Choice) -> MemoryPlan:
+def plan_of(pipeline: Pipeline, request: Request, choice: PlanChoice) -> MemoryPlan:
     store = pipeline.store
     size = (request.width, request.height)
     return describe_plan(
@@ -64,7 +64,7 @@ def expert_velocities(
     latents: torch.Tensor,
     timestep: int,
     features: list[torch.Tensor],
-    choice: Choice,
+    choice: PlanChoice,
 ) -> list[torch.Tensor]:
     """One forward of one expert for each branch's text features."""
     config = store.config
@@ -93,5 +93,10 @@ def expert_velocities(
             config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU
         )
         return model.velocities(
-            latents, 0, conditioning, load_ends(file.read, store.format, CPU), streamer, expert
+            latents,
+            0,
+            conditioning,
+            load_embeddings_and_head(file.read, store.format, CPU),
+            streamer,
+            expert,
         )

@@ -19,7 +19,7 @@ from lowvram_kernels import constraints, dispatch, ops, tuning
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.tuning import ARCHITECTURES, linear_kind, linear_tile, nvidia_row
 
-from lowvram.planner.plan import Choice
+from lowvram.planner.plan import PlanChoice
 from lowvram.planner.workspace import dit_workspace
 from tests.helpers.checkpoints import tiny_config
 from tests.helpers.runs import expert_velocities, make_store
@@ -258,7 +258,14 @@ def test_a_model_with_values_in_fp16_or_fp8_has_room_for_them_and_the_same_bits_
     def velocity(pv: str, chunk: int) -> torch.Tensor:
         monkeypatch.setenv("LOWVRAM_PV", pv)
         return expert_velocities(
-            store, "low_noise", (112, 64), 9, latents, 500, features, Choice(chunk, 1, 0, 0, False)
+            store,
+            "low_noise",
+            (112, 64),
+            9,
+            latents,
+            500,
+            features,
+            PlanChoice(chunk, 1, 0, 0, False),
         )[0]
 
     exact = velocity("int8", 128)

@@ -15,7 +15,7 @@ import torch
 from lowvram import pipeline as pipeline_module
 from lowvram.errors import NumericsError, ResumeError
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Choice
+from lowvram.planner.plan import PlanChoice
 from lowvram.progress import Progress
 from lowvram.sampling.state import load_state
 from lowvram.store.reader import Store
@@ -26,12 +26,12 @@ StoreOf = Callable[[str], Store]
 # 140 tokens: ragged in chunks, in key tiles and in vectors
 CLIP = {"width": 112, "height": 80, "num_frames": 13}
 PLANS = {
-    "smallest: one slot, everything from disk": Choice(64, 1, 0, 0, False),
-    "two slots": Choice(64, 2, 0, 0, False),
-    "one resident, one ring slot, larger chunk": Choice(128, 1, 1, 0, False),
-    "blocks cached in RAM": Choice(128, 1, 0, 2, False),
-    "branches share visits": Choice(64, 2, 0, 1, True),
-    "everything resident": Choice(192, 0, 2, 0, True),
+    "smallest: one slot, everything from disk": PlanChoice(64, 1, 0, 0, False),
+    "two slots": PlanChoice(64, 2, 0, 0, False),
+    "one resident, one ring slot, larger chunk": PlanChoice(128, 1, 1, 0, False),
+    "blocks cached in RAM": PlanChoice(128, 1, 0, 2, False),
+    "branches share visits": PlanChoice(64, 2, 0, 1, True),
+    "everything resident": PlanChoice(192, 0, 2, 0, True),
 }
 
 
@@ -51,12 +51,15 @@ def test_p17_no_plan_changes_a_bit(tiny_store: StoreOf, format: str) -> None:
 # plan, and how many blocks pass from pageable RAM to staging in three steps of two branches of two
 # blocks
 TIERS = {
-    "disk only": (Choice(64, 2, 0, 0, False), 0),
-    "pageable RAM": (Choice(64, 1, 0, 2, False), 12),
-    "pinned RAM": (Choice(64, 1, 0, 2, False, pinned_blocks=2), 0),
-    "one block pinned, one pageable, one slot": (Choice(128, 1, 0, 2, False, pinned_blocks=1), 6),
-    "one block resident, one pinned": (Choice(64, 1, 1, 1, False, pinned_blocks=1), 0),
-    "one block resident, one pageable, shared visits": (Choice(64, 1, 1, 1, True), 2),
+    "disk only": (PlanChoice(64, 2, 0, 0, False), 0),
+    "pageable RAM": (PlanChoice(64, 1, 0, 2, False), 12),
+    "pinned RAM": (PlanChoice(64, 1, 0, 2, False, pinned_blocks=2), 0),
+    "one block pinned, one pageable, one slot": (
+        PlanChoice(128, 1, 0, 2, False, pinned_blocks=1),
+        6,
+    ),
+    "one block resident, one pinned": (PlanChoice(64, 1, 1, 1, False, pinned_blocks=1), 0),
+    "one block resident, one pageable, shared visits": (PlanChoice(64, 1, 1, 1, True), 2),
 }
 
 
@@ -105,7 +108,7 @@ def test_threads_and_chunks_change_no_bit_of_a_velocity(tiny_store: StoreOf, thr
     features = [torch.randn(9, store.config.dit.text_dim, generator=generator)]
     torch.set_num_threads(1)
     expected = expert_velocities(
-        store, "low_noise", (112, 80), 13, latents, 500, features, Choice(192, 0, 2, 0, False)
+        store, "low_noise", (112, 80), 13, latents, 500, features, PlanChoice(192, 0, 2, 0, False)
     )
     try:
         torch.set_num_threads(threads)
@@ -118,7 +121,7 @@ def test_threads_and_chunks_change_no_bit_of_a_velocity(tiny_store: StoreOf, thr
                 latents,
                 500,
                 features,
-                Choice(chunk, 1, 0, 0, False),
+                PlanChoice(chunk, 1, 0, 0, False),
             )
             assert digest(actual[0]) == digest(expected[0])
     finally:
@@ -202,7 +205,7 @@ def test_p20_nan_names_step_expert_and_block(
 
     monkeypatch.setattr(wan.WanTransformer, "_run_block", poisoned)
     request = request_of(pipeline)
-    plan = plan_of(pipeline, request, Choice(64, 2, 0, 0, True))
+    plan = plan_of(pipeline, request, PlanChoice(64, 2, 0, 0, True))
     with pytest.raises(NumericsError, match=r"step 2 of 3 .*expert high_noise, block 1"):
         Pipeline.generate(pipeline, request, plan=plan)
 

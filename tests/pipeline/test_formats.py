@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lowvram.planner.plan import Choice
+from lowvram.planner.plan import PlanChoice
 from lowvram.store.reader import Store
 from tests.helpers.runs import expert_velocities
 
@@ -31,7 +31,7 @@ def test_velocity_is_close_to_fp32(tiny_store: StoreOf, format: str, cosine: flo
             latents,
             500,
             features,
-            Choice(64, 2, 0, 0, False),
+            PlanChoice(64, 2, 0, 0, False),
         )[0]
         for name in ("fp32", format)
     )

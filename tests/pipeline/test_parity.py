@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from lowvram.checkpoint import names
 from lowvram.pipeline import draw_noise
-from lowvram.planner.plan import Choice
+from lowvram.planner.plan import PlanChoice
 from lowvram.request import latent_shape
 from lowvram.sampling.schedule import make_schedule
 from lowvram.store.reader import Store
@@ -22,7 +22,7 @@ from lowvram.variants import COMPONENTS
 from tests.helpers.checkpoints import tiny_weights
 from tests.helpers.runs import expert_velocities, pipeline_of, request_of
 
-EVERYTHING = Choice(128, 0, 2, 0, True)
+EVERYTHING = PlanChoice(128, 0, 2, 0, True)
 StoreOf = Callable[[str], Store]
 
 

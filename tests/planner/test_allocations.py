@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Choice, MemoryPlan
+from lowvram.planner.plan import MemoryPlan, PlanChoice
 from lowvram.progress import Progress
 from lowvram.store.reader import Store, StoreFile, open_store
 from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
@@ -142,16 +142,16 @@ def store_of(folder: Path, config: ModelConfig, format: str) -> Store:
 
 
 CASES = {
-    "int8, chunks of 256": ("int8", (256, 256), 128, Choice(256, 2, 0, 0, False)),
+    "int8, chunks of 256": ("int8", (256, 256), 128, PlanChoice(256, 2, 0, 0, False)),
     "int8, shared visits, long text, VAE tiles": (
         "int8",
         (384, 256),
         512,
-        Choice(128, 1, 1, 1, True),
+        PlanChoice(128, 1, 1, 1, True),
     ),
-    "fp8": ("fp8", (192, 192), 128, Choice(512, 0, 2, 0, False)),
-    "bf16": ("bf16", (256, 256), 128, Choice(768, 2, 0, 0, False)),
-    "fp32": ("fp32", (256, 256), 128, Choice(768, 2, 0, 0, True)),
+    "fp8": ("fp8", (192, 192), 128, PlanChoice(512, 0, 2, 0, False)),
+    "bf16": ("bf16", (256, 256), 128, PlanChoice(768, 2, 0, 0, False)),
+    "fp32": ("fp32", (256, 256), 128, PlanChoice(768, 2, 0, 0, True)),
 }
 
 

@@ -16,11 +16,11 @@ from lowvram import pipeline as pipeline_module
 from lowvram import run as run_module
 from lowvram.doctor import measure
 from lowvram.hardware import budgets as budget
-from lowvram.models.wan import Conditioning, Ends, condition, load_ends
+from lowvram.models.wan import Conditioning, EmbeddingsAndHead, condition, load_embeddings_and_head
 from lowvram.pipeline import Pipeline, moved
 from lowvram.planner import allocator as segment_sizes
 from lowvram.planner import wan as formulas
-from lowvram.planner.plan import CUDA_CONTEXT_BYTES, Choice, Host
+from lowvram.planner.plan import CUDA_CONTEXT_BYTES, Host, PlanChoice
 from lowvram.progress import Progress
 from lowvram.sampling import recovery
 from lowvram.sampling.denoise import Expert
@@ -61,7 +61,7 @@ def test_p15_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None
 
     with torch.no_grad(), Replay(segments, "meta"):
         made = condition(read, config.dit, "int8", torch.arange(STEPS), features, META)
-        ends = load_ends(read, "int8", META)
+        ends = load_embeddings_and_head(read, "int8", META)
     kept = [made.time, made.modulation, *made.contexts, *ends]
     assert [tensor.nbytes for tensor in kept] == formulas._conditioning_tensors(
         config, "int8", STEPS
@@ -111,7 +111,9 @@ def test_moving_changes_no_bit() -> None:
         torch.randn(5, 4).bfloat16(),
         *(torch.randn(4, count) for count in range(1, 6)),
     ]
-    before = Expert(Conditioning(values[0], values[1], (values[2],)), Ends(*values[3:]))
+    before = Expert(
+        Conditioning(values[0], values[1], (values[2],)), EmbeddingsAndHead(*values[3:])
+    )
     after = moved(before, CPU)
     pairs = [
         (*expert.conditioning[:2], *expert.conditioning.contexts, *expert.ends)
@@ -125,21 +127,21 @@ def test_moving_changes_no_bit() -> None:
 
 def follow_hand_backs(segments: Segments, monkeypatch: pytest.MonkeyPatch) -> Segments:
     """The cache is emptied wherever a run on a GPU empties it."""
-    real = run_module.hand_back
+    real = run_module.release_cached_memory
 
-    def hand_back(device: torch.device) -> None:
+    def release_cached_memory(device: torch.device) -> None:
         real(device)
         segments.empty()
 
     for module in (run_module, recovery, pipeline_module):
-        monkeypatch.setattr(module, "hand_back", hand_back)
+        monkeypatch.setattr(module, "release_cached_memory", release_cached_memory)
     return segments
 
 
 CHOICES = {
-    "two slots": Choice(1024, 2, 0, 0, False),
-    "resident, shared visits": Choice(2048, 0, 2, 0, True),
-    "smallest": Choice(64, 1, 0, 0, False),
+    "two slots": PlanChoice(1024, 2, 0, 0, False),
+    "resident, shared visits": PlanChoice(2048, 0, 2, 0, True),
+    "smallest": PlanChoice(64, 1, 0, 0, False),
 }
 
 
@@ -207,7 +209,7 @@ class Held:
 
 
 def held_after_steps(
-    folder: Path, solver: str, choice: Choice, monkeypatch: pytest.MonkeyPatch
+    folder: Path, solver: str, choice: PlanChoice, monkeypatch: pytest.MonkeyPatch
 ) -> list[Held]:
     """Six steps, three of either expert."""
     segments, held = follow_hand_backs(Segments(), monkeypatch), list[Held]()

@@ -10,7 +10,7 @@ import pytest
 
 from lowvram.formats import FORMATS
 from lowvram.planner import umt5, vae, wan
-from lowvram.planner.plan import Choice, Host, describe_plan
+from lowvram.planner.plan import Host, PlanChoice, describe_plan
 from lowvram.request import latent_shape
 from lowvram.store.layout import component_layout
 from lowvram.variants import T2V_A14B
@@ -53,7 +53,7 @@ def test_temporaries_stay_small_whatever_the_chunk(format: str) -> None:
 def test_the_plan_lists_the_references_temporaries_where_they_run() -> None:
     def items(host: Host) -> dict[str, int]:
         return describe_plan(
-            T2V_A14B, "int8", (832, 480), 81, 40, Choice(1024, 2, 0, 0, False), host
+            T2V_A14B, "int8", (832, 480), 81, 40, PlanChoice(1024, 2, 0, 0, False), host
         ).items
 
     assert (

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from lowvram.errors import BudgetError, LowvramError, UsageError
-from lowvram.planner.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
+from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, choose_plan, describe_plan
 from lowvram.request import Request, latent_shape
 from lowvram.store.layout import component_layout
 from lowvram.timing.cards import find_card
@@ -33,7 +33,7 @@ def test_the_table_of_the_design_at_720p() -> None:
     """x 1.55 GB, K and V 0.77 GB of codes (and 40 MB of scales), chunk about 0.5 GB at most, two
     slots 0.71 GB: about 3.6 GB.
     """
-    plan = describe_plan(T2V_A14B, "int8", HD, 81, 40, Choice(8192, 2, 0, 0, False), CUDA)
+    plan = describe_plan(T2V_A14B, "int8", HD, 81, 40, PlanChoice(8192, 2, 0, 0, False), CUDA)
     assert plan.num_tokens == 75_600
     assert plan.items["residual stream"] == 75_600 * 5120 * 4
     codes = 75_600 * 5120 + 75_648 * 5120  # keys; values, padded to whole tiles
@@ -54,10 +54,10 @@ def test_rounding_of_the_allocator_is_an_item_where_there_is_one() -> None:
     of the smallest plan.
     """
 
-    def plan(host: Host, choice: Choice) -> MemoryPlan:
+    def plan(host: Host, choice: PlanChoice) -> MemoryPlan:
         return describe_plan(T2V_A14B, "int8", HD, 81, 40, choice, host)
 
-    for choice in (Choice(64, 1, 0, 0, False), Choice(8192, 0, 40, 0, True)):
+    for choice in (PlanChoice(64, 1, 0, 0, False), PlanChoice(8192, 0, 40, 0, True)):
         made, on_host = plan(CUDA, choice), plan(Host.of("cpu"), choice)
         assert 0 < made.items["allocator rounding"] < 0.05 * made.peak_vram_bytes
         assert "allocator rounding" not in on_host.items
@@ -68,7 +68,8 @@ def test_rounding_of_the_allocator_is_an_item_where_there_is_one() -> None:
     for phase, without in zip(made.phases, bare.phases, strict=True):
         assert phase.vram_bytes > without.vram_bytes + CUDA.context_bytes
     one, two = (
-        plan(CUDA, Choice(64, 1, count, 0, False)).items["allocator rounding"] for count in (0, 1)
+        plan(CUDA, PlanChoice(64, 1, count, 0, False)).items["allocator rounding"]
+        for count in (0, 1)
     )
     assert 0 < two - one < 2 * 2**20
 
@@ -255,7 +256,7 @@ def test_a_format_whose_rate_nobody_knows_is_planned_without_a_time() -> None:
 def test_image_to_video_takes_wider_latents() -> None:
     assert I2V_A14B.dit.in_dim == 36
     plans = [
-        describe_plan(config, "int8", HD, 81, 40, Choice(8192, 2, 0, 0, False), CUDA)
+        describe_plan(config, "int8", HD, 81, 40, PlanChoice(8192, 2, 0, 0, False), CUDA)
         for config in (T2V_A14B, I2V_A14B)
     ]
     assert plans[1].items["conditioning"] > plans[0].items["conditioning"]

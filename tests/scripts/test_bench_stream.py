@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from lowvram.planner.plan import Choice, Host, MemoryPlan
+from lowvram.planner.plan import Host, MemoryPlan, PlanChoice
 from lowvram.request import Request
 from lowvram.store.reader import Store
 from lowvram.streaming.schedule import tiers
@@ -58,7 +58,7 @@ def least_vram_bytes(store: Store) -> int:
     """What decoding takes anyway: too little for all of `deep`."""
     pipeline = BenchPipeline(store, CPU, 2 * GIB, 16 * GIB, HOST)
     return plan_of(
-        pipeline, bench_stream.request_of(pipeline, (64, 64), 9, 4), Choice(64, 2, 0, 0, False)
+        pipeline, bench_stream.request_of(pipeline, (64, 64), 9, 4), PlanChoice(64, 2, 0, 0, False)
     ).peak_vram_bytes
 
 
@@ -324,7 +324,7 @@ def test_stalls_are_seen_and_resident_blocks_have_bars_of_their_own(
     monkeypatch.setattr("lowvram.streaming.stream.BlockFile", SlowFile)
     pipeline = BenchPipeline(small, CPU, 2 * GIB, 16 * GIB, HOST)
     request = bench_stream.request_of(pipeline, (64, 64), 9, 4)
-    plan = plan_of(pipeline, request, Choice(64, 1, 2, 0, False))
+    plan = plan_of(pipeline, request, PlanChoice(64, 1, 2, 0, False))
     values, timeline = bench_stream._measure(pipeline, request, plan, CPU)
     assert [visit.component for visit in timeline.visits] == 16 * ["high_noise"] + 16 * [
         "low_noise"
@@ -487,9 +487,9 @@ def test_a_slow_link_misses_the_goal_of_overhead_and_is_shown(
         return plan_of(
             self,
             request,
-            Choice(64, 0, 4, 0, False)
+            PlanChoice(64, 0, 4, 0, False)
             if self.vram_bytes == 2 * GIB
-            else Choice(64, 2, 0, 0, False),
+            else PlanChoice(64, 2, 0, 0, False),
         )
 
     monkeypatch.setattr(bench_stream, "TimedHost", Slow)

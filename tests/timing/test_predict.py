@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowvram.hardware.profile import MachineProfile
 from lowvram.memory.arena import Arena, Ledger
 from lowvram.models.vae import _build
-from lowvram.models.wan import WanTransformer, condition, load_ends
-from lowvram.planner.plan import Choice, Host, MemoryPlan, choose_plan, describe_plan
+from lowvram.models.wan import WanTransformer, condition, load_embeddings_and_head
+from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, choose_plan, describe_plan
 from lowvram.request import latent_shape
 from lowvram.sampling.schedule import make_schedule
 from lowvram.sigmas import expert_of, high_noise_steps
@@ -138,7 +138,7 @@ def launches_of_a_visit(store: Store, chunk_tokens: int, monkeypatch: pytest.Mon
     """Kernels from behind the first block to behind the second: one visit, of a clip of 768 tokens
     and one branch.
     """
-    config, choice = store.config, Choice(chunk_tokens, 0, 2, 0, False)
+    config, choice = store.config, PlanChoice(chunk_tokens, 0, 2, 0, False)
     plan = describe_plan(config, store.format, (256, 256), 9, 1, choice, Host.of("cpu"))
     assert plan.num_tokens == 768
     ledger, shape, file = (
@@ -177,7 +177,7 @@ def launches_of_a_visit(store: Store, chunk_tokens: int, monkeypatch: pytest.Mon
         model = WanTransformer(
             config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU
         )
-        ends = load_ends(file.read, store.format, CPU)
+        ends = load_embeddings_and_head(file.read, store.format, CPU)
         latents = torch.randn(shape.shape)
         model.velocities(
             latents,
@@ -251,7 +251,7 @@ def test_experts_work_the_steps_that_the_schedule_gives_them(
 
 
 def plan_of(
-    choice: Choice, size: tuple[int, int] = (480, 272), frames: int = 17, device: str = "cuda"
+    choice: PlanChoice, size: tuple[int, int] = (480, 272), frames: int = 17, device: str = "cuda"
 ) -> MemoryPlan:
     return describe_plan(T2V_A14B, "int8", size, frames, 40, choice, Host.of(device))
 
@@ -263,18 +263,18 @@ def clock(
 
 
 CHOICES = [
-    Choice(2560, 2, 0, 0, False),
-    Choice(2560, 3, 12, 10, True, 5),
-    Choice(2560, 4, 5, 35, False, 20),
-    Choice(2560, 0, 40, 0, True),
-    Choice(2560, 1, 3, 0, False),
+    PlanChoice(2560, 2, 0, 0, False),
+    PlanChoice(2560, 3, 12, 10, True, 5),
+    PlanChoice(2560, 4, 5, 35, False, 20),
+    PlanChoice(2560, 0, 40, 0, True),
+    PlanChoice(2560, 1, 3, 0, False),
 ]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("branches", [(2, 2), (1, 2), (1, 1)])
 def test_a_few_simulated_steps_stand_for_all(
-    choice: Choice, branches: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    choice: PlanChoice, branches: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = clock(20, branches)(plan_of(choice))
     monkeypatch.setattr(forecast, "SIMULATED_STEPS", 20)
@@ -313,7 +313,7 @@ def test_one_step_has_no_switch() -> None:
 
 def test_a_host_predicts_too() -> None:
     machine = dataclasses.replace(CARD, device="cpu")
-    prediction = clock(3, machine=machine)(plan_of(Choice(64, 2, 4, 10, False), device="cpu"))
+    prediction = clock(3, machine=machine)(plan_of(PlanChoice(64, 2, 4, 10, False), device="cpu"))
     assert prediction is not None
     assert prediction.video_s == pytest.approx(sum(prediction.phase_s.values()))
 
@@ -394,7 +394,7 @@ def test_no_plan_is_faster_than_one_without_budgets(tokens: tuple[int, int, int]
     for chunk in (64, 128, 512, 4096, 8192):
         for joint in (False, True):
             prediction = clock()(
-                plan_of(Choice(chunk, 0, 40, 0, joint), (size[0], size[1]), frames)
+                plan_of(PlanChoice(chunk, 0, 40, 0, joint), (size[0], size[1]), frames)
             )
             assert prediction is not None
             assert prediction.step_s >= prediction.resident_step_s * (1 - 1e-9)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lowvram.memory.arena import Ledger
-from lowvram.planner.plan import Choice
+from lowvram.planner.plan import PlanChoice
 from lowvram.streaming.block_file import BlockFile
 from lowvram.streaming.schedule import NEVER, BlockId, Visit, assign_slots
 from lowvram.streaming.slots import Slots
@@ -170,7 +170,13 @@ def test_forty_blocks_of_a_whole_run_take_less_than_a_second() -> None:
     ]
     began = time.perf_counter()
     timeline = simulate_choice(
-        schedule, Choice(8192, 2, 5, 20, False, 10), NBYTES, 3.0, speeds(1, 0.5, 0.7), 2, [80] * 40
+        schedule,
+        PlanChoice(8192, 2, 5, 20, False, 10),
+        NBYTES,
+        3.0,
+        speeds(1, 0.5, 0.7),
+        2,
+        [80] * 40,
     )
     assert time.perf_counter() - began < 1
     assert len(timeline.visits) == 3200
