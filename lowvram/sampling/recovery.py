@@ -46,7 +46,8 @@ def denoise_within_budgets(
     """The loop's remaining steps, under the next fallback plan as often as memory is short; the
     latents are the same by every way.
 
-    A step that does not fit the last of them is tried once more; then `OutOfMemoryError` names it. `on_step` that runs out of memory is asked again, and its step is not computed again.
+    A step that does not fit the last of them is tried once more; then `OutOfMemoryError` names it.
+    `on_step` that runs out of memory is asked again, and its step is not computed again.
     """
     fallbacks = FallbackPlans(run.plan, run.describe, shared=run.device.type == "cpu")
     state, told, again = solver.state_dict(), solver.index, ""
