@@ -285,6 +285,7 @@ class Run:
             "PYTHONUNBUFFERED": "1",
             "PYTHONUTF8": "1",
             "LOWVRAM_BACKEND": "triton",
+            "LOWVRAM_CACHE": str(self.work / "cache"),
         }
         if self.options.rehearse:
             found |= {
@@ -379,7 +380,7 @@ def run_process(
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """EmbeddingsAndHead a process and its children, whether it still runs or has left some
+    """Ends a process and its children, whether it still runs or has left some
     behind.
     """
     if os.name != "posix":

@@ -29,6 +29,7 @@ def one_thread() -> None:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes what `lowvram doctor` measured for the person who runs it."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LOWVRAM_CACHE", raising=False)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

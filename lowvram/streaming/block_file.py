@@ -119,7 +119,7 @@ class BlockFile:
             return self._read(block, buffer)
 
     def stop(self) -> None:
-        """EmbeddingsAndHead a read that is under way in another thread, at its next part or pause,
+        """Ends a read that is under way in another thread, at its next part or pause,
         or after `STOP_GRACE_S`.
         """
         self._stopped.set()

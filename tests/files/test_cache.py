@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,11 @@ def test_a_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> No
     """As the XDG specification wants it."""
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     assert cache_folder().is_absolute()
+
+
+def test_a_folder_that_is_named_needs_no_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "mine"))
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert cache_folder() == tmp_path / "mine"
