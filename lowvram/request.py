@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lowvram.errors import UsageError
 from lowvram.units import shown
-from lowvram.variants import ModelConfig
+from lowvram.variants import ModelConfig, SamplingDefaults
 
 # The text that the official code uses where the user gives no negative prompt (Wan2.2
 # `shared_config.py`).
@@ -18,6 +18,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 SOLVERS = ("unipc", "euler")
 MAX_STEPS = 1000  # timesteps that Wan2.2 was trained on: more steps would repeat some of them
+_DEFAULTS = SamplingDefaults()
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,15 @@ class Request:
 
     prompt: str
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
-    width: int = 1280
-    height: int = 720
-    num_frames: int = 81
-    fps: int = 16
-    steps: int = 40
-    shift: float = 12.0
-    guidance_high: float = 4.0
-    guidance_low: float = 3.0
-    boundary: float = 0.875
+    width: int = _DEFAULTS.width
+    height: int = _DEFAULTS.height
+    num_frames: int = _DEFAULTS.num_frames
+    fps: int = _DEFAULTS.fps
+    steps: int = _DEFAULTS.steps
+    shift: float = _DEFAULTS.shift
+    guidance_high: float = _DEFAULTS.guidance_high
+    guidance_low: float = _DEFAULTS.guidance_low
+    boundary: float = _DEFAULTS.boundary
     seed: int = 0
     solver: str = "unipc"
 
