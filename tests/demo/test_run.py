@@ -5,11 +5,11 @@ one.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import av
+import judge_demo
 import numpy as np
 import pytest
 import torch
@@ -22,9 +22,6 @@ from lowvram.demo.run import DemoResult
 from lowvram.pipeline import Video
 from lowvram.request import Request
 from lowvram.video import read_metadata
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import judge_demo
 
 RECORD = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "demo.json"
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
 import sass  # noqa: E402
 import static_bound  # noqa: E402
 from static_bound import Bound  # noqa: E402

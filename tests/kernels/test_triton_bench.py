@@ -19,7 +19,6 @@ from triton.runtime.errors import OutOfResources
 from tests.helpers.checkpoints import tiny_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 
 import bench_block  # noqa: E402
 import bench_commands  # noqa: E402

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
+import bench_block
 import pytest
 import torch
+import tune
 from lowvram_kernels import ops
 from lowvram_kernels.tuning import LinearTile
 from lowvram_quantize.convert import quantize
@@ -22,11 +23,6 @@ from lowvram.request import Request
 from lowvram.store.reader import open_store
 from tests.helpers.checkpoints import tiny_config
 from tests.helpers.runs import SMALL, make_store, pipeline_of, request_of
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import bench_block
-import tune
 
 CONFIG = tiny_config(num_layers=1)
 

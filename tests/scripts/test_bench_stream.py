@@ -5,7 +5,6 @@ complaints.
 from __future__ import annotations
 
 import csv
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +13,19 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import bench_commands
+import bench_stream
+import diffusers_model
 import pytest
+import random_store
+import stream_goals
+import stream_rows
 import torch
+from bench_stream import BenchPipeline, Case
+from plots import timeline_plot
+from stream_goals import MET, MISSED, UNKNOWN
+from stream_rows import StreamRow
+from timed_transport import TimedHost, TimedVisit, Timeline
 
 from lowvram.planner.plan import Host, MemoryPlan, PlanChoice
 from lowvram.request import Request
@@ -25,20 +35,6 @@ from lowvram.timing.cards import find_card
 from lowvram.variants import T2V_A14B
 from tests.helpers.checkpoints import tiny_config
 from tests.helpers.runs import CPU, plan_of
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import bench_commands
-import bench_stream
-import diffusers_model
-import random_store
-import stream_goals
-import stream_rows
-from bench_stream import BenchPipeline, Case
-from plots import timeline_plot
-from stream_goals import MET, MISSED, UNKNOWN
-from stream_rows import StreamRow
-from timed_transport import TimedHost, TimedVisit, Timeline
 
 MIB, GIB = 2**20, 2**30
 HOST = Host(staged=True, context_bytes=0, process_bytes=GIB)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+import static_bound
 
 from lowvram.errors import UsageError
 from lowvram.timing.cards import (
@@ -17,9 +15,6 @@ from lowvram.timing.cards import (
     parse_link,
     parse_speed,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import static_bound
 
 
 @pytest.mark.parametrize(
