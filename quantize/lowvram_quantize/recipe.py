@@ -25,7 +25,7 @@ ROW_FORMATS: dict[str, RowFormat] = {"int8": INT8, "int8-plain": INT8_PLAIN, "fp
 
 @dataclass(frozen=True)
 class Recipe:
-    """The format of the experts' block linears; `store_layout.component_format` derives that of the
+    """The format of the experts' block linears; `store.layout.component_format` derives that of the
     other components.
     """
 
