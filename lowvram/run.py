@@ -15,9 +15,10 @@ from lowvram.errors import OutOfMemoryError
 from lowvram.memory.arena import Ledger
 from lowvram.memory.out_of_memory import as_out_of_memory, release_cached_memory
 from lowvram.planner.fallback import RAM, VRAM
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, describe_plan
-from lowvram.progress import PHASES, Listener
-from lowvram.request import LatentShape, Request, latent_shape
+from lowvram.planner.phases import PHASES, Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan, describe_plan
+from lowvram.progress import Listener
+from lowvram.request import Request, Workload
 from lowvram.store.reader import Store
 from lowvram.streaming.schedule import BlockId
 from lowvram.streaming.stream import Buffers, open_stream
@@ -60,23 +61,12 @@ class Run:
         self.ram.charge("the process", host.process_bytes)
 
     @property
-    def shape(self) -> LatentShape:
-        return latent_shape(
-            self.store.config, self.request.width, self.request.height, self.request.num_frames
-        )
+    def workload(self) -> Workload:
+        return self.plan.workload
 
     def describe(self, choice: PlanChoice) -> MemoryPlan:
-        """The plan that `choice` makes of this request."""
-        size = (self.request.width, self.request.height)
-        return describe_plan(
-            self.store.config,
-            self.store.format,
-            size,
-            self.request.num_frames,
-            self.request.steps,
-            choice,
-            self.host,
-        )
+        """The plan of this request with another choice."""
+        return describe_plan(self.workload, choice, self.host)
 
     def go_on_with(self, plan: MemoryPlan) -> None:
         """From here on the ledgers grant what this plan does."""

@@ -108,7 +108,7 @@ def _attempt(
     on_step: OnStep,
 ) -> Tensor:
     """The remaining steps under the run's plan; its memory is handed back however it ends."""
-    plan, choice, config = run.plan, run.plan.choice, run.store.config.dit
+    plan, choice = run.plan, run.plan.choice
     blocks = block_schedule(
         schedule, run.request, plan.num_blocks, choice.joint_guidance, solver.index
     )
@@ -116,7 +116,7 @@ def _attempt(
         closing(_RelievedBlocks(run, fallbacks, blocks)) as streamer,
         closing(Arena(plan.workspace, run.vram, run.device)) as arena,
     ):
-        model = WanTransformer(config, run.store.format, run.shape, choice, arena, run.device)
+        model = WanTransformer(run.workload, choice, arena, run.device)
         return denoise(model, experts, streamer, schedule, solver, run.request, latents, on_step)
 
 
