@@ -13,7 +13,7 @@ import torch
 
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory.arena import Ledger
-from lowvram.memory.out_of_memory import as_out_of_memory, release_cached_memory
+from lowvram.memory.out_of_memory import retry_out_of_memory
 from lowvram.planner.fallback import RAM, VRAM
 from lowvram.planner.phases import PHASES, Host, PlanChoice
 from lowvram.planner.plan import MemoryPlan, describe_plan
@@ -87,31 +87,29 @@ class Run:
         )
 
     def phase(self, name: str, work: Callable[[], T]) -> T:
-        """`work`; where it runs out of memory once more, with everything handed back that is not in
-        use, and then its `leaner` way.
+        """The result of `work`. After an out-of-memory error it runs once more with all unused
+        memory released, then in the phase's `leaner` way.
 
         Raises `OutOfMemoryError` naming the phase.
         """
-        release_cached_memory(self.device)  # what the phase before has left in torch's allocator
         leaner = _leaner(name)
-        ways = ["once more", *([f"with {leaner}"] if leaner else [])]
-        for attempt in range(1 + len(ways)):
-            self.lean = attempt == 2
-            try:
-                with as_out_of_memory():
-                    return work()
-            except OutOfMemoryError as error:
-                short, failure = error.budget, str(error)
-            release_cached_memory(self.device)
-            if attempt < len(ways):
-                _log.warning(
-                    "out of %s in the %s phase (%s): trying it %s; the video stays the same",
-                    short,
-                    name,
-                    failure,
-                    ways[attempt],
-                )
-        raise self.exhausted(name, f"the {name} phase", short, failure)
+        ways = iter([("once more", False), *([(f"with {leaner}", True)] if leaner else [])])
+
+        def recover(short: str, failure: str) -> None:
+            way = next(ways, None)
+            if way is None:
+                raise self.exhausted(name, f"the {name} phase", short, failure)
+            _log.warning(
+                "out of %s in the %s phase (%s): trying it %s; the video stays the same",
+                short,
+                name,
+                failure,
+                way[0],
+            )
+            self.lean = way[1]
+
+        self.lean = False
+        return retry_out_of_memory(self.device, work, recover)
 
     def exhausted(self, phase: str, where: str, short: str, failure: str) -> OutOfMemoryError:
         """What the phase needs by the plan that the run has come down to, and what there is to do
