@@ -15,6 +15,7 @@ from typing import Any
 
 from lowvram.errors import OutputError, UsageError
 from lowvram.files.cache import cache_folder
+from lowvram.files.checked import checked
 from lowvram.files.io import replace_file
 
 logger = logging.getLogger(__name__)
@@ -106,22 +107,14 @@ class MachineProfile:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MachineProfile:
-        """Inverse of `to_dict`. Raises `UsageError` where a field is missing, unknown or no
-        possible value.
-        """
-        texts = {"name", "device", "disk_folder"}
+        """Inverse of `to_dict`. Raises `UsageError` for a missing, unknown or impossible value."""
         try:
-            profile = cls(
-                **{
-                    **data,
-                    "sources": {str(name): str(source) for name, source in data["sources"].items()},
-                }
-            )
-        except (KeyError, TypeError, AttributeError) as error:
+            unknown = set(data) - {item.name for item in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown key {min(unknown)[:80]!r}")
+            return checked(data, cls)
+        except ValueError as error:
             raise UsageError(f"not a machine profile: {error}") from error
-        if any(not isinstance(getattr(profile, name), str) for name in texts):
-            raise UsageError("not a machine profile: a name is no text")
-        return profile
 
 
 @dataclass(frozen=True)

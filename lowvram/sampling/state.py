@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 from safetensors.torch import save
 from torch import Tensor
 
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.errors import CheckpointError, OutOfMemoryError, ResumeError
+from lowvram.files.checked import checked
 from lowvram.files.io import replace_file
 from lowvram.memory.out_of_memory import as_out_of_memory
 from lowvram.request import Request
@@ -30,6 +33,16 @@ class RunState:
     step: int
     latents: Tensor
     solver: dict[str, Tensor]
+
+
+class StateHeader(msgspec.Struct, frozen=True):
+    """The metadata of a state file; request: JSON of the `Request`."""
+
+    lowvram_state: str
+    request: str
+    model: str
+    attention_values: str
+    step: Annotated[int, msgspec.Meta(ge=0)]
 
 
 def state_path(output: Path) -> Path:
@@ -64,16 +77,18 @@ def load_state(path: Path, request: Request, model: str, attention_values: str) 
     try:
         with as_out_of_memory():
             metadata, tensors = _read(path)
-        version = metadata["lowvram_state"]
-        if version != FORMAT_VERSION:
+        header = checked(metadata, StateHeader, strict=False)
+        if header.lowvram_state != FORMAT_VERSION:
             raise ResumeError(
-                f"{path} is of state version {version}, this is version {FORMAT_VERSION}: remove "
-                f"it and run without --resume"
+                f"{path} is of state version {header.lowvram_state}, this is version "
+                f"{FORMAT_VERSION}: remove it and run without --resume"
             )
-        saved = {name: metadata[name] for name in ("model", "attention_values")} | asdict(
-            Request(**json.loads(metadata["request"]))
-        )
-        step, latents = int(metadata["step"]), tensors.pop("latents")
+        saved: dict[str, object] = {
+            "model": header.model,
+            "attention_values": header.attention_values,
+        }
+        saved |= asdict(msgspec.json.decode(header.request, type=Request))
+        step, latents = header.step, tensors.pop("latents")
     except (ResumeError, OutOfMemoryError):
         raise
     except OSError as error:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from lowvram.checkpoint.layouts.table import is_checkpoint
 from lowvram.checkpoint.readers.files import read_json
 from lowvram.errors import CheckpointError, IntegrityError, UsageError
+from lowvram.files.checked import checked
 from lowvram.files.io import PARTIAL, replace_file
 from lowvram.formats import FORMATS
 from lowvram.store.writer import JOURNAL
-from lowvram.variants import COMPONENTS, T2V_A14B, ModelConfig
+from lowvram.variants import COMPONENTS, ModelConfig
 
 MANIFEST_NAME = "lowvram.json"
 TOKENIZER_NAME = "tokenizer.json"
 REPORT_NAME = "quantization_report.json"
 STAGING_NAME = "quantize.partial"  # the folder in which a store is made
 FORMAT_VERSION = 1
-_LARGEST = 2**20  # of any size in a model description
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 _RESTORE = "quantize again or restore it"
 
 
@@ -32,8 +33,8 @@ class ComponentManifest:
     """One file: the hash of its bytes before the data, and of each tensor's bytes in file order."""
 
     file: str
-    header_sha256: str
-    tensors: dict[str, str]
+    header_sha256: Sha256
+    tensors: dict[str, Sha256]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Manifest:
     recipe: dict[str, Any]
     source: dict[str, str]
     components: dict[str, ComponentManifest]
-    tokenizer_sha256: str
+    tokenizer_sha256: Sha256
     lowvram_version: str
     format_version: int = FORMAT_VERSION
 
@@ -129,72 +130,15 @@ def _own_hash(data: dict[str, Any]) -> str:
 
 
 def _from_dict(data: dict[str, Any]) -> Manifest:
-    _check_sizes(data["config"], T2V_A14B.to_dict(), "config")
-    config = ModelConfig.from_dict(data["config"])
-    if data["format"] not in FORMATS:
-        raise ValueError(f"unknown format {str(data['format'])[:40]!r}")
-    if set(data["components"]) != set(COMPONENTS):
+    data.pop("variant")
+    manifest = checked(data, Manifest)
+    if json.loads(json.dumps(asdict(manifest))) != data:
+        raise ValueError("it has other keys than this version writes")
+    if manifest.format not in FORMATS:
+        raise ValueError(f"unknown format {manifest.format[:40]!r}")
+    if set(manifest.components) != set(COMPONENTS):
         raise ValueError(f"components are not {', '.join(COMPONENTS)}")
-    components = {name: _component(name, data["components"][name]) for name in COMPONENTS}
-    texts = {key: _text(data["source"][key]) for key in data["source"]}
-    version = _text(data["lowvram_version"])
-    return Manifest(
-        config,
-        data["format"],
-        dict(data["recipe"]),
-        texts,
-        components,
-        _hash(data["tokenizer_sha256"]),
-        version,
-    )
-
-
-def _component(component: str, data: dict[str, Any]) -> ComponentManifest:
-    if data["file"] != component_file(component):
-        raise ValueError(f"the file of {component} is not {component_file(component)}")
-    return ComponentManifest(
-        data["file"],
-        _hash(data["header_sha256"]),
-        {name: _hash(value) for name, value in data["tensors"].items()},
-    )
-
-
-def _hash(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError(f"{str(value)[:80]!r} is not a sha256")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:80]!r} is not a text")
-    return value
-
-
-def _check_sizes(value: Any, like: Any, where: str) -> None:
-    """Raises `ValueError` unless `value` has the types of `like`, with sizes that arithmetic on
-    them can bear.
-    """
-    if isinstance(like, dict):
-        if not isinstance(value, dict) or set(value) != set(like):
-            raise ValueError(f"{where} has other keys than {', '.join(like)}")
-        for key in like:
-            _check_sizes(value[key], like[key], f"{where}.{key}")
-    elif isinstance(like, (list, tuple)):
-        if not isinstance(value, list) or not 1 <= len(value) <= 16:
-            raise ValueError(f"{where} is not a short list")
-        for item in value:
-            _check_sizes(item, like[0], where)
-    elif isinstance(like, float):
-        if (
-            not isinstance(value, (int, float))
-            or isinstance(value, bool)
-            or not math.isfinite(value)
-        ):
-            raise ValueError(f"{where} is not a finite number")
-    elif type(value) is not type(like):
-        raise ValueError(f"{where} is not of type {type(like).__name__}")
-    elif type(like) is int and not 1 <= value <= (
-        1024 if where.endswith("num_layers") else _LARGEST
-    ):
-        raise ValueError(f"{where} is outside its range")
+    for component, entry in manifest.components.items():
+        if entry.file != component_file(component):
+            raise ValueError(f"the file of {component} is not {component_file(component)}")
+    return manifest

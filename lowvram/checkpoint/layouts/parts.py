@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from lowvram.checkpoint.readers.files import Settings, read_bytes, read_json
+from lowvram.checkpoint.readers.files import CONFIG_CAP_BYTES, read_bytes, read_json
 from lowvram.checkpoint.readers.shards import RawTensors
 from lowvram.errors import CheckpointError, UsageError
+from lowvram.files.checked import checked
 from lowvram.request import Request
 from lowvram.variants import (
     T2V_A14B,
@@ -21,7 +23,6 @@ from lowvram.variants import (
 
 Rename = Callable[[str], "str | None"]
 DEFAULTS_FILE = "lowvram_defaults.json"
-CONFIG_CAP_BYTES = 2**20
 
 
 @dataclass
@@ -33,10 +34,6 @@ class Parts:
     raw: dict[str, RawTensors]
     renames: dict[str, Rename]
     tokenizer: bytes
-
-
-def read_settings(root: Path, path: Path) -> Settings:
-    return Settings(path, read_json(root, path, CONFIG_CAP_BYTES))
 
 
 def read_tokenizer(root: Path, path: Path) -> bytes:
@@ -53,34 +50,38 @@ def read_sampling(root: Path) -> SamplingDefaults:
     path = root / DEFAULTS_FILE
     if not path.exists():
         return SamplingDefaults()
-    settings = Settings(path, read_json(root, path, CONFIG_CAP_BYTES, "correct it or remove it"))
-    known = {item.name: item.type for item in fields(SamplingDefaults) if item.name != "boundary"}
-    unknown = [key for key in settings.data if key not in known]
-    if unknown:
-        raise CheckpointError(
-            f"{path}: unknown key {unknown[0][:80]!r}; known are {', '.join(known)}; correct "
-            f"it or remove it"
-        )
-    changes = {
-        key: settings.integer(key) if known[key] == "int" else settings.number(key)
-        for key in settings.data
-    }
-    defaults = replace(SamplingDefaults(), **changes)  # type: ignore[arg-type]  # each key has its own field's type
+    advice = "correct it or remove it"
+    data = read_json(root, path, CONFIG_CAP_BYTES, advice)
+    known = {item.name for item in fields(SamplingDefaults)} - {"boundary"}
     try:
+        unknown = [key for key in data if key not in known]
+        if unknown:
+            raise ValueError(
+                f"unknown key {unknown[0][:80]!r}; known are {', '.join(sorted(known))}"
+            )
+        defaults = checked(asdict(SamplingDefaults()) | data, SamplingDefaults)
         Request(prompt="", **asdict(defaults))
-    except UsageError as error:
-        raise CheckpointError(f"{path}: {error}; correct it or remove it") from error
+    except (ValueError, UsageError) as error:
+        raise CheckpointError(f"{path}: {error}; {advice}") from error
     return defaults
 
 
-def make_dit_config(path: Path, make: Callable[[], DiTConfig]) -> DiTConfig:
-    """The config that `make` builds; its refusal becomes a `CheckpointError` that names the
-    file.
-    """
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Turn a `UsageError` about the dimensions in a file into a `CheckpointError` naming it."""
     try:
-        return make()
+        yield
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def require_norms(qk_norm: bool, cross_attn_norm: bool) -> None:
+    """Raises `ValueError` for a model without the norms that all of Wan2.2 has."""
+    if not (qk_norm and cross_attn_norm):
+        raise ValueError(
+            f"qk_norm is {qk_norm} and cross_attn_norm is {cross_attn_norm}, expected true: all "
+            f"that this version reads"
+        )
 
 
 def model_config(

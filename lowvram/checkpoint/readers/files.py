@@ -7,12 +7,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lowvram.errors import CheckpointError, UnsafeFileError
+from lowvram.errors import CheckpointError, UnsafeFileError, UsageError
+from lowvram.files.checked import checked
 
 JSON_CAP_BYTES = 64 * 2**20  # UMT5's tokenizer.json has 17 MB
+CONFIG_CAP_BYTES = 2**20
 DOWNLOAD = "download it again"
+T = TypeVar("T")
 
 
 def check_plain_name(name: str, where: Path) -> str:
@@ -88,57 +91,13 @@ def read_json(
     return data
 
 
-class Settings:
-    """Checked access to a JSON object: every wrong value is a `CheckpointError` that names file and
-    key.
+def read_settings(root: Path, path: Path, kind: type[T], cap_bytes: int = CONFIG_CAP_BYTES) -> T:
+    """The JSON object in a configuration file as `kind`, a msgspec struct.
+
+    Raises `CheckpointError` naming the file, the key, its value and what is expected.
     """
-
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
-        self.path = path
-        self.data = data
-
-    def integer(self, key: str, default: int | None = None, high: int = 2**20) -> int:
-        value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-            raise self._error(key, value, f"an integer from 1 to {high}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e9:
-            raise self._error(key, value, "a finite number")
-        return float(value)
-
-    def integers(self, key: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        value = self._value(key, default)
-        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 16:
-            raise self._error(key, value, "a list of integers")
-        return tuple(Settings(self.path, {key: item}).integer(key) for item in value)
-
-    def booleans(self, key: str, default: tuple[bool, ...]) -> tuple[bool, ...]:
-        value = self._value(key, default)
-        if (
-            not isinstance(value, (list, tuple))
-            or len(value) > 16
-            or not all(isinstance(item, bool) for item in value)
-        ):
-            raise self._error(key, value, "a list of true and false")
-        return tuple(value)
-
-    def require(self, key: str, *allowed: Any) -> None:
-        """Raises unless the key is absent or holds one of `allowed`."""
-        if key in self.data and self.data[key] not in allowed:
-            raise self._error(
-                key,
-                self.data[key],
-                " or ".join(repr(item) for item in allowed) + ", all that this version reads",
-            )
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.data.get(key, default)
-        if value is None:
-            raise CheckpointError(f"{self.path} lacks the key {key!r}: {DOWNLOAD}")
-        return value
-
-    def _error(self, key: str, value: Any, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {key} is {repr(value)[:80]}, expected {wanted}")
+    data = read_json(root, path, cap_bytes)
+    try:
+        return checked(data, kind)
+    except (ValueError, UsageError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
