@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.errors import LowvramError
+from lowvram.hardware import nvml
 from lowvram.hardware.cgroups import host_memory
-from lowvram.hardware.machine import find_gpu, nvml_driver_version
+from lowvram.hardware.machine import find_gpu
 from lowvram.hardware.profile import (
     MEASURED,
     PINNED_SHARE,
@@ -385,7 +386,7 @@ def driver_version() -> str:
         built_for = (
             f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         )
-        return nvml_driver_version() or built_for
+        return nvml.driver_version() or built_for
 
 
 def _lowvram() -> str:

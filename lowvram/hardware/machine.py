@@ -4,7 +4,6 @@ them.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import platform
 import shutil
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.hardware.cgroups import cpu_count, host_memory
+from lowvram.hardware.nvml import used_bytes
 
 logger = logging.getLogger(__name__)
 LINK_PROBE_BYTES = 256 << 20
-NVML = "nvml.dll" if platform.system() == "Windows" else "libnvidia-ml.so.1"
 MOST_CONTEXT_BYTES = 3 << 30  # what grows by more than this is another program
 PACKAGES = (
     "lowvram",
@@ -228,14 +227,14 @@ def context_bytes(device: str) -> int | None:
         return None
     try:
         uuid = str(getattr(torch.cuda.get_device_properties(target), "uuid", ""))
-        before = _used_bytes(uuid)
+        before = used_bytes(uuid)
         for dtype in (torch.bfloat16, torch.float32):
             x = torch.ones(16, 16, device=target, dtype=dtype)
             torch.mm(x, x)
         torch.cuda.synchronize(target)
         del x
         torch.cuda.empty_cache()
-        after = _used_bytes(uuid)
+        after = used_bytes(uuid)
     except RuntimeError:  # a full or broken device: whoever asks it next says so
         return None
     if before is None or after is None or not 0 < after - before <= MOST_CONTEXT_BYTES:
@@ -253,59 +252,6 @@ def _has_context(device: Any) -> bool:
         return False
     has_context = getattr(torch._C, "_cuda_hasPrimaryContext", None)
     return has_context is None or bool(has_context(device.index))
-
-
-class _NvmlMemory(ctypes.Structure):
-    """nvmlMemory_t."""
-
-    _fields_ = (
-        ("total", ctypes.c_ulonglong),
-        ("free", ctypes.c_ulonglong),
-        ("used", ctypes.c_ulonglong),
-    )
-
-
-def _used_bytes(uuid: str) -> int | None:
-    """Bytes in use on the GPU of this UUID, by all programs, as NVML says; it makes no context.
-    None where NVML cannot tell.
-    """
-    try:
-        nvml = ctypes.CDLL(NVML)
-    except OSError:
-        return None
-    handle, memory = ctypes.c_void_p(), _NvmlMemory()
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    try:
-        name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-        if nvml.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)) != 0:
-            return None
-        return (
-            int(memory.used)
-            if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
-            else None
-        )
-    finally:
-        nvml.nvmlShutdown()
-
-
-def nvml_driver_version() -> str | None:
-    """The version of NVIDIA's driver where the system shows it in no file, as on Windows; None
-    where NVML cannot tell.
-    """
-    try:
-        nvml = ctypes.CDLL(NVML)
-    except OSError:
-        return None
-    text = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    try:
-        return (
-            text.value.decode() if nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0 else None
-        )
-    finally:
-        nvml.nvmlShutdown()
 
 
 def _version(package: str) -> str | None:

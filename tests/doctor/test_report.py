@@ -18,7 +18,6 @@ import psutil
 import pytest
 import torch
 
-from lowvram.doctor import measure
 from lowvram.doctor import read_speed as read_speed_module
 from lowvram.doctor.read_speed import read_speed
 from lowvram.doctor.report import doctor_report
@@ -446,7 +445,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int | None]]:
     monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: real(*size, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(machine_module, "_used_bytes", lambda uuid: answers.pop(0))
+    monkeypatch.setattr(machine_module, "used_bytes", lambda uuid: answers.pop(0))
     yield answers
     machine_module.context_bytes.cache_clear()
 
@@ -477,58 +476,3 @@ def test_a_context_that_is_there_already_is_not_measured(
     assert machine_module.context_bytes("cuda:1") is None
     monkeypatch.delattr(torch._C, "_cuda_hasPrimaryContext")
     assert machine_module.context_bytes("cuda:0") is None, "where torch cannot say, it may be there"
-
-
-class FakeNvml:
-    """The driver's library as ctypes sees it."""
-
-    def __init__(self, handle: int = 0, memory: int = 0) -> None:
-        self.codes, self.open = (handle, memory), 0
-
-    def nvmlInit_v2(self) -> int:
-        self.open += 1
-        return 0
-
-    def nvmlShutdown(self) -> int:
-        self.open -= 1
-        return 0
-
-    def nvmlSystemGetDriverVersion(self, text: Any, length: int) -> int:
-        text.value = b"576.80"
-        return self.codes[0]
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: object) -> int:
-        assert uuid == b"GPU-1-2"
-        return self.codes[0]
-
-    def nvmlDeviceGetMemoryInfo(self, handle: object, memory: Any) -> int:
-        memory._obj.total, memory._obj.free, memory._obj.used = 12 << 30, 9 << 30, 3 << 30
-        return self.codes[1]
-
-
-@pytest.mark.parametrize(("codes", "used"), [((0, 0), 3 << 30), ((6, 0), None), ((0, 15), None)])
-def test_nvml_is_asked_by_the_cards_own_name(
-    monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int], used: int | None
-) -> None:
-    library = FakeNvml(*codes)
-    monkeypatch.setattr(machine_module.ctypes, "CDLL", lambda name: library)
-    assert machine_module._used_bytes("1-2") == machine_module._used_bytes("GPU-1-2") == used
-    assert library.open == 0
-
-
-@pytest.mark.parametrize(("code", "version"), [(0, "576.80"), (999, None)])
-def test_nvml_is_asked_for_the_driver(
-    monkeypatch: pytest.MonkeyPatch, code: int, version: str | None
-) -> None:
-    library = FakeNvml(code)
-    monkeypatch.setattr(machine_module.ctypes, "CDLL", lambda name: library)
-    assert machine_module.nvml_driver_version() == version
-    assert library.open == 0
-    monkeypatch.setattr(measure, "NVIDIA_DRIVER", Path("/no/such/file"))
-    assert measure.driver_version() == (version or f"CUDA {torch.version.cuda}")
-
-
-def test_without_nvml_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_module, "NVML", "no such library")
-    assert machine_module._used_bytes("1-2") is None
-    assert machine_module.nvml_driver_version() is None
