@@ -5,7 +5,6 @@ generated.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowvram.errors import OutputError, UsageError
-from lowvram.files.io import output_error, sync_folder
+from lowvram.files.io import output_error, replacing
 from lowvram.request import Request
 
 if TYPE_CHECKING:  # loads when a video is written or read: a run without one does not need it
@@ -109,19 +108,9 @@ def write_video(
     _check_path(path, overwrite)
     if scale < 1 or fps < 1:
         raise UsageError(f"scale {scale} and fps {fps} must both be at least 1")
-    part = path.with_name(path.name + ".part")
-    try:
+    with replacing(path, path.with_name(path.name + ".part")) as part:
         _encode(part, (_encodable(frame, scale) for frame in frames), fps, metadata)
-        _sync_file(part)
         _check_path(path, overwrite)
-        os.replace(part, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise output_error(path, error) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -212,11 +201,3 @@ def _same_size(
                 f"{first.shape[1]}x{first.shape[0]}"
             )
         yield frame
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,9 +23,9 @@ from lowvram.checkpoint.names import official_from_diffusers_dit
 from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
 from lowvram.memory.arena import Arena, Ledger
 from lowvram.models.wan import WanTransformer
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.planner.workspace import dit_workspace
-from lowvram.request import LatentShape
+from lowvram.request import LatentShape, Workload
 from lowvram.store.layout import StoredTensor, component_layout
 from lowvram.streaming.block import BlockView
 from lowvram.variants import ModelConfig
@@ -162,15 +162,14 @@ def lowvram_block(
 ) -> Callable[[], Tensor]:
     device, tokens = inputs.x.device, inputs.latents.num_tokens
     choice = PlanChoice(min(CHUNK_TOKENS, tokens), 1, 0, 0, False)
-    workspace = dit_workspace(config.dit, format, tokens, choice.chunk_tokens, 1)
-    model = WanTransformer(
-        config.dit,
-        format,
-        inputs.latents,
-        choice,
-        Arena(workspace, Ledger("VRAM", UNLIMITED), device),
-        device,
-    )
+    frames, rows, columns = inputs.latents.grid
+    vae = config.vae
+    cell = vae.spatial_stride * config.dit.patch_size[1]
+    clip = (columns * cell, rows * cell), (frames - 1) * vae.temporal_stride + 1
+    workload = Workload.of(config, format, *clip)
+    workspace = dit_workspace(config.dit, workload.format, tokens, choice.chunk_tokens, 1)
+    arena = Arena(workspace, Ledger("VRAM", UNLIMITED), device)
+    model = WanTransformer(workload, choice, arena, device)
     modulation, context = (
         view["modulation"][0] + inputs.modulation,
         inputs.context.to(torch.bfloat16),

@@ -15,7 +15,8 @@ import torch
 from bench_steps import Context, LeftOut, Row, Unit
 
 from lowvram.errors import BudgetError
-from lowvram.planner.plan import PlanChoice, describe_plan
+from lowvram.planner.phases import PlanChoice
+from lowvram.planner.plan import describe_plan
 from lowvram.request import latent_shape
 from lowvram.variants import T2V_A14B, ModelConfig, TextEncoderConfig, VAEConfig
 
@@ -156,7 +157,7 @@ def smallest(store: Store, case: Any, device: torch.device, which: str, other: i
     from bench_stream import BenchPipeline, request_of, taken_bytes
 
     from lowvram.hardware.budgets import PROCESS_GROWTH_BYTES
-    from lowvram.planner.plan import Host
+    from lowvram.planner.phases import Host
 
     process = psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES
     host = Host(True, taken_bytes(device), process, Host.of(device.type).references)
@@ -243,11 +244,8 @@ def demo_clip(
     from lowvram.demo.checker import matches
     from lowvram.demo.scenes import Scene
 
-    request, store = pipeline.request(PROMPT, **settings), pipeline.store
-    size = (request.width, request.height)
-    plan = describe_plan(
-        store.config, store.format, size, request.num_frames, request.steps, choice, pipeline.host
-    )
+    request = pipeline.request(PROMPT, **settings)
+    plan = describe_plan(pipeline.workload(request), choice, pipeline.host)
     pipeline.vram_bytes = plan.peak_vram_bytes
     begin = time.perf_counter()
     video = pipeline.generate(request, plan=plan)

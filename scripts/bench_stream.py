@@ -53,7 +53,8 @@ from lowvram.memory.cap import vram_cap
 from lowvram.memory.malloc import return_freed_memory
 from lowvram.memory.out_of_memory import is_out_of_memory
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan
 from lowvram.progress import Listener, Progress, silent
 from lowvram.request import Request, latent_shape
 from lowvram.run import Run

@@ -12,7 +12,11 @@ from pathlib import Path
 
 from lowvram.cli.terminal import duration
 from lowvram.errors import BudgetError
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, choose_plan
+from lowvram.formats import FORMATS
+from lowvram.planner.choose import choose_plan
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan
+from lowvram.request import Workload
 from lowvram.timing.cards import LANE_BYTES_S, Card, find_card
 from lowvram.timing.forecast import Forecast, simulate_choice
 from lowvram.timing.predict import attention_ops, block_seconds, linear_ops, text_ops
@@ -75,20 +79,16 @@ def plan_of(
     config: ModelConfig, card: Card, size: tuple[int, int], vram_gb: int, ram_gb: int
 ) -> MemoryPlan | BudgetError:
     """The plan that `lowvram plan` makes for a card under two budgets, or why there is none."""
-    sampling, ram_bytes = config.sampling, ram_gb * 10**9
+    ram_bytes = ram_gb * 10**9
     profile = card.profile(ram_bytes)
-    clock = Forecast(config, "int8", profile, sampling.steps, sampling.shift, sampling.boundary)
+    workload = Workload.of(config, "int8", size, FRAMES)
     budgets = vram_gb * 10**9, ram_bytes
     try:
         return choose_plan(
-            config,
-            "int8",
-            size,
-            FRAMES,
-            sampling.steps,
+            workload,
             Host.of("cuda"),
             *budgets,
-            clock=clock,
+            clock=Forecast(workload, profile),
             pinned_limit_bytes=profile.pinned_limit_bytes,
         )
     except BudgetError as error:
@@ -227,7 +227,7 @@ def more_of_the_facts() -> tuple[float, float]:
 
 
 def card_seconds(card: Card, tokens: int) -> float:
-    return block_seconds(DIT, "int8", tokens, 8192, card.profile()) or 0.0
+    return block_seconds(DIT, FORMATS["int8"], tokens, 8192, card.profile()) or 0.0
 
 
 def card_overhead(

@@ -17,7 +17,7 @@ from lowvram.files.io import check_room
 from lowvram.store.layout import StoredTensor, component_layout, marker_bytes
 from lowvram.store.manifest import TOKENIZER_NAME, ComponentManifest, Manifest, component_file
 from lowvram.store.reader import Store, open_store
-from lowvram.store.writer import StoreWriter, remove_leftovers
+from lowvram.store.writer import JOURNAL, StoreWriter
 from lowvram.variants import COMPONENTS, T2V_A14B, ModelConfig, VAEConfig
 
 FORMAT = "int8"
@@ -76,7 +76,8 @@ def write_random_store(path: Path, config: ModelConfig, tokenizer: bytes = b"{}"
     Manifest(config, FORMAT, {"format": FORMAT}, {"layout": "random"}, files, digest, "0").write(
         path
     )
-    remove_leftovers(path)
+    for journal in path.glob(f"*{JOURNAL}"):
+        journal.unlink()
     return open_store(path)
 
 

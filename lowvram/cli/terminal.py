@@ -22,7 +22,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from lowvram import progress
-from lowvram.progress import PHASES
+from lowvram.planner.phases import PHASES
 from lowvram.units import format_bytes
 from lowvram.variants import VARIANTS
 
@@ -225,10 +225,10 @@ def plan_table(plan: MemoryPlan, gpu: str | None = None) -> Table:
     """The denoising phase's VRAM item by item, then the peak of every phase, then the predicted
     time. gpu: the card that was named.
     """
-    choice = plan.choice
+    choice, clip = plan.choice, plan.workload
     table = Table(
-        title=f"{plan.variant} {plan.format}, {plan.width}x{plan.height} x {plan.num_frames} "
-        f"frames, {plan.num_tokens:,} tokens"
+        title=f"{clip.config.variant} {clip.format.name}, {clip.width}x{clip.height} x "
+        f"{clip.num_frames} frames, {clip.num_tokens:,} tokens"
     )
     table.add_column("VRAM while denoising")
     table.add_column("bytes", justify="right")
@@ -259,7 +259,7 @@ def plan_table(plan: MemoryPlan, gpu: str | None = None) -> Table:
     )
     where = f"{choice.resident_blocks} in VRAM, {in_ram}, {streamed - choice.host_blocks} from disk"
     visits = "; both guidance branches share a visit" if choice.joint_guidance else ""
-    table.caption = f"blocks of the expert at work: {where}{visits}{_note(plan.variant)}"
+    table.caption = f"blocks of the expert at work: {where}{visits}{_note(clip.config.variant)}"
     return table
 
 
@@ -268,7 +268,7 @@ def _add_prediction(table: Table, plan: MemoryPlan, gpu: str | None) -> None:
     if prediction is None:
         table.add_section()
         advice = (
-            f"none: {_no_rate(plan.format)}"
+            f"none: {_no_rate(plan.workload.format.name)}"
             if gpu
             else "name a card with --gpu, or run `lowvram doctor` where the GPU is"
         )

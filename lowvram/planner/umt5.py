@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from lowvram_kernels.sizes import REFERENCE_ROWS
 
-from lowvram.formats import FORMATS
-from lowvram.planner.workspace import element_bytes
-from lowvram.variants import ModelConfig
+from lowvram.request import Workload
 
 # Attention weights are made for this many heads at a time: a number that no budget changes.
 HEADS_AT_ONCE = 8
@@ -16,15 +14,15 @@ FP32 = 4
 INT64 = 8
 
 
-def text_bytes(config: ModelConfig, format: str, slot_bytes: int, staging: int) -> tuple[int, int]:
+def text_bytes(workload: Workload, slot_bytes: int, staging: int) -> tuple[int, int]:
     """(VRAM, RAM) of the text encoder: two slots, one linear's weights in the compute dtype, and
     the activations of two prompts.
     """
-    text, length = config.text_encoder, config.dit.text_len
-    compute, _ = element_bytes(format)
+    text, length = workload.config.text_encoder, workload.config.dit.text_len
+    compute = workload.format.float_bytes
     inner = text.num_heads * text.head_dim
     # other formats are multiplied as they are stored
-    decoded = compute if FORMATS[format].quantized else 0
+    decoded = compute if workload.format.quantized else 0
     x, wide, heads = (
         length * text.d_model * compute,
         length * text.d_ff * compute,

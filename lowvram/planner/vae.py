@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lowvram.planner.allocator import passing_bytes
-from lowvram.request import LatentShape
+from lowvram.request import Workload
 from lowvram.store.layout import component_layout
 from lowvram.variants import ModelConfig, VAEConfig
 
@@ -31,13 +31,13 @@ def vae_tile_pixels(width: int, height: int) -> int:
     return VAE_TILE_PIXELS if max(width, height) > VAE_TILE_PIXELS else 0
 
 
-def decode_bytes(config: ModelConfig, latents: LatentShape, tile: int) -> tuple[int, int]:
+def decode_bytes(workload: Workload, tile: int) -> tuple[int, int]:
     """(VRAM, RAM): the decoder's weights and one tile's working set; the frames as bytes and one
     row of tiles as floats on the host.
     """
-    vae = config.vae
+    vae, latents = workload.config.vae, workload.latents
     stride = vae.spatial_stride
-    weights = _decoder_weight_bytes(config)
+    weights = _decoder_weight_bytes(workload.config)
     width, height = latents.width * stride, latents.height * stride
     frames = (latents.frames - 1) * vae.temporal_stride + 1
     columns, rows = min(width, tile or width), min(height, tile or height)
@@ -55,9 +55,9 @@ def decode_bytes(config: ModelConfig, latents: LatentShape, tile: int) -> tuple[
     ) * FP32, video + band + weight_planes
 
 
-def decode_rounding_bytes(config: ModelConfig, latents: LatentShape, tile: int) -> int:
+def decode_rounding_bytes(workload: Workload, tile: int) -> int:
     """The same of the VAE's phase, which makes and frees tensors of many sizes."""
-    working = decode_bytes(config, latents, tile)[0] - _decoder_weight_bytes(config)
+    working = decode_bytes(workload, tile)[0] - _decoder_weight_bytes(workload.config)
     return int(DECODE_ROUNDING_SHARE * working) + passing_bytes()
 
 

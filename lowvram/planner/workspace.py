@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lowvram_kernels.sizes import KEY_TILE
 
-from lowvram.formats import FORMATS
+from lowvram.formats import Format
 from lowvram.variants import DiTConfig
 
 ALIGNMENT_BYTES = 256
@@ -42,13 +42,6 @@ class Workspace:
     persistent_bytes: int
 
 
-def element_bytes(format: str) -> tuple[int, int]:
-    """(bytes of a float in flight, bytes of a quantized activation) for a format of the expert's
-    linears.
-    """
-    return FORMATS[format].float_bytes, FORMATS[format].code_bytes
-
-
 def value_bytes(code: int) -> int:
     """Bytes of a value as quantized attention keeps it: a code's, or two where `LOWVRAM_PV=fp16`
     multiplies values in fp16.
@@ -57,13 +50,12 @@ def value_bytes(code: int) -> int:
 
 
 def dit_workspace(
-    config: DiTConfig, format: str, num_tokens: int, chunk_tokens: int, branches: int
+    config: DiTConfig, format: Format, num_tokens: int, chunk_tokens: int, branches: int
 ) -> Workspace:
     """The arena of one expert's forward; `branches`: guidance branches that share a visit of a
     block (1 or 2).
     """
-    compute, code = element_bytes(format)
-    quantized = FORMATS[format].quantized
+    compute, code, quantized = format.float_bytes, format.code_bytes, format.quantized
     dim, ffn, heads, text = config.dim, config.ffn_dim, config.num_heads, config.text_len
     rows = max(chunk_tokens, min(num_tokens, SMOOTHING_TOKENS))
     padded, text_padded = _tiles(num_tokens) * KEY_TILE, _tiles(text) * KEY_TILE

@@ -15,9 +15,11 @@ from lowvram.errors import BudgetError, UsageError
 from lowvram.hardware.budgets import AUTO_SHARE, amount_bytes, resolve_budgets
 from lowvram.hardware.cgroups import free_ram_bytes
 from lowvram.hardware.profile import GIVEN, MachineProfile
-from lowvram.planner.plan import Host, MemoryPlan, choose_plan
+from lowvram.planner.choose import choose_plan
+from lowvram.planner.phases import Host
+from lowvram.planner.plan import MemoryPlan
 from lowvram.plans.table import Cell, Matrix
-from lowvram.request import check_clip
+from lowvram.request import Workload, check_clip
 from lowvram.timing.cards import Card, card_with, find_card, parse_link, parse_speed
 from lowvram.timing.forecast import Forecast
 from lowvram.units import clip_size, format_bytes, shown
@@ -60,11 +62,8 @@ def plan(
     takes.
     """
     config, format = describe(model, format)
-    defaults = config.sampling
-    width, height = (defaults.width, defaults.height) if size is None else clip_size(size)
-    frames = defaults.num_frames if frames is None else frames
-    steps = defaults.steps if steps is None else steps
-    check_clip(width, height, frames, steps)
+    pixels = None if size is None else clip_size(size)
+    workload = Workload.of(config, format, pixels, frames, steps)
     device, vram_bytes, ram_bytes = _budgets(vram, ram, gpu, device)
     machine = planned_machine(model, gpu, link, disk, ram_bytes, device)
     if machine is None and (link or disk):
@@ -80,17 +79,7 @@ def plan(
         )
     elif vram != "auto":
         _check_vram(machine, vram_bytes)
-    return _choose(
-        config,
-        format,
-        (width, height),
-        frames,
-        steps,
-        vram_bytes,
-        ram_bytes,
-        _host(device, gpu, machine),
-        machine,
-    )
+    return _choose(workload, _host(device, gpu, machine), vram_bytes, ram_bytes, machine)
 
 
 def plan_matrix(
@@ -139,9 +128,8 @@ def plan_matrix(
     for (width, height), length, budget in product(sizes, lengths, budgets):
         made, refusal = None, ""
         try:
-            made = _choose(
-                config, format, (width, height), length, steps, budget, ram_bytes, host, machine
-            )
+            workload = Workload.of(config, format, (width, height), length, steps)
+            made = _choose(workload, host, budget, ram_bytes, machine)
         except BudgetError as error:
             refusal = str(error)
         cells.append(Cell(width, height, length, budget, made, refusal))
@@ -192,33 +180,16 @@ def _speeds(link: str | None, disk: str | None) -> tuple[float | None, float | N
 
 
 def _choose(
-    config: ModelConfig,
-    format: str,
-    size: tuple[int, int],
-    frames: int,
-    steps: int,
+    workload: Workload,
+    host: Host,
     vram_bytes: int,
     ram_bytes: int,
-    host: Host,
     machine: MachineProfile | None,
 ) -> MemoryPlan:
-    sampling = config.sampling
     if machine is None:
-        return choose_plan(config, format, size, frames, steps, host, vram_bytes, ram_bytes)
-    clock = Forecast(config, format, machine, steps, sampling.shift, sampling.boundary)
-    limit = machine.pinned_limit_bytes
-    return choose_plan(
-        config,
-        format,
-        size,
-        frames,
-        steps,
-        host,
-        vram_bytes,
-        ram_bytes,
-        clock=clock,
-        pinned_limit_bytes=limit,
-    )
+        return choose_plan(workload, host, vram_bytes, ram_bytes)
+    clock, limit = Forecast(workload, machine), machine.pinned_limit_bytes
+    return choose_plan(workload, host, vram_bytes, ram_bytes, clock, limit)
 
 
 def _host(device: str, gpu: str | None, machine: MachineProfile | None) -> Host:

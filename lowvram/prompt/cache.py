@@ -21,9 +21,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lowvram.checkpoint.readers.safetensors import TensorFile
-from lowvram.errors import CheckpointError
+from lowvram.errors import CheckpointError, OutputError
 from lowvram.files.cache import cache_folder
-from lowvram.files.io import write_all
+from lowvram.files.io import PARTIAL, replacing, write_all
 from lowvram.variants import TextEncoderConfig
 
 FORMAT_VERSION = 1
@@ -108,21 +108,18 @@ class PromptCache:
         content = save({"features": features.contiguous()}, _metadata(key, features))
         if len(content) > self.limit_bytes:
             return
-        partial: str | None = None
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(suffix=".partial", dir=self.folder)
-            try:
-                write_all(descriptor, content)
-            finally:
-                os.close(descriptor)
-            os.replace(partial, self._path(key))
+            # A name of its own: several processes may encode the same prompt.
+            descriptor, partial = tempfile.mkstemp(suffix=PARTIAL, dir=self.folder)
+            with replacing(self._path(key), Path(partial), durable=False):
+                try:
+                    write_all(descriptor, content)
+                finally:
+                    os.close(descriptor)
             self._make_room()
-        except OSError as error:
+        except (OSError, OutputError) as error:
             _log.info("the prompt's features are not kept in %s: %s", self.folder, error)
-            if partial is not None:
-                with suppress(OSError):
-                    os.unlink(partial)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -137,7 +134,7 @@ class PromptCache:
                 found = path.stat()
                 if _NAME.fullmatch(path.name):
                     kept.append((found.st_mtime, found.st_size, path))
-                elif path.suffix == ".partial" and time.time() - found.st_mtime > LEFTOVER_S:
+                elif path.suffix == PARTIAL and time.time() - found.st_mtime > LEFTOVER_S:
                     path.unlink()
         used = sum(nbytes for _, nbytes, _ in kept)
         for _, nbytes, path in sorted(kept):

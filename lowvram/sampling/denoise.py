@@ -29,15 +29,6 @@ class Expert(NamedTuple):
     ends: EmbeddingsAndHead
 
 
-def guidance_of(expert: str, request: Request) -> float:
-    return request.guidance_high if expert == "high_noise" else request.guidance_low
-
-
-def branches_of(expert: str, request: Request) -> int:
-    """Guidance 1 is the positive prompt alone."""
-    return 1 if guidance_of(expert, request) == 1 else 2
-
-
 def block_schedule(
     schedule: Schedule, request: Request, num_layers: int, joint: bool, first_step: int
 ) -> list[BlockId]:
@@ -47,7 +38,7 @@ def block_schedule(
     visits: list[BlockId] = []
     for timestep in schedule.timesteps.tolist()[first_step:]:
         expert = expert_of(timestep, request.boundary)
-        rounds = 1 if joint else branches_of(expert, request)
+        rounds = 1 if joint else request.branches(expert)
         visits += [(expert, index) for _ in range(rounds) for index in range(num_layers)]
     return visits
 
@@ -84,7 +75,7 @@ def denoise(
         velocities = model.velocities(
             latents, step, expert.conditioning, expert.ends, streamer, name, watch
         )
-        latents = solver.step(latents, guided(velocities, guidance_of(name, request)))
+        latents = solver.step(latents, guided(velocities, request.guidance(name)))
         if not bool(torch.isfinite(latents).all()):
             raise NumericsError(
                 f"step {step + 1} of {schedule.steps} (timestep {timestep}, expert {name}, "

@@ -1,6 +1,4 @@
-"""The denoising loop under a plan and, where memory that the plan counts on is gone, from the last
-finished step on under a smaller one.
-"""
+"""The denoising loop with fallback plans: out of memory, it goes on from the last finished step."""
 
 from __future__ import annotations
 
@@ -11,10 +9,9 @@ from time import monotonic
 
 from torch import Tensor
 
-from lowvram.errors import OutOfMemoryError
 from lowvram.hardware.cgroups import host_memory
 from lowvram.memory.arena import Arena
-from lowvram.memory.out_of_memory import as_out_of_memory, release_cached_memory
+from lowvram.memory.out_of_memory import release_cached_memory, retry_out_of_memory
 from lowvram.models.wan import WanTransformer
 from lowvram.planner.fallback import FallbackPlans
 from lowvram.run import Run
@@ -43,15 +40,14 @@ def denoise_within_budgets(
     latents: Tensor,
     on_step: OnStep,
 ) -> Tensor:
-    """The loop's remaining steps, under the next fallback plan as often as memory is short; the
-    latents are the same by every way.
+    """The clean latents, [C, T, h, w] float32: the loop's remaining steps, under the next fallback
+    plan after each out-of-memory error. No fallback changes a bit.
 
-    A step that does not fit the last of them is tried once more; then `OutOfMemoryError` names it.
-    `on_step` that runs out of memory is asked again, and its step is not computed again.
+    A step that does not fit the last plan is tried once more; then `OutOfMemoryError` names it.
+    Where `on_step` itself runs out of memory, it is called again and its step is not recomputed.
     """
     fallbacks = FallbackPlans(run.plan, run.describe, shared=run.device.type == "cpu")
     state, told, again = solver.state_dict(), solver.index, ""
-    release_cached_memory(run.device)
 
     def keep(finished: int, current: Tensor) -> None:
         nonlocal latents, state
@@ -63,19 +59,15 @@ def denoise_within_budgets(
         on_step(solver.index, latents)
         told = solver.index
 
-    while True:
-        try:
-            with as_out_of_memory():
-                if told < solver.index:
-                    tell()
-                return (
-                    _attempt(run, fallbacks, experts, schedule, solver, latents, keep)
-                    if solver.index < schedule.steps
-                    else latents
-                )
-        except OutOfMemoryError as error:
-            short, failure = error.budget, str(error)
-        release_cached_memory(run.device)
+    def work() -> Tensor:
+        if told < solver.index:
+            tell()
+        if solver.index == schedule.steps:
+            return latents
+        return _attempt(run, fallbacks, experts, schedule, solver, latents, keep)
+
+    def recover(short: str, failure: str) -> None:
+        nonlocal again
         solver.load_state_dict(state)
         where = (
             f"step {solver.index + 1}" if told == solver.index else f"saving step {solver.index}"
@@ -84,7 +76,7 @@ def denoise_within_budgets(
         if fallback is None and again == where:
             raise run.exhausted("denoise", f"{where} of {schedule.steps}", short, failure)
         if fallback is None:
-            again = where  # whoever took the memory may have given it back
+            again = where  # another program may have released its memory meanwhile
         _log.warning(
             "out of %s in %s of %d (%s): going on from step %d with %s; the video stays the same",
             short,
@@ -97,6 +89,8 @@ def denoise_within_budgets(
         if fallback is not None:
             run.go_on_with(fallback.plan)
 
+    return retry_out_of_memory(run.device, work, recover)
+
 
 def _attempt(
     run: Run,
@@ -107,8 +101,8 @@ def _attempt(
     latents: Tensor,
     on_step: OnStep,
 ) -> Tensor:
-    """The remaining steps under the run's plan; its memory is handed back however it ends."""
-    plan, choice, config = run.plan, run.plan.choice, run.store.config.dit
+    """The remaining steps under the run's current plan; its memory is released at the end."""
+    plan, choice = run.plan, run.plan.choice
     blocks = block_schedule(
         schedule, run.request, plan.num_blocks, choice.joint_guidance, solver.index
     )
@@ -116,16 +110,16 @@ def _attempt(
         closing(_RelievedBlocks(run, fallbacks, blocks)) as streamer,
         closing(Arena(plan.workspace, run.vram, run.device)) as arena,
     ):
-        model = WanTransformer(config, run.store.format, run.shape, choice, arena, run.device)
+        model = WanTransformer(run.workload, choice, arena, run.device)
         return denoise(model, experts, streamer, schedule, solver, run.request, latents, on_step)
 
 
 class _RelievedBlocks:
-    """The blocks of `schedule`. Where the machine runs out of RAM, those kept there are handed back
-    between two visits.
+    """The blocks of `schedule`. Where the machine's free RAM runs low, blocks cached in RAM are
+    released between two visits.
 
-    The arena stays, so nothing that a step has computed is lost or computed again: the blocks on
-    the device and on their way are read from the disk once more.
+    The arena stays, so no computed value is lost; blocks on the device and in flight are read from
+    the disk again.
     """
 
     def __init__(self, run: Run, fallbacks: FallbackPlans, schedule: Sequence[BlockId]) -> None:

@@ -47,27 +47,12 @@ def header_bytes(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def remove_leftovers(folder: Path) -> list[str]:
-    """Removes the journals of `StoreWriter` in `folder` and the partial files beside them, and
-    returns the names.
-
-    A `*.partial` without a journal is not a writer's and stays. Only while the folder's
-    `OutputLock` is held.
-    """
-    journals = sorted(path for path in folder.glob(f"*{JOURNAL}") if path.is_file())
-    pairs = [(path.with_name(path.name.removesuffix(JOURNAL) + PARTIAL), path) for path in journals]
-    files = [path for pair in pairs for path in pair if path.is_file()]
-    for path in files:
-        path.unlink()
-    return [path.name for path in files]
-
-
 class StoreWriter:
     """Appends `tensors` in order to `path.partial`; `finish` gives it its name.
 
     `identity` says what the bytes depend on (recipe, source, version): a run can be resumed only
     with the same. The journal stays beside the finished file, so that resuming a longer run finds
-    it done, until the manifest is written (`remove_leftovers`). Raises `DiskFullError` before it
+    it done; whoever writes the manifest then removes it. Raises `DiskFullError` before it
     writes where there is too little room, `ResumeError` where it cannot go on.
     """
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 import math
 
 from lowvram.checkpoint.names import vae_shapes
+from lowvram.formats import Format
 from lowvram.hardware.profile import MachineProfile
 from lowvram.planner.vae import VAE_TILE_OVERLAP_PIXELS
-from lowvram.planner.workspace import element_bytes
-from lowvram.request import LatentShape
-from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from lowvram.request import Workload
+from lowvram.variants import DiTConfig, TextEncoderConfig, VAEConfig
 
 # Rows of a GEMM's and queries of attention's tile: a chunk that ends inside one computes the rest
 # of it in vain.
@@ -40,7 +40,7 @@ def attention_ops(config: DiTConfig, queries: int, keys: int) -> int:
 
 
 def block_seconds(
-    config: DiTConfig, format: str, num_tokens: int, chunk_tokens: int, profile: MachineProfile
+    config: DiTConfig, format: Format, num_tokens: int, chunk_tokens: int, profile: MachineProfile
 ) -> float | None:
     """Computing one block for one branch in chunks; None where the profile has no rate for the
     format.
@@ -49,7 +49,7 @@ def block_seconds(
     operations, the fused element-wise kernels by the bytes that they read and write; on a GPU the
     launches run beside all this and bound it only where chunks are small.
     """
-    gemm, attend = profile.gemm_ops_s(format), profile.attention_rate(format)
+    gemm, attend = profile.gemm_ops_s(format.name), profile.attention_rate(format.name)
     if gemm is None or attend is None:
         return None
     whole, rest = divmod(num_tokens, chunk_tokens)
@@ -68,14 +68,14 @@ def block_seconds(
 
 def _chunk_seconds(
     config: DiTConfig,
-    format: str,
+    format: Format,
     rows: int,
     keys: int,
     gemm: float,
     attend: float,
     bandwidth: float,
 ) -> float:
-    compute, code = element_bytes(format)
+    compute, code = format.float_bytes, format.code_bytes
     dim, ffn = config.dim, config.ffn_dim
     padded = math.ceil(rows / TILE_ROWS) * TILE_ROWS
     added = 8 * dim  # x, fp32, read and written
@@ -98,13 +98,13 @@ def _chunk_seconds(
     return seconds + rows * elementwise_bytes(config, format) / bandwidth
 
 
-def elementwise_bytes(config: DiTConfig, format: str) -> int:
+def elementwise_bytes(config: DiTConfig, format: Format) -> int:
     """Bytes that a block's fused element-wise kernels read and write per token.
 
     Four LayerNorms (x in fp32, codes out), k twice and q twice through RMSNorm and RoPE or their
     like, v, two inputs of o, and GELU.
     """
-    compute, code = element_bytes(format)
+    compute, code = format.float_bytes, format.code_bytes
     norms = 4 * config.dim * (4 + code)
     heads = 4 * config.dim * (compute + code)
     rows = 2 * config.dim * (compute + code)
@@ -153,11 +153,9 @@ def decode_ops(config: VAEConfig) -> float:
     return total
 
 
-def decode_seconds(
-    config: ModelConfig, latents: LatentShape, tile_pixels: int, profile: MachineProfile
-) -> float:
+def decode_seconds(workload: Workload, tile_pixels: int, profile: MachineProfile) -> float:
     """Decoding the clip in overlapping tiles and copying it to the host as fp32."""
-    vae = config.vae
+    vae, latents = workload.config.vae, workload.latents
     height, width = latents.height * vae.spatial_stride, latents.width * vae.spatial_stride
     frames = (latents.frames - 1) * vae.temporal_stride + 1
     pixels = frames * _tiled(height, tile_pixels) * _tiled(width, tile_pixels)

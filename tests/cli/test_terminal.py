@@ -12,8 +12,10 @@ from rich.console import Console
 
 from lowvram.cli import terminal
 from lowvram.memory.usage import PhaseUsage
-from lowvram.planner.plan import Host, PlanChoice, describe_plan
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import describe_plan
 from lowvram.progress import Progress
+from lowvram.request import Workload
 from lowvram.variants import T2V_A14B
 
 
@@ -90,7 +92,9 @@ def test_planned_and_actual_memory_stand_side_by_side(
     actual: dict[str, PhaseUsage], columns: list[str]
 ) -> None:
     plan = describe_plan(
-        T2V_A14B, "int8", (832, 480), 81, 40, PlanChoice(8192, 2, 0, 0, False), Host(False, 0)
+        Workload.of(T2V_A14B, "int8", (832, 480), 81, 40),
+        PlanChoice(8192, 2, 0, 0, False),
+        Host(False, 0),
     )
     peaks = terminal.compared_peaks(plan, actual)
     table = terminal.peaks_table(peaks)

@@ -24,7 +24,7 @@ from lowvram.doctor import kernel_check
 from lowvram.doctor.kernel_check import KernelKey, KernelReport
 from lowvram.doctor.report import checked_kernels, doctor_report
 from lowvram.hardware.machine import Gpu, Machine
-from lowvram.planner.plan import Host
+from lowvram.planner.phases import Host
 
 GPU = torch.device("cuda", 0)
 KEY = KernelKey("RTX 4090", "8.9", "driver 1", "2.13.0", "3.7.1", "0123456789abcdef")

@@ -18,7 +18,7 @@ from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.errors import CheckpointError, LowvramError, OutOfMemoryError, ResumeError
 from lowvram.files import io as disk_module
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.progress import Progress
 from lowvram.store.reader import Store
 from lowvram.streaming.block_file import BlockFile

@@ -32,8 +32,8 @@ from lowvram.models.umt5 import TextEncoder
 from lowvram.models.vae import WanVAE
 from lowvram.pipeline import Pipeline
 from lowvram.planner.fallback import VRAM, FallbackPlans
-from lowvram.planner.plan import MemoryPlan, PlanChoice
-from lowvram.progress import PHASES
+from lowvram.planner.phases import PHASES, PlanChoice
+from lowvram.planner.plan import MemoryPlan
 from lowvram.request import Request
 from lowvram.sampling import recovery, state
 from lowvram.sampling.denoise import block_schedule

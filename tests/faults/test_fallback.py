@@ -17,10 +17,12 @@ from lowvram.memory import arena
 from lowvram.memory.out_of_memory import is_out_of_memory, short_budget
 from lowvram.models import wan
 from lowvram.pipeline import Pipeline, Video
+from lowvram.planner.choose import choose_plan
 from lowvram.planner.fallback import RAM, VRAM, FallbackPlans
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, choose_plan, describe_plan
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan, describe_plan
 from lowvram.progress import Progress
-from lowvram.request import Request
+from lowvram.request import Request, Workload
 from lowvram.sampling import recovery
 from lowvram.store.reader import Store
 from lowvram.variants import T2V_A14B
@@ -365,9 +367,14 @@ def a14b(
 ) -> tuple[MemoryPlan, Callable[[PlanChoice], MemoryPlan]]:
     host = Host.of(device)
     plan = choose_plan(
-        T2V_A14B, "int8", (1280, 720), 81, 40, host, int(vram_gib * GIB), int(ram_gib * GIB)
+        Workload.of(T2V_A14B, "int8", (1280, 720), 81, 40),
+        host,
+        int(vram_gib * GIB),
+        int(ram_gib * GIB),
     )
-    return plan, lambda choice: describe_plan(T2V_A14B, "int8", (1280, 720), 81, 40, choice, host)
+    return plan, lambda choice: describe_plan(
+        Workload.of(T2V_A14B, "int8", (1280, 720), 81, 40), choice, host
+    )
 
 
 def descend(fallbacks: FallbackPlans, short: str) -> list[MemoryPlan]:

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import MemoryPlan, PlanChoice, describe_plan
+from lowvram.planner.phases import PlanChoice
+from lowvram.planner.plan import MemoryPlan, describe_plan
 from lowvram.progress import Progress
+from lowvram.request import Workload
 from lowvram.store.reader import open_store
 from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 from tests.helpers.checkpoints import write_store
@@ -92,7 +94,9 @@ def run(pipeline: Pipeline, choice: PlanChoice) -> tuple[MemoryPlan, Peaks, str]
         "a ball " * 300, width=SIZE[0], height=SIZE[1], num_frames=FRAMES, steps=STEPS
     )
     plan = describe_plan(
-        pipeline.store.config, pipeline.store.format, SIZE, FRAMES, STEPS, choice, pipeline.host
+        Workload.of(pipeline.store.config, pipeline.store.format, SIZE, FRAMES, STEPS),
+        choice,
+        pipeline.host,
     )
     torch.cuda.empty_cache()
     before, peaks = torch.cuda.memory_allocated(), Peaks()

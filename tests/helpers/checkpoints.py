@@ -19,7 +19,7 @@ from lowvram.checkpoint import names
 from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
 from lowvram.store.layout import StoredTensor, component_layout, marker_bytes
 from lowvram.store.manifest import ComponentManifest, Manifest, component_file
-from lowvram.store.writer import StoreWriter, remove_leftovers
+from lowvram.store.writer import JOURNAL, StoreWriter
 from lowvram.variants import (
     COMPONENTS,
     DiTConfig,
@@ -180,7 +180,8 @@ def write_store(path: Path, config: ModelConfig, format: str = "int8-plain", see
     Manifest(config, format, {"format": format}, {"layout": "test"}, components, digest, "0").write(
         path
     )
-    remove_leftovers(path)
+    for journal in path.glob(f"*{JOURNAL}"):
+        journal.unlink()
     return path
 
 

@@ -25,7 +25,7 @@ from memory_group import NoGroupError, memory_group
 
 from lowvram.memory.malloc import return_freed_memory
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.store.reader import open_store
 from tests.helpers.runs import CPU, plan_of
 

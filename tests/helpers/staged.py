@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Host
+from lowvram.planner.phases import Host
 from lowvram.store.reader import Store
 from lowvram.streaming.transport import HostTransport, Transport
 from tests.helpers.runs import CPU

@@ -15,7 +15,7 @@ import torch
 from lowvram import pipeline as pipeline_module
 from lowvram.errors import NumericsError, ResumeError
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.progress import Progress
 from lowvram.sampling.state import load_state
 from lowvram.store.reader import Store

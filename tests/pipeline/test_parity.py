@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from lowvram.checkpoint import names
 from lowvram.pipeline import draw_noise
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.request import latent_shape
 from lowvram.sampling.schedule import make_schedule
 from lowvram.store.reader import Store

@@ -21,7 +21,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import MemoryPlan, PlanChoice
+from lowvram.planner.phases import PlanChoice
+from lowvram.planner.plan import MemoryPlan
 from lowvram.progress import Progress
 from lowvram.store.reader import Store, StoreFile, open_store
 from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
@@ -112,7 +113,8 @@ def tracked_peaks(
     """Peaks of the last of three steps of a resumed run, which holds most: the solver's whole state
     from the start.
     """
-    size = {"width": plan.width, "height": plan.height, "num_frames": plan.num_frames}
+    clip = plan.workload
+    size = {"width": clip.width, "height": clip.height, "num_frames": clip.num_frames}
     request = pipeline.request(**PROMPTS, **size, steps=3, **changes)  # type: ignore[arg-type]
     allocations, read = Allocations(), StoreFile.read
 

@@ -20,8 +20,9 @@ from lowvram.models.wan import Conditioning, EmbeddingsAndHead, condition, load_
 from lowvram.pipeline import Pipeline, moved
 from lowvram.planner import allocator as segment_sizes
 from lowvram.planner import wan as formulas
-from lowvram.planner.plan import CUDA_CONTEXT_BYTES, Host, PlanChoice
+from lowvram.planner.phases import CUDA_CONTEXT_BYTES, Host, PlanChoice
 from lowvram.progress import Progress
+from lowvram.request import Workload
 from lowvram.sampling import recovery
 from lowvram.sampling.denoise import Expert
 from lowvram.sampling.schedule import make_schedule
@@ -49,6 +50,7 @@ def test_p17_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None
     """At the real size: left where they are made, some megabytes keep segments of weights; made
     anew they take what the plan says.
     """
+    workload = Workload.of(config, "int8", steps=STEPS)
     shapes = {
         tensor.name: tensor.shape for tensor in component_layout("high_noise", config, "int8").rest
     }
@@ -63,9 +65,7 @@ def test_p17_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None
         made = condition(read, config.dit, "int8", torch.arange(STEPS), features, META)
         ends = load_embeddings_and_head(read, "int8", META)
     kept = [made.time, made.modulation, *made.contexts, *ends]
-    assert [tensor.nbytes for tensor in kept] == formulas._conditioning_tensors(
-        config, "int8", STEPS
-    )
+    assert [tensor.nbytes for tensor in kept] == formulas._conditioning_tensors(workload)
     segments.empty()
     assert segments.reserved > 5 * sum(tensor.nbytes for tensor in kept)
     together = Segments()
@@ -73,7 +73,7 @@ def test_p17_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None
         for tensor in kept:
             together.allocate(tensor.nbytes)
     assert together.reserved == segment_sizes.segments_bytes(
-        2 * formulas._conditioning_tensors(config, "int8", STEPS)
+        2 * formulas._conditioning_tensors(workload)
     )
     assert together.reserved < 2 * sum(tensor.nbytes for tensor in kept) + 40 * MIB
 

@@ -65,9 +65,11 @@ def test_sizes_are_judged_as_a_requests_are(size: Any) -> None:
 def test_what_is_named_is_planned() -> None:
     made = planning.plan("t2v-a14b", size=(64, 48), frames=5, steps=1)
     assert made == planning.plan("t2v-a14b", size="64x48", frames=5, steps=1)
-    assert (made.width, made.height, made.num_frames) == (64, 48, 5)
+    clip = made.workload
+    assert (clip.width, clip.height, clip.num_frames) == (64, 48, 5)
     default = planning.plan("t2v-a14b")
-    assert (default.width, default.height, default.num_frames) == (1280, 720, 81)
+    clip = default.workload
+    assert (clip.width, clip.height, clip.num_frames) == (1280, 720, 81)
     # of 1 step and of 40
     assert (
         made.items["conditioning"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowvram.request import Request
-from lowvram.sampling.denoise import block_schedule, branches_of, guided
+from lowvram.sampling.denoise import block_schedule, guided
 from lowvram.sampling.schedule import make_schedule
 from lowvram.store.reader import Store
 from tests.helpers.runs import digest, pipeline_of, request_of
@@ -29,7 +29,7 @@ def test_the_official_defaults_visit_26_steps_of_the_high_and_14_of_the_low_expe
 
 def test_guidance_one_runs_the_positive_prompt_alone() -> None:
     request = Request("a circle", guidance_high=1.0, guidance_low=3.0)
-    assert [branches_of(expert, request) for expert in ("high_noise", "low_noise")] == [1, 2]
+    assert [request.branches(expert) for expert in ("high_noise", "low_noise")] == [1, 2]
     positive, negative = torch.tensor([3.0]), torch.tensor([1.0])
     assert guided([positive], 1.0) is positive
     assert guided([positive, negative], 4.0).item() == 9.0

@@ -27,7 +27,8 @@ from stream_goals import MET, MISSED, UNKNOWN
 from stream_rows import StreamRow
 from timed_transport import TimedHost, TimedVisit, Timeline
 
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan
 from lowvram.request import Request
 from lowvram.store.reader import Store
 from lowvram.streaming.schedule import tiers

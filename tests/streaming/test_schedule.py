@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.streaming.schedule import assign_slots, spread, tiers
 from lowvram.timing.forecast import simulate_choice
 from lowvram.timing.simulate import Speeds

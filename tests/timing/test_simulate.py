@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lowvram.memory.arena import Ledger
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.streaming.block_file import BlockFile
 from lowvram.streaming.schedule import NEVER, BlockId, Visit, assign_slots
 from lowvram.streaming.slots import Slots
