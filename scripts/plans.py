@@ -32,7 +32,7 @@ VRAM_GB, RAM_GB = (24, 16, 12, 8, 6), (64, 32, 16, 8)
 CARDS = ("RTX 3060 12GB", "RTX 4090")
 DIT, BLOCKS = T2V_A14B.dit, T2V_A14B.dit.num_layers
 INT8_BYTES = 351_272_960  # of a block's matrices, as docs/facts/kernels.md section 5 counts them
-# a step that takes at most this much longer than with resident blocks: promise 2 of the design
+# a step that takes at most this much longer than with resident blocks (design section 1, item 2)
 HIDDEN = 0.02
 
 
@@ -129,24 +129,16 @@ def plans_document() -> str:
     lines = [
         "# What runs within which budgets",
         "",
-        f"Written by `{COMMAND}` from the planner; int8, 40 steps, two guidance branches, "
-        f"{FRAMES} frames. Peaks are computed before a",
-        "run and kept by it. **All times are predictions** from the table of cards "
-        "(`lowvram/timing/cards.py`): data sheets, and shares of",
-        "their peaks that the kernels' machine code predicts "
-        "(`docs/benchmarks/kernels.md`). None was measured. Weights come from a disk",
-        "of 3.5 GB/s where they are in neither VRAM nor RAM. `lowvram plan VARIANT --gpu "
-        "CARD --size … --vram … --ram …` answers for other",
-        "cards, links and disks.",
+        f"Written by `{COMMAND}` from the planner: int8, 40 steps, two guidance branches, {FRAMES} frames. Peaks are computed before a",
+        "run, and the run keeps to them. **All times are predictions** from the table of cards (`lowvram/timing/cards.py`): data-sheet peaks, and",
+        "the shares of them that the kernels' machine code predicts (`docs/benchmarks/kernels.md`). None was measured. Weights that are in",
+        "neither VRAM nor RAM come from a disk of 3.5 GB/s. For other cards, links and disks, use",
+        "`lowvram plan VARIANT --gpu CARD --size … --vram … --ram …`.",
         "",
-        "Blocks: of one expert's 40, how many stay in VRAM / in RAM (of these "
-        "page-locked: at most half of the budget) / come from disk",
-        f"at every visit. Peaks, blocks and chunk (tokens) are those of the plan for the "
-        f"first of {' and '.join(CARDS)} that has",
-        "the VRAM; `-`: the card has less. The video's time is that of all phases, the "
-        "writing of the file left out. Image to video can",
-        "be planned but not run yet, and the encoding of the image is not counted, "
-        "neither its time nor its memory.",
+        "Blocks: of one expert's 40, how many stay in VRAM / stay in RAM (how many of these are page-locked: at most half of the RAM budget) /",
+        "come from disk at every visit. Peaks, blocks and chunk (in tokens) are those of the plan for the first of",
+        f"{' and '.join(CARDS)} that has the VRAM; `-` means that the card has less. The time of a video covers all phases except writing",
+        "the file. Image to video can be planned but not run yet; encoding the image is not counted, neither its time nor its memory.",
     ]
     head = ["VRAM", "RAM", "peak VRAM", "peak RAM", "blocks", "chunk"]
     head += [f"{name}: {what}, predicted" for name in CARDS for what in ("a step", "a video")]
@@ -302,22 +294,15 @@ def streaming_document() -> str:
     lines = [
         "# Where streaming is hidden",
         "",
-        f"Written by `{COMMAND}` from the model of time "
-        f"(`lowvram/streaming/simulate.py`), which the tests hold against the real",
-        "streamer's own threads on a simulated clock, event by event. **Every number "
-        "here is a prediction**; none was measured on a GPU.",
+        f"Written by `{COMMAND}` from the timing model (`lowvram/timing/simulate.py`). Tests compare the model with the real streamer's",
+        "threads on a simulated clock, event by event. **Every number here is a prediction**; none was measured on a GPU.",
         "",
-        "## Against the closed form",
+        "## Compared with the closed form",
         "",
-        "Tokens from which streaming int8 blocks out of page-locked RAM costs nothing. "
-        "Facts: the table of `docs/facts/kernels.md` section",
-        "5. Closed form: a block computes longer than it travels, linears and both "
-        "attentions counted; the facts leave cross-attention and",
-        f"the text's keys and values out, hence their {least:.1%} to {most:.1%} more "
-        f"tokens. Simulated: the streamer with two slots and no",
-        "resident block takes at most 0.1 % longer for a step; it agrees with the closed "
-        "form, so two slots suffice where every block",
-        "travels alike.",
+        "The number of tokens from which streaming int8 blocks from page-locked RAM costs nothing. Facts: the table of `docs/facts/kernels.md`,",
+        "section 5. Closed form: a block takes longer to compute than to transfer, counting its linears and both attentions. The facts leave out",
+        f"cross-attention and the text's keys and values, hence their {least:.1%} to {most:.1%} more tokens. Simulated: a step of the streamer with two slots",
+        "and no resident block takes at most 0.1 % longer. It agrees with the closed form, so two slots suffice where all blocks take the same path.",
         "",
         _line(head),
         _rule(len(head)),
@@ -325,12 +310,9 @@ def streaming_document() -> str:
         "",
         "## With everything counted",
         "",
-        f"Tokens from which a step takes at most {HIDDEN:.0%} longer than with resident "
-        f"blocks, on the rates of the table of cards",
-        "(predictions), element-wise work and launches counted; no resident block, two "
-        "slots. `joint`: both guidance branches share a",
-        "visit of a block. Numbers step by 128: what a tile of queries computes beyond "
-        "the last token counts too.",
+        f"The number of tokens from which a step takes at most {HIDDEN:.0%} longer than with resident blocks, at the predicted rates of the table of",
+        "cards, with element-wise work and kernel launches counted; no resident block, two slots. `joint`: both guidance branches share a visit",
+        "of a block. The numbers come in steps of 128, because a tile of queries also computes what lies beyond the last token.",
         "",
         _line(
             ["card", "link", "RAM", "RAM, joint", "disk 7 GB/s", "joint", "disk 3.5 GB/s", "joint"]
@@ -338,19 +320,16 @@ def streaming_document() -> str:
         _rule(8),
         *(hidden_row(name) for name in STREAMED_CARDS),
         "",
-        "## What it costs where it is not hidden",
+        "## What streaming costs where it is not hidden",
         "",
-        "How much longer a step takes than with resident blocks when **no** block is "
-        "resident, with separate or joint visits, whichever is",
-        "faster. Residents, which the planner takes first wherever VRAM is left, shrink "
-        "every one of these.",
+        "How much longer a step takes than with resident blocks when **no** block is resident, with separate or joint visits, whichever is",
+        "faster. The planner keeps blocks resident wherever VRAM is left, and each resident block lowers these costs.",
         "",
         _line(["card", "weights come from", *(name for name, _ in CLIPS)]),
         _rule(2 + len(CLIPS)),
         *(row for name in STREAMED_CARDS for row in overhead_rows(name)),
         "",
-        '`lowvram plan VARIANT --gpu CARD --link "PCIe 3.0 x8" --disk 3.5GB` answers for '
-        "one machine, with what its budgets make resident.",
+        '`lowvram plan VARIANT --gpu CARD --link "PCIe 3.0 x8" --disk 3.5GB` answers for one machine and its budgets.',
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,5 @@
 """Every Triton kernel against its reference on a GPU, at ragged sizes and at the model's widths
-(promises 18, 19).
+(promises 18, 20).
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def test_a_query_depends_on_no_other_query(pv: str) -> None:
         (lambda: cases.linear_gelu(33, 65, 96, device=CUDA), cases.changed(gelu=False)),
     ],
 )
-def test_p19_a_fault_shows(
+def test_p18_a_fault_shows(
     case: cases.Callable[[], cases.Case], fault: cases.Callable[[cases.Inputs], cases.Inputs]
 ) -> None:
     assert case().mismatch(fault)

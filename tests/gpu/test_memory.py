@@ -1,5 +1,5 @@
 """On a GPU: what torch takes of it in each phase stays under the plan, and the frames are those of
-any other plan (promises 15, 17).
+any other plan (promise 17).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def run(pipeline: Pipeline, choice: PlanChoice) -> tuple[MemoryPlan, Peaks, str]
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_p15_no_phase_takes_more_of_the_gpu_than_the_plan_says(
+def test_p17_no_phase_takes_more_of_the_gpu_than_the_plan_says(
     pipeline: Pipeline, name: str
 ) -> None:
     """Allocated: within 5 % in the loop. Reserved, with the driver's own: what other programs see,
@@ -136,7 +136,7 @@ def test_p15_no_phase_takes_more_of_the_gpu_than_the_plan_says(
     )
 
 
-def test_p15_a_run_lives_in_what_the_plan_grants(pipeline: Pipeline) -> None:
+def test_p17_a_run_lives_in_what_the_plan_grants(pipeline: Pipeline) -> None:
     """With torch itself refusing any more."""
     choice = CHOICES["two slots, separate branches"]
     plan, _, expected = run(pipeline, choice)

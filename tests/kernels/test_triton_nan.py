@@ -1,4 +1,4 @@
-"""A NaN comes out of every kernel that it goes into (promises 19, 20): the references keep it, and
+"""A NaN comes out of every kernel that it goes into (promise 20): the references keep it, and
 the run's watch looks for it.
 """
 

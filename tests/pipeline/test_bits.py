@@ -210,7 +210,7 @@ def test_p20_nan_names_step_expert_and_block(
         Pipeline.generate(pipeline, request, plan=plan)
 
 
-def test_p15_a_run_is_capped_at_its_budget(
+def test_p17_a_run_is_capped_at_its_budget(
     tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the first phase to the last; less what the driver has taken, which torch's allocator

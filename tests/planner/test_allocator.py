@@ -1,5 +1,5 @@
 """The plan of a device of its own against a model of torch's caching allocator: what other programs
-see (promise 15).
+see (promise 17).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ META = torch.device("meta")
 
 
 @pytest.mark.parametrize("config", [T2V_A14B, I2V_A14B])
-def test_p15_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None:
+def test_p17_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None:
     """At the real size: left where they are made, some megabytes keep segments of weights; made
     anew they take what the plan says.
     """
@@ -147,7 +147,7 @@ CHOICES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICES)
-def test_p15_segments_of_a_run_stay_under_the_plan(
+def test_p17_segments_of_a_run_stay_under_the_plan(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every operator of text, conditioning and loop, replayed; what the cache keeps between them

@@ -1,5 +1,5 @@
-"""The planner's arithmetic: the design's table, budgets that hold, refusals that say what would
-do.
+"""The planner's arithmetic: the table of design section 5, budgets that hold, refusals that say
+what would do.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def test_short_clips_share_visits_and_long_ones_need_not() -> None:
     assert short.choice.joint_guidance
     assert not long.choice.joint_guidance
     assert long.prediction is not None
-    assert long.prediction.overhead < 0.02  # promise 2 of the design, as predicted
+    assert long.prediction.overhead < 0.02  # design section 1, item 2, as predicted
     assert short.choice.resident_blocks > long.choice.resident_blocks
 
 
