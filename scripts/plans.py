@@ -20,7 +20,7 @@ from lowvram.request import Workload
 from lowvram.timing.cards import LANE_BYTES_S, Card, find_card
 from lowvram.timing.forecast import Forecast, simulate_choice
 from lowvram.timing.predict import attention_ops, block_seconds, linear_ops, text_ops
-from lowvram.timing.simulate import Speeds
+from lowvram.timing.simulate import HopSpeeds
 from lowvram.units import format_bytes
 from lowvram.variants import I2V_A14B, T2V_A14B, ModelConfig
 
@@ -159,7 +159,7 @@ def plans_document() -> str:
 
 
 def steady_overhead(
-    compute_s: float, block_bytes: float, speeds: Speeds, choice: PlanChoice, rounds: int = 2
+    compute_s: float, block_bytes: float, speeds: HopSpeeds, choice: PlanChoice, rounds: int = 2
 ) -> float:
     """How much longer the third of three steps takes than computing alone, as a share."""
     length = rounds * BLOCKS
@@ -195,7 +195,7 @@ def threshold(row: Assumed, generation: int) -> int:
     """Tokens from which the simulated streamer hides copies out of page-locked RAM to a
     thousandth.
     """
-    speeds = Speeds(1e15, 1e15, LANE_BYTES_S[generation] * 16)
+    speeds = HopSpeeds(1e15, 1e15, LANE_BYTES_S[generation] * 16)
     return first_hidden(
         lambda tokens: (
             steady_overhead(bare_seconds(row, tokens), INT8_BYTES, speeds, IN_RAM) <= 1e-3
@@ -236,7 +236,7 @@ def card_overhead(
     """The overhead of streaming every block out of page-locked RAM, or off a disk, through two
     slots.
     """
-    speeds = Speeds(disk_bytes_s or 1e15, 10e9, link_bytes_s)
+    speeds = HopSpeeds(disk_bytes_s or 1e15, 10e9, link_bytes_s)
     choice = ON_DISK if disk_bytes_s else IN_RAM
     seconds = card_seconds(card, tokens) * (2 if joint else 1)
     return steady_overhead(seconds, INT8_BYTES, speeds, choice, 1 if joint else 2)

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import torch
 
+from lowvram.checkpoint.dialects.table import Dialect
 from lowvram.checkpoint.layouts.parts import Parts, Rename
 from lowvram.checkpoint.layouts.table import layout_of
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
@@ -19,10 +20,10 @@ from lowvram.checkpoint.readers.shards import RawTensors, fingerprint_texts, nam
 from lowvram.checkpoint.validate import (
     check_config,
     check_experts,
-    check_not_quantized,
     expected_shapes,
     problems,
     raise_problems,
+    readable_dialect,
 )
 from lowvram.errors import CheckpointError
 from lowvram.variants import COMPONENTS, ModelConfig
@@ -39,6 +40,7 @@ class ComponentSource:
     tensors: Mapping[str, TensorInfo]
     stored: Mapping[str, str]
     raw: RawTensors
+    dialect: Dialect
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in the dtype of its file, mapped and not yet loaded. Raises
@@ -46,8 +48,10 @@ class ComponentSource:
         """
         if name not in self.stored:
             raise CheckpointError(f"{self.raw.where} holds no tensor {name[:120]!r}")
-        stored = self.stored[name]
-        return self.raw.readers[stored].read(stored)
+        stored, read = self.stored[name], self.dialect.read
+        if read is None:
+            raise CheckpointError(f"{self.raw.where}: the dialect {self.dialect.name} is not read")
+        return read(self.raw.readers[stored], stored)
 
     def fingerprint(self) -> str:
         """A hash that changes when a file of the component does: names, dtypes, shapes, file sizes
@@ -97,15 +101,14 @@ def open_source(path: Path, allow_pickle: bool = False) -> Source:
     check_experts(parts.raw)
     components, texts = {}, []
     for component in COMPONENTS:
-        source, unknown = _rename(component, parts.raw[component], parts.renames[component])
+        raw = parts.raw[component]
+        tensors, stored, unknown = _rename(component, raw, parts.renames[component])
         expected = expected_shapes(parts.config, component)
-        check_not_quantized(
-            component,
-            source.raw,
-            unknown + [name for name in source.tensors if name not in expected],
+        dialect = readable_dialect(
+            component, raw, unknown + [name for name in tensors if name not in expected]
         )
-        texts += problems(component, source.raw.where, source.tensors, expected, unknown)
-        components[component] = source
+        texts += problems(component, raw.where, tensors, expected, unknown)
+        components[component] = ComponentSource(component, tensors, stored, raw, dialect)
     raise_problems(texts)
     return Source(path, parts.layout, parts.config, components, parts.tokenizer)
 
@@ -120,7 +123,10 @@ def _read_parts(path: Path, allow_pickle: bool) -> Parts:
     return layout_of(path).read(path, allow_pickle)
 
 
-def _rename(component: str, raw: RawTensors, rename: Rename) -> tuple[ComponentSource, list[str]]:
+def _rename(
+    component: str, raw: RawTensors, rename: Rename
+) -> tuple[dict[str, TensorInfo], dict[str, str], list[str]]:
+    """Tensors by official names, the names in the files, and names that the model does not have."""
     stored: dict[str, str] = {}
     unknown, twice = [], []
     for name in sorted(raw.infos, key=lambda item: item == TIED):
@@ -139,7 +145,7 @@ def _rename(component: str, raw: RawTensors, rename: Rename) -> tuple[ComponentS
     tensors = {
         official: _renamed_info(raw.infos[name], official) for official, name in stored.items()
     }
-    return ComponentSource(component, tensors, stored, raw), unknown
+    return tensors, stored, unknown
 
 
 def _renamed_info(info: TensorInfo, name: str) -> TensorInfo:

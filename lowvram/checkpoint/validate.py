@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from lowvram.checkpoint.dialects.table import SCALE_NAME, Dialect, dialect_of
 from lowvram.checkpoint.names import Shape, dit_shapes, text_encoder_shapes, vae_shapes
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.checkpoint.readers.shards import RawTensors, named
@@ -15,7 +16,6 @@ from lowvram.errors import CheckpointError, MissingTensorsError
 from lowvram.variants import EXPERTS, ModelConfig
 
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
-SCALE_NAME = re.compile(r"scale|comfy_quant|\._data$|\.qweight$|\.qzeros$|absmax", re.IGNORECASE)
 _OTHER = {
     "high_noise": re.compile(r"low[\W_]?noise", re.IGNORECASE),
     "low_noise": re.compile(r"high[\W_]?noise", re.IGNORECASE),
@@ -39,15 +39,18 @@ def expected_shapes(config: ModelConfig, component: str) -> dict[str, Shape]:
     return vae_shapes(config.vae) if component == "vae" else dit_shapes(config.dit)
 
 
-def check_not_quantized(component: str, raw: RawTensors, unknown: list[str]) -> None:
-    """Raises `QuantizedSourceError` for a scale that nothing would consume, or for weights in an
-    integer or 8-bit type.
+def readable_dialect(component: str, raw: RawTensors, unknown: list[str]) -> Dialect:
+    """The dialect that a component is stored in. unknown: tensors that the model does not have.
+
+    Raises `QuantizedSourceError` for a dialect that is not read, for a scale that nothing would
+    consume, and for weights in an integer or 8-bit dtype.
     """
     scales = [name for name in unknown if SCALE_NAME.search(name)]
-    if scales:
+    dialect = dialect_of(scales or raw.infos, raw.metadata)
+    if scales or dialect.read is None:
         raise QuantizedSourceError(
-            f"{raw.where}: {component} is quantized in a dialect that is not read yet: "
-            f"{len(scales)} scale tensors would stay unused: "
+            f"{raw.where}: {component} is quantized in a dialect that is not read yet "
+            f"({dialect.name}): {len(scales)} scale tensors would stay unused: "
             f"{named(scales)}; use the unquantized model"
         )
     odd = [
@@ -62,6 +65,7 @@ def check_not_quantized(component: str, raw: RawTensors, unknown: list[str]) -> 
             f"{named(odd)}; use the unquantized model "
             f"({', '.join(WEIGHT_DTYPES)})"
         )
+    return dialect
 
 
 def problems(

@@ -38,7 +38,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Speeds:
+class MeasuredProfile:
     """The machine's profile, and whether it was measured now; or why there is none."""
 
     profile: MachineProfile | None
@@ -46,7 +46,7 @@ class Speeds:
     reason: str = ""
 
 
-def measured_speeds(path: Path, machine: Machine, refresh: bool = False) -> Speeds:
+def measured_speeds(path: Path, machine: Machine, refresh: bool = False) -> MeasuredProfile:
     """The cached profile of this machine and the disk of `path`, else (or with `refresh`) measured
     now and cached.
     """
@@ -56,8 +56,8 @@ def measured_speeds(path: Path, machine: Machine, refresh: bool = False) -> Spee
             path, refresh=refresh, link_bytes_s=link, disk_bytes_s=machine.disk_read_bytes_s
         )
     except (LowvramError, ImportError) as error:
-        return Speeds(None, reason=str(error))
-    return Speeds(profile, fresh)
+        return MeasuredProfile(None, reason=str(error))
+    return MeasuredProfile(profile, fresh)
 
 
 def check_folder(path: Path) -> None:
@@ -82,7 +82,10 @@ def checked_kernels(machine: Machine, refresh: bool = False) -> KernelReport | N
 
 
 def doctor_report(
-    path: Path, machine: Machine, speeds: Speeds | None = None, kernels: KernelReport | None = None
+    path: Path,
+    machine: Machine,
+    speeds: MeasuredProfile | None = None,
+    kernels: KernelReport | None = None,
 ) -> dict[str, Any]:
     """{"ok": nothing is missing, "findings": […], "machine": {…}, "profile": {…} or None,
     "kernels": [a check per call]}; disk room and speed are those of `path`.
@@ -108,7 +111,7 @@ def doctor_report(
     }
 
 
-def _speeds(speeds: Speeds) -> Finding:
+def _speeds(speeds: MeasuredProfile) -> Finding:
     profile = speeds.profile
     if profile is None:
         return Finding(

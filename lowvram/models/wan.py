@@ -25,7 +25,7 @@ from lowvram.streaming.block import Blocks, BlockView
 from lowvram.variants import DiTConfig
 
 
-class Reader(Protocol):
+class ReadTensor(Protocol):
     """Reads one tensor of an expert's file by its official name."""
 
     def __call__(self, name: str) -> Tensor: ...
@@ -71,7 +71,7 @@ def timestep_features(timesteps: Tensor, freq_dim: int) -> Tensor:
 
 
 def condition(
-    read: Reader,
+    read: ReadTensor,
     config: DiTConfig,
     format: str,
     timesteps: Tensor,
@@ -110,7 +110,9 @@ def condition(
     return Conditioning(time, modulation, contexts)
 
 
-def load_embeddings_and_head(read: Reader, format: str, device: torch.device) -> EmbeddingsAndHead:
+def load_embeddings_and_head(
+    read: ReadTensor, format: str, device: torch.device
+) -> EmbeddingsAndHead:
     compute = compute_dtype(format)
     return EmbeddingsAndHead(
         read("patch_embedding.weight").flatten(1).to(device, compute),

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
+from lowvram.checkpoint.dialects.table import dialect_of
 from lowvram.checkpoint.layouts.official import FOLDERS, STEMS, looks_official
 from lowvram.checkpoint.readers.safetensors_header import Header, TensorInfo, read_header
 from lowvram.checkpoint.readers.shards import RawTensors, named, open_folder, open_one
 from lowvram.checkpoint.source import Source, open_source
-from lowvram.checkpoint.validate import SCALE_NAME
 from lowvram.errors import CheckpointError, IntegrityError, UsageError
 from lowvram.store.manifest import MANIFEST_NAME
 from lowvram.store.reader import Store, StoreFile, open_store
 
-Progress = Callable[[int, int], None]
+OnBytes = Callable[[int, int], None]  # (bytes done, bytes in all)
 READ_BYTES = 8 * 2**20
 # A tensor that only one component has, under its official name or that of diffusers and
 # transformers.
@@ -31,10 +31,9 @@ _COMPONENTS = {
     "vae": r"decoder\.(conv1|conv_in)\.weight$",
     "lora": r"lora_(down|up|A|B)\b",
 }
-_OFFICIAL = re.compile(r"self_attn\.q\.weight|attn\.q\.weight|decoder\.conv1\.weight")
 
 
-def inspect_path(path: Path, verify: bool, progress: Progress | None = None) -> dict[str, Any]:
+def inspect_path(path: Path, verify: bool, progress: OnBytes | None = None) -> dict[str, Any]:
     """Describes a safetensors file, a source folder or a store, as data for JSON.
 
     `verify` reads a store whole: `IntegrityError` names every tensor whose bytes differ from the
@@ -65,7 +64,7 @@ def inspect_path(path: Path, verify: bool, progress: Progress | None = None) -> 
     return _describe_file(read_header(path))
 
 
-def verify_store(store: Store, progress: Progress | None = None) -> None:
+def verify_store(store: Store, progress: OnBytes | None = None) -> None:
     """Compares every header and tensor with its hash in the manifest. Raises `IntegrityError`
     naming all that differ.
     """
@@ -210,30 +209,10 @@ def _describe_file(header: Header) -> dict[str, Any]:
         "component": "lora" if "lora" in found else (found[0] if len(found) == 1 else "unknown"),
     }
     about |= {
-        "dialect": _dialect(header),
+        "dialect": dialect_of(header.tensors, header.metadata).name,
         "metadata": {key: value[:1000] for key, value in header.metadata.items()},
     }
     return about | _contents(header.tensors.values())
-
-
-def _dialect(header: Header) -> str:
-    """How the file's weights are stored, from the marks that each dialect leaves (formats.md 1)."""
-    names = list(header.tensors)
-    if header.metadata.get("quantization_format") == "quanto" or any(
-        name.endswith("._data") for name in names
-    ):
-        return "quanto"
-    if "_quantization_metadata" in header.metadata or any(
-        name.endswith(".comfy_quant") for name in names
-    ):
-        return "comfy_quant"
-    if any(name.endswith(("scaled_fp8", ".scale_weight")) for name in names):
-        return "comfy scaled_fp8"
-    if any(name.endswith(".weight_scale") for name in names):
-        return "weight_scale without markers"
-    if any(SCALE_NAME.search(name) and "scale_shift_table" not in name for name in names):
-        return "quantized, unknown"
-    return "official" if any(_OFFICIAL.search(name) for name in names) else "plain"
 
 
 def _contents(tensors: Iterable[TensorInfo]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lowvram.sigmas import high_noise_steps
 from lowvram.store.layout import component_layout
 from lowvram.streaming.schedule import BlockId, assign_slots
 from lowvram.timing.predict import block_seconds, decode_seconds, text_seconds
-from lowvram.timing.simulate import Speeds, Timeline, simulate
+from lowvram.timing.simulate import HopSpeeds, Timeline, simulate
 from lowvram.variants import EXPERTS
 
 # Steps of each expert that are simulated; the others repeat the last of them.
@@ -50,9 +50,11 @@ class Forecast:
     def pinned_limit_bytes(self) -> int:
         return self._profile.pinned_limit_bytes
 
-    def speeds(self, staged: bool) -> Speeds:
+    def speeds(self, staged: bool) -> HopSpeeds:
         profile = self._profile
-        return Speeds(profile.disk_bytes_s, profile.host_copy_bytes_s, profile.link_bytes_s, staged)
+        return HopSpeeds(
+            profile.disk_bytes_s, profile.host_copy_bytes_s, profile.link_bytes_s, staged
+        )
 
     def __call__(self, plan: MemoryPlan) -> Prediction | None:
         """None where the machine's profile has no rate for the plan's format."""
@@ -178,7 +180,7 @@ def simulate_choice(
     choice: PlanChoice,
     block_bytes: int,
     compute_s: float | Sequence[float],
-    speeds: Speeds,
+    speeds: HopSpeeds,
     staging_buffers: int = 2,
     step_lengths: Sequence[int] = (),
 ) -> Timeline:

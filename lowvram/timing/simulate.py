@@ -17,7 +17,7 @@ from lowvram.streaming.schedule import NEVER, Visit
 
 
 @dataclass(frozen=True)
-class Speeds:
+class HopSpeeds:
     """Bytes per second of every hop. staged: the device's memory is not the host's (as in
     `transport.Transport`).
     """
@@ -69,7 +69,7 @@ def simulate(
     visits: Sequence[Visit],
     block_bytes: int,
     compute_s: float | Sequence[float],
-    speeds: Speeds,
+    speeds: HopSpeeds,
     step_starts: frozenset[int] = frozenset(),
 ) -> Timeline:
     """Runs the schedule. compute_s: of every visit, or of each; step_starts: numbers of the visits

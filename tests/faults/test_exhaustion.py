@@ -228,7 +228,7 @@ def in_second_expert(
     """Where its text embedding is read: the first expert and this one's time are in hand."""
     real, calls = wan.condition, [0]
 
-    def condition(read: wan.Reader, *arguments: Any) -> wan.Conditioning:
+    def condition(read: wan.ReadTensor, *arguments: Any) -> wan.Conditioning:
         calls[0] += 1
         failing = calls[0] == 2 or (ever and calls[0] % 2 == 0)
 

@@ -23,7 +23,7 @@ from lowvram.streaming.schedule import NEVER, BlockId, Visit, assign_slots
 from lowvram.streaming.slots import Slots
 from lowvram.streaming.streamer import StreamedComponent, Streamer
 from lowvram.timing.forecast import simulate_choice
-from lowvram.timing.simulate import Speeds, Timeline, simulate
+from lowvram.timing.simulate import HopSpeeds, Timeline, simulate
 
 NBYTES, CPU = 256, torch.device("cpu")
 LOST_S = 10  # a thread that waits longer waits in vain
@@ -38,8 +38,8 @@ def two_experts(blocks: int, steps: int, switch: int) -> list[BlockId]:
     ]
 
 
-def speeds(read_s: float, stage_s: float, copy_s: float, staged: bool = True) -> Speeds:
-    return Speeds(NBYTES / read_s, NBYTES / stage_s, NBYTES / copy_s, staged)
+def speeds(read_s: float, stage_s: float, copy_s: float, staged: bool = True) -> HopSpeeds:
+    return HopSpeeds(NBYTES / read_s, NBYTES / stage_s, NBYTES / copy_s, staged)
 
 
 # The arithmetic by hand
@@ -98,7 +98,7 @@ def test_a_host_that_is_the_device_reads_into_its_slots() -> None:
 class Case:
     schedule: list[BlockId]
     choice: tuple[int, ...]  # resident, ring, host, pinned, staging
-    speeds: Speeds
+    speeds: HopSpeeds
     compute_s: float
 
     @property

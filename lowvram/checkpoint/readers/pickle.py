@@ -40,6 +40,11 @@ class PickleFile:
             for name, tensor in _tensors(path, _load(path)).items()
         }
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Empty: a pickle holds none that is read."""
+        return {}
+
     def read(self, name: str) -> torch.Tensor:
         tensor = _tensors(self.path, _load(self.path)).get(name)
         if tensor is None or _describe(self.path, name, tensor) != self.tensors.get(name):

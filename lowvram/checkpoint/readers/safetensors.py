@@ -73,6 +73,16 @@ class TensorFile:
         """Tensors that were read stay valid."""
         self._file.close()
 
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The header's tensors by name."""
+        return self.header.tensors
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The header's `__metadata__`."""
+        return self.header.metadata
+
     def read(self, name: str, mapped: bool = True) -> torch.Tensor:
         """The tensor `name`: a view of a private map of its own pages, unmapped when the last view
         dies.

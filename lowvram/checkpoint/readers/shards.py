@@ -5,23 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
-
-import torch
 
 from lowvram.checkpoint.readers.files import check_plain_name, inside, read_json
-from lowvram.checkpoint.readers.pickle import PickleFile
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
+from lowvram.checkpoint.readers.table import READERS, TensorReader
 from lowvram.errors import CheckpointError, MissingTensorsError
-
-
-class Reader(Protocol):
-    """Gives a tensor by the name it has in its file."""
-
-    def read(self, name: str) -> torch.Tensor: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -32,13 +21,14 @@ class RawTensors:
 
     where: Path
     infos: dict[str, TensorInfo] = field(default_factory=dict)
-    readers: dict[str, Reader] = field(default_factory=dict)
+    readers: dict[str, TensorReader] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
 
-    def add(
-        self, path: Path, reader: Reader, infos: dict[str, TensorInfo], metadata: dict[str, str]
-    ) -> None:
+    def add(self, path: Path, reader: TensorReader) -> None:
+        """Raises `CheckpointError` where another shard has a tensor of the same name."""
+        infos = reader.tensors
         twice = [name for name in infos if name in self.infos]
         if twice:
             raise CheckpointError(
@@ -48,7 +38,8 @@ class RawTensors:
         self.infos |= infos
         self.readers |= dict.fromkeys(infos, reader)
         self.files.append(path)
-        self.notes += [path.name, *metadata.values()]
+        self.notes += [path.name, *reader.metadata.values()]
+        self.metadata |= reader.metadata
 
 
 def named(names: list[str], limit: int = 6) -> str:
@@ -58,23 +49,22 @@ def named(names: list[str], limit: int = 6) -> str:
 
 
 def open_safetensors(root: Path, path: Path, into: RawTensors) -> None:
-    file = TensorFile(inside(root, path))
-    into.add(path, file, file.header.tensors, file.header.metadata)
+    into.add(path, TensorFile(inside(root, path)))
 
 
 def open_one(root: Path, stem: str, allow_pickle: bool) -> RawTensors:
-    """`stem.safetensors`, or `stem.pth` where it alone is there and pickles are allowed."""
-    safe, pickled = root / f"{stem}.safetensors", root / f"{stem}.pth"
-    raw = RawTensors(safe)
-    if safe.exists():
-        open_safetensors(root, safe, raw)
-    elif pickled.exists():
-        file = PickleFile(inside(root, pickled), allow_pickle)
-        raw.where = pickled
-        raw.add(pickled, file, file.tensors, {})
-    else:
-        raise CheckpointError(f"{root} lacks {safe.name} (or {pickled.name}): download it")
-    return raw
+    """The tensors of `stem` with the first suffix of `READERS` that is there.
+
+    Raises `CheckpointError` where there is none, `UnsafeFileError` for a refused pickle.
+    """
+    paths = [root / f"{stem}{reader.suffix}" for reader in READERS]
+    for reader, path in zip(READERS, paths, strict=True):
+        if path.exists():
+            raw = RawTensors(path)
+            raw.add(path, reader.open(inside(root, path), allow_pickle))
+            return raw
+    others = ", ".join(path.name for path in paths[1:])
+    raise CheckpointError(f"{root} lacks {paths[0].name} (or {others}): download it")
 
 
 def open_folder(root: Path, folder: Path) -> RawTensors:
