@@ -12,18 +12,18 @@ from types import TracebackType
 
 import torch
 
-from lowvram.checkpoint.dialects.table import Dialect
+from lowvram.checkpoint.dialects.table import Dialect, dialect_of
 from lowvram.checkpoint.layouts.parts import Parts, Rename
 from lowvram.checkpoint.layouts.table import layout_of
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.checkpoint.readers.shards import RawTensors, fingerprint_texts, named
 from lowvram.checkpoint.validate import (
     check_config,
+    check_dialect,
     check_experts,
     expected_shapes,
     problems,
     raise_problems,
-    readable_dialect,
 )
 from lowvram.errors import CheckpointError
 from lowvram.variants import COMPONENTS, ModelConfig
@@ -51,7 +51,7 @@ class ComponentSource:
         stored, read = self.stored[name], self.dialect.read
         if read is None:
             raise CheckpointError(f"{self.raw.where}: the dialect {self.dialect.name} is not read")
-        return read(self.raw.readers[stored], stored)
+        return read(self.raw, stored)
 
     def fingerprint(self) -> str:
         """A hash that changes when a file of the component does: names, dtypes, shapes, file sizes
@@ -102,11 +102,11 @@ def open_source(path: Path, allow_pickle: bool = False) -> Source:
     components, texts = {}, []
     for component in COMPONENTS:
         raw = parts.raw[component]
-        tensors, stored, unknown = _rename(component, raw, parts.renames[component])
+        dialect = dialect_of(raw.infos, raw.metadata)
+        tensors, stored, unknown = _rename(component, raw, parts.renames[component], dialect)
         expected = expected_shapes(parts.config, component)
-        dialect = readable_dialect(
-            component, raw, unknown + [name for name in tensors if name not in expected]
-        )
+        extra = [name for name in tensors if name not in expected]
+        check_dialect(component, raw, dialect, unknown + extra)
         texts += problems(component, raw.where, tensors, expected, unknown)
         components[component] = ComponentSource(component, tensors, stored, raw, dialect)
     raise_problems(texts)
@@ -124,12 +124,13 @@ def _read_parts(path: Path, allow_pickle: bool) -> Parts:
 
 
 def _rename(
-    component: str, raw: RawTensors, rename: Rename
+    component: str, raw: RawTensors, rename: Rename, dialect: Dialect
 ) -> tuple[dict[str, TensorInfo], dict[str, str], list[str]]:
     """Tensors by official names, the names in the files, and names that the model does not have."""
     stored: dict[str, str] = {}
     unknown, twice = [], []
-    for name in sorted(raw.infos, key=lambda item: item == TIED):
+    weights = [name for name in raw.infos if not dialect.consumes(name)]
+    for name in sorted(weights, key=lambda item: item == TIED):
         official = rename(name)
         if official is None:
             unknown.append(name)

@@ -8,14 +8,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lowvram.checkpoint.dialects.table import SCALE_NAME, Dialect, dialect_of
+from lowvram.checkpoint.dialects.table import Dialect, is_scale
 from lowvram.checkpoint.names import Shape, dit_shapes, text_encoder_shapes, vae_shapes
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.checkpoint.readers.shards import RawTensors, named
 from lowvram.errors import CheckpointError, MissingTensorsError
 from lowvram.variants import EXPERTS, ModelConfig
 
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 _OTHER = {
     "high_noise": re.compile(r"low[\W_]?noise", re.IGNORECASE),
     "low_noise": re.compile(r"high[\W_]?noise", re.IGNORECASE),
@@ -39,15 +38,12 @@ def expected_shapes(config: ModelConfig, component: str) -> dict[str, Shape]:
     return vae_shapes(config.vae) if component == "vae" else dit_shapes(config.dit)
 
 
-def readable_dialect(component: str, raw: RawTensors, unknown: list[str]) -> Dialect:
-    """The dialect that a component is stored in. unknown: tensors that the model does not have.
-
-    Raises `QuantizedSourceError` for a dialect that is not read, for a scale that nothing would
-    consume, and for weights in an integer or 8-bit dtype.
+def check_dialect(component: str, raw: RawTensors, dialect: Dialect, unknown: list[str]) -> None:
+    """Raises `QuantizedSourceError` for a dialect that is not read and for weights in a dtype that
+    the dialect does not have. unknown: tensors that the model does not have.
     """
-    scales = [name for name in unknown if SCALE_NAME.search(name)]
-    dialect = dialect_of(scales or raw.infos, raw.metadata)
-    if scales or dialect.read is None:
+    if dialect.read is None:
+        scales = [name for name in raw.infos if is_scale(name)]
         raise QuantizedSourceError(
             f"{raw.where}: {component} is quantized in a dialect that is not read yet "
             f"({dialect.name}): {len(scales)} scale tensors would stay unused: "
@@ -56,16 +52,15 @@ def readable_dialect(component: str, raw: RawTensors, unknown: list[str]) -> Dia
     odd = [
         name
         for name, info in raw.infos.items()
-        if info.dtype not in WEIGHT_DTYPES and name not in unknown
+        if info.dtype not in dialect.dtypes and name not in unknown and not dialect.consumes(name)
     ]
     if odd:
         dtypes = ", ".join(sorted({raw.infos[name].dtype for name in odd}))
         raise QuantizedSourceError(
             f"{raw.where}: {len(odd)} tensors of {component} are stored as {dtypes}: "
             f"{named(odd)}; use the unquantized model "
-            f"({', '.join(WEIGHT_DTYPES)})"
+            f"({', '.join(dialect.dtypes)})"
         )
-    return dialect
 
 
 def problems(

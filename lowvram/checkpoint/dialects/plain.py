@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lowvram.checkpoint.readers.table import TensorReader
+from lowvram.checkpoint.readers.shards import RawTensors
 
 
-def read_plain(reader: TensorReader, name: str) -> torch.Tensor:
-    """The tensor in the dtype of its file, mapped where the format allows."""
-    return reader.read(name)
+def read_plain(raw: RawTensors, name: str) -> torch.Tensor:
+    """The tensor in the dtype of its file, mapped where the file format allows."""
+    return raw.read(name)

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from lowvram.checkpoint.dialects.plain import read_plain
-from lowvram.checkpoint.readers.table import TensorReader
+from lowvram.checkpoint.readers.shards import RawTensors
 
 SCALE_NAME = re.compile(r"scale|comfy_quant|\._data$|\.qweight$|\.qzeros$|absmax", re.IGNORECASE)
 _OFFICIAL = re.compile(r"self_attn\.q\.weight|attn\.q\.weight|decoder\.conv1\.weight")
+
+
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,24 @@ class Dialect:
     """A way of storing the weights of linears (formats.md 1).
 
     looks: whether tensor names and metadata of a file are of it; read: a weight in a floating-point
-    dtype by its name in the file, None for a dialect that is recognised but not read.
+    dtype by its name in the file, None for a dialect that is recognised but not read; companions:
+    names of the scales and markers that `read` consumes; dtypes: of weights in the file.
     """
 
     name: str
     looks: Callable[[Iterable[str], Mapping[str, str]], bool]
-    read: Callable[[TensorReader, str], torch.Tensor] | None = None
+    read: Callable[[RawTensors, str], torch.Tensor] | None = None
+    companions: re.Pattern[str] | None = None
+    dtypes: tuple[str, ...] = WEIGHT_DTYPES
+
+    def consumes(self, name: str) -> bool:
+        """Whether the tensor is a scale or marker of another tensor."""
+        return self.companions is not None and bool(self.companions.search(name))
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor's name is that of a scale or marker in any dialect."""
+    return bool(SCALE_NAME.search(name)) and "scale_shift_table" not in name
 
 
 def _ending(*suffixes: str) -> Callable[[Iterable[str], Mapping[str, str]], bool]:
@@ -42,7 +57,7 @@ def _comfy_quant(names: Iterable[str], metadata: Mapping[str, str]) -> bool:
 
 
 def _with_scales(names: Iterable[str], metadata: Mapping[str, str]) -> bool:
-    return any(SCALE_NAME.search(name) and "scale_shift_table" not in name for name in names)
+    return any(is_scale(name) for name in names)
 
 
 # The first that looks right is taken.

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from lowvram.checkpoint.readers.files import check_plain_name, inside, read_json
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
@@ -25,6 +27,10 @@ class RawTensors:
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the files. Raises `CheckpointError`."""
+        return self.readers[name].read(name)
 
     def add(self, path: Path, reader: TensorReader) -> None:
         """Raises `CheckpointError` where another shard has a tensor of the same name."""
