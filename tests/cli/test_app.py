@@ -103,7 +103,7 @@ def test_progress_names_every_phase(model: Path, tmp_path: Path) -> None:
         (["--vram", "1MiB"], 1, ("VRAM of 1.05 MB is too little", "--vram")),
         (["--ram", "1MiB"], 1, ("RAM of 1.05 MB is too little", "--ram")),
         (["--vram", "lots"], 2, ("'lots'", "8GiB")),
-        (["--vram", "100000GiB"], 1, ("was asked for, this machine has",)),
+        (["--vram", "100000GiB"], 1, ("the VRAM budget is 107.37 TB, but this machine has",)),
         (["--device", "tpu"], 2, ("unknown device 'tpu'",)),
         (["--solver", "ddim"], 2, ("unknown solver 'ddim'", "unipc, euler")),
         (["--out", "clip.gif"], 2, ("clip.gif", "use clip.mp4")),
@@ -476,7 +476,7 @@ def test_plan_answers_for_a_card_of_the_table() -> None:
         refused(
             run("plan", "t2v-a14b", *size, *card, "--disk", "PCIe 4.0 x4"),
             2,
-            "'PCIe 4.0 x4': write it like 3.5GB, what the disk",
+            "'PCIe 4.0 x4': give the bytes that the disk reads per second, like 3.5GB",
         )
         refused(
             run("plan", "t2v-a14b", *size, *card, "--vram", "24GB"),

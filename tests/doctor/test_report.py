@@ -254,7 +254,7 @@ def test_a_gpu_that_does_not_answer_is_a_reason(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("CUDA error:\nout of memory")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
-    assert find_gpu() == (None, "the GPU does not answer: CUDA error: out of memory")
+    assert find_gpu() == (None, "the GPU does not respond: CUDA error: out of memory")
 
 
 @pytest.mark.usefixtures("fake_gpu")
@@ -273,7 +273,7 @@ def test_a_link_that_cannot_be_measured_leaves_a_gpu(
         "",
     )
     assert (
-        "the speed of the link to the GPU could not be measured: CUDA error: out of memory"
+        "could not measure the speed of the link to the GPU: CUDA error: out of memory"
         in caplog.text
     )
 
@@ -286,7 +286,7 @@ def test_a_driver_that_triton_cannot_use_is_a_reason(monkeypatch: pytest.MonkeyP
     runtime = SimpleNamespace(driver=SimpleNamespace(active=Active()))
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(runtime=runtime))
     assert why_triton_fails(has_gpu=True) == "Triton's driver fails: Failed to find C compiler"
-    assert why_triton_fails(has_gpu=False) == "there is no GPU for it"
+    assert why_triton_fails(has_gpu=False) == "there is no GPU"
 
 
 @pytest.mark.gpu
@@ -352,7 +352,7 @@ FULL_GPU = dataclasses.replace(OLD_GPU, capability=(8, 6), architecture="sm_86",
         ),
         (
             "GPU",
-            {"gpu": None, "gpu_reason": "torch sees no GPU: is its driver installed?"},
+            {"gpu": None, "gpu_reason": "torch finds no GPU: is its driver installed?"},
             "warn",
             "driver",
         ),

@@ -307,9 +307,9 @@ def test_a_gpu_that_does_not_answer_is_not_measured_as_a_cpu(
     monkeypatch.setattr(
         measure,
         "find_gpu",
-        lambda measure: (None, "the GPU does not answer: CUDA error: unknown error"),
+        lambda measure: (None, "the GPU does not respond: CUDA error: unknown error"),
     )
-    with pytest.raises(LowvramError, match="the GPU does not answer: CUDA error: unknown error"):
+    with pytest.raises(LowvramError, match="the GPU does not respond: CUDA error: unknown error"):
         measure.measure_profile("cuda", tmp_path)
 
 

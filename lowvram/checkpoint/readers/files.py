@@ -1,6 +1,4 @@
-"""Opens what lies inside a model folder, and nothing that a name or a link in it points at
-elsewhere.
-"""
+"""Read small files of a model folder without following names or links out of it."""
 
 from __future__ import annotations
 
@@ -16,8 +14,10 @@ DOWNLOAD = "download it again"
 
 
 def check_plain_name(name: str, where: Path) -> str:
-    """`name`, if it is one plain file name on every system. Raises `UnsafeFileError`, also for
-    absolute, drive and UNC names.
+    """Return `name` if it is a plain file name on every operating system.
+
+    where: the file that contains the name, for the message. Raises `UnsafeFileError` for anything
+    else, such as absolute, drive and UNC paths.
     """
     odd = (
         name in ("", ".", "..")
@@ -33,10 +33,9 @@ def check_plain_name(name: str, where: Path) -> str:
 
 
 def inside(root: Path, path: Path) -> Path:
-    """`path`, if its target lies in the model folder `root` or in the blobs of the hub cache that
-    holds `root`.
+    """Return `path` if it resolves to a file in `root`, or in the blobs of the hub cache of `root`.
 
-    Raises `UnsafeFileError` where a link leads elsewhere.
+    Raises `UnsafeFileError` for a link that points elsewhere.
     """
     home, target = root.resolve(), path.resolve()
     homes = [home]
@@ -44,8 +43,8 @@ def inside(root: Path, path: Path) -> Path:
         homes.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(allowed) for allowed in homes):
         raise UnsafeFileError(
-            f"{path} is a link that leaves its model folder (to {target}): put the file "
-            f"itself there"
+            f"{path} is a link out of its model folder (to {target}): replace it with the file "
+            f"itself"
         )
     return path
 
@@ -53,8 +52,9 @@ def inside(root: Path, path: Path) -> Path:
 def read_bytes(
     root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD
 ) -> bytes:
-    """The content of a small file of the model folder `root`. Raises `CheckpointError` that ends in
-    `advice`.
+    """Read a file of at most `cap_bytes` in the model folder `root`.
+
+    Raises `CheckpointError`, whose message ends with `advice`.
     """
     inside(root, path)
     try:
@@ -68,7 +68,7 @@ def read_bytes(
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}: {advice}") from error
     if len(content) > cap_bytes:
         raise CheckpointError(
-            f"{path} is larger than {cap_bytes} bytes, too large for what it should hold: {advice}"
+            f"{path} is larger than {cap_bytes} bytes, the limit for such a file: {advice}"
         )
     return content
 
@@ -76,8 +76,9 @@ def read_bytes(
 def read_json(
     root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD
 ) -> dict[str, Any]:
-    """The JSON object in a file of the model folder `root`. Raises `CheckpointError` that ends in
-    `advice`.
+    """Read a JSON object from a file of at most `cap_bytes` in the model folder `root`.
+
+    Raises `CheckpointError`, whose message ends with `advice`.
     """
     try:
         data = json.loads(read_bytes(root, path, cap_bytes, advice).decode("utf-8"))
@@ -89,8 +90,9 @@ def read_json(
 
 
 class Settings:
-    """Checked access to a JSON object: every wrong value is a `CheckpointError` that names file and
-    key.
+    """Type-checked access to a JSON object read from `path`.
+
+    Methods raise `CheckpointError`, naming file and key, for missing keys and invalid values.
     """
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
@@ -98,24 +100,28 @@ class Settings:
         self.data = data
 
     def integer(self, key: str, default: int | None = None, high: int = 2**20) -> int:
+        """An integer in 1 .. `high`; without a default the key is required."""
         value = self._value(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
             raise self._error(key, value, f"an integer from 1 to {high}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """A finite number below 1e9 in magnitude; without a default the key is required."""
         value = self._value(key, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e9:
             raise self._error(key, value, "a finite number")
         return float(value)
 
     def integers(self, key: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """A list of 1 to 16 integers, each as in `integer`; without a default it is required."""
         value = self._value(key, default)
         if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 16:
             raise self._error(key, value, "a list of integers")
         return tuple(Settings(self.path, {key: item}).integer(key) for item in value)
 
     def booleans(self, key: str, default: tuple[bool, ...]) -> tuple[bool, ...]:
+        """A list of at most 16 booleans."""
         value = self._value(key, default)
         if (
             not isinstance(value, (list, tuple))
@@ -126,12 +132,12 @@ class Settings:
         return tuple(value)
 
     def require(self, key: str, *allowed: Any) -> None:
-        """Raises unless the key is absent or holds one of `allowed`."""
+        """Raise unless the key is absent or its value is one of `allowed`."""
         if key in self.data and self.data[key] not in allowed:
             raise self._error(
                 key,
                 self.data[key],
-                " or ".join(repr(item) for item in allowed) + ", all that this version reads",
+                " or ".join(repr(item) for item in allowed) + ", the only values supported",
             )
 
     def _value(self, key: str, default: Any) -> Any:
