@@ -250,7 +250,7 @@ class QuantizedNumerics:
 
 
 class PlainNumerics:
-    """Unquantized arithmetic, the reference for quality.
+    """Unquantized arithmetic, the reference for the quality of quantized formats.
 
     Linears and attention in one float dtype, norms and the residual stream in fp32.
     """

@@ -178,7 +178,7 @@ class BlockFile:
         while done < needed:
             if self._stopped.is_set():
                 raise CheckpointError(
-                    f"{self.path}: reading of block {block} was stopped at byte {offset + done}"
+                    f"{self.path}: reading block {block} was stopped at byte {offset + done}"
                 )
             try:
                 count = self._pread(target[done:], offset + done)

@@ -115,7 +115,7 @@ def test_progress_names_every_phase(model: Path, tmp_path: Path) -> None:
             ("steps 1001 is more than the 1000 timesteps", "use 1000 at most"),
         ),
         (["--vram", "0GiB"], 2, ("the VRAM budget is '0GiB'", "8GiB, or auto")),
-        (["--device", "cuda:abc"], 2, ("unknown device 'cuda:abc'", "here are auto, cpu")),
+        (["--device", "cuda:abc"], 2, ("unknown device 'cuda:abc'", "available are auto, cpu")),
         (["--device", "cuda:99"], 2, ("device cuda:99", "cpu")),
     ],
 )
@@ -640,7 +640,7 @@ def test_doctor_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
             run("doctor", "--path", tmp_path / name, "--json"),
             2,
             str(tmp_path / name),
-            "give --path one that exists",
+            "give --path a folder that exists",
         )
 
 

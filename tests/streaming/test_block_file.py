@@ -424,7 +424,7 @@ def test_a_file_that_nobody_closes_leaves_no_thread(tmp_path: Path) -> None:
 
 def test_a_buffer_without_slack_is_refused(blocks: tuple[BlockFile, list[bytes]]) -> None:
     file, _ = blocks
-    with pytest.raises(InternalLimitError, match="too small for block 2 of .* and page alignment"):
+    with pytest.raises(InternalLimitError, match=r"too small for block 2 of .* and page alignment"):
         file.read_into(2, torch.empty(file.ranges[2][1] - 1, dtype=torch.uint8))
 
 
