@@ -1,4 +1,4 @@
-"""Encode decoded frames as mp4; the metadata hold the request and mark the video as generated."""
+"""Encode frames as mp4, with metadata that record the request and mark the video as generated."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def open_source(path: Path, allow_pickle: bool = False) -> Source:
 
 def _read_parts(path: Path, allow_pickle: bool) -> Parts:
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: give the folder that holds the whole model")
+        raise CheckpointError(f"{path} is not a folder: give the folder of the whole model")
     if (path / "lowvram.json").exists():
         raise CheckpointError(
             f"{path} is a quantized store: give the unquantized model that it was made from"

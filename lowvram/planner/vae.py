@@ -23,7 +23,7 @@ DECODE_ROUNDING_SHARE = 0.5
 def vae_tile_pixels(width: int, height: int) -> int:
     """Tile size for decoding a clip of this size in pixels, 0 for no tiling.
 
-    The tile depends on the size alone, not on the budgets: another tiling changes the neighbours of
+    The tile depends on the size alone, not on the budgets: another tiling changes the neighbors of
     pixels near tile edges, and so the video.
     """
     return VAE_TILE_PIXELS if max(width, height) > VAE_TILE_PIXELS else 0

@@ -1,4 +1,4 @@
-"""The table of supported checkpoint layouts: how each is recognised and read."""
+"""The table of supported checkpoint layouts: how each is recognized and read."""
 
 from __future__ import annotations
 

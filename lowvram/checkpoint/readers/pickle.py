@@ -29,8 +29,8 @@ class PickleFile:
         """
         if not allow_pickle:
             raise UnsafeFileError(
-                f"{path} is a pickle, which can hold code: use a .safetensors file instead, or, if "
-                f"you trust its origin, "
+                f"{path} is a pickle, which can contain code: use a .safetensors file instead, "
+                f"or, if you trust its origin, "
                 "pass --allow-pickle (it is read with torch's restricted unpickler only)"
             )
         _check_torch()
