@@ -1,6 +1,4 @@
-"""Opens an unquantized model in any layout that is read, under official names, and refuses what
-does not fit together.
-"""
+"""Open an unquantized model in any supported layout, under official names, and validate it."""
 
 from __future__ import annotations
 
@@ -28,13 +26,13 @@ from lowvram.checkpoint.validate import (
 from lowvram.errors import CheckpointError
 from lowvram.variants import COMPONENTS, ModelConfig
 
-# transformers may store the embedding a second time under this name
+# Second name of the tied embedding: transformers may store it under both.
 TIED = "encoder.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """The tensors of one component under official names; `stored` gives the name in the file."""
+    """The tensors of one component by official name; `stored` maps to the names in the files."""
 
     component: str
     tensors: Mapping[str, TensorInfo]
@@ -43,9 +41,7 @@ class ComponentSource:
     dialect: Dialect
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in the dtype of its file, mapped and not yet loaded. Raises
-        `CheckpointError`.
-        """
+        """The tensor in its stored dtype, memory-mapped. Raises `CheckpointError`."""
         if name not in self.stored:
             raise CheckpointError(f"{self.raw.where} holds no tensor {name[:120]!r}")
         stored, read = self.stored[name], self.dialect.read
@@ -54,16 +50,14 @@ class ComponentSource:
         return read(self.raw, stored)
 
     def fingerprint(self) -> str:
-        """A hash that changes when a file of the component does: names, dtypes, shapes, file sizes
-        and times, not the data.
-        """
+        """Hash of tensor names, dtypes and shapes, and of file sizes and modification times."""
         texts = fingerprint_texts(dict(self.tensors), self.raw.files)
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Source:
-    """A whole unquantized model whose tensors are complete and of the right shapes."""
+    """A validated unquantized model: all tensors are present and of the right shapes."""
 
     path: Path
     layout: str
@@ -83,18 +77,18 @@ class Source:
         self.close()
 
     def close(self) -> None:
-        """Tensors that were read stay valid."""
+        """Close all files; tensors that were read stay valid."""
         for component in self.components.values():
             for reader in set(component.raw.readers.values()):
                 reader.close()
 
 
 def open_source(path: Path, allow_pickle: bool = False) -> Source:
-    """The model in the folder `path`. Reads headers and settings, no weights.
+    """Open and validate the model in the folder `path`; reads headers and configs, no weights.
 
-    Raises `CheckpointError`: `MissingTensorsError` names all that is missing, unexpected or of
-    wrong shape in every component, `UnsafeFileError` a pickle without `allow_pickle` or a name that
-    leaves the folder.
+    Raises `MissingTensorsError`, listing all tensors of all components that are missing, unexpected
+    or of the wrong shape; `UnsafeFileError` for a pickle without `allow_pickle` or a path out of
+    the folder; `CheckpointError` for any other defect.
     """
     parts = _read_parts(path, allow_pickle)
     check_config(path, parts.config)
@@ -115,10 +109,10 @@ def open_source(path: Path, allow_pickle: bool = False) -> Source:
 
 def _read_parts(path: Path, allow_pickle: bool) -> Parts:
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: give the folder that holds the whole model")
+        raise CheckpointError(f"{path} is not a folder: give the folder of the whole model")
     if (path / "lowvram.json").exists():
         raise CheckpointError(
-            f"{path} is a store that lowvram wrote: give the unquantized model it was made of"
+            f"{path} is a quantized store: give the unquantized model that it was made from"
         )
     return layout_of(path).read(path, allow_pickle)
 
@@ -128,7 +122,7 @@ def _rename(
 ) -> tuple[dict[str, TensorInfo], dict[str, str], list[str]]:
     """Tensors by official names, the names in the files, and names that the model does not have."""
     stored: dict[str, str] = {}
-    unknown, twice = [], []
+    unknown, repeated = [], []
     weights = [name for name in raw.infos if not dialect.consumes(name)]
     for name in sorted(weights, key=lambda item: item == TIED):
         official = rename(name)
@@ -137,11 +131,11 @@ def _rename(
         elif official not in stored:
             stored[official] = name
         elif name != TIED or raw.infos[name].shape != raw.infos[stored[official]].shape:
-            twice.append(name)
-    if twice:
+            repeated.append(name)
+    if repeated:
         raise CheckpointError(
-            f"{raw.where}: {len(twice)} tensors of {component} occur under two names: "
-            f"{named(twice)}; download it again"
+            f"{raw.where}: {len(repeated)} tensors of {component} occur under two names: "
+            f"{named(repeated)}; download it again"
         )
     tensors = {
         official: _renamed_info(raw.infos[name], official) for official, name in stored.items()

@@ -1,7 +1,7 @@
-"""Bytes that `models.wan` and the denoising loop allocate beside blocks and workspace.
+"""Memory that the DiT and the denoising loop allocate beside blocks and workspace.
 
-The formulas follow the code line by line: which tensors live at the moment of a phase's peak.
-tests/planner/test_allocations.py holds them against every allocation that a run makes.
+The formulas follow the code line by line: they count the tensors that are alive at a phase's peak.
+tests/planner/test_allocations.py compares them with every allocation of a run.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from lowvram.request import LatentShape, Workload
 from lowvram.store.layout import component_layout
 from lowvram.variants import DiTConfig
 
-# Rows that the unquantized yardstick works on at a time.
+# Rows that unquantized arithmetic processes at a time.
 PLAIN_ROWS = 1024
-# fp32 values per channel that `rms_rope` holds: input, normalised, rotated, and halves of pairs in
-# the making.
+# fp32 values per channel in `rms_rope`: input, normalized, rotated, temporaries of the rotation.
 RMS_ROPE_VALUES = 4.5
 FP32 = 4
-# Latents alive beside a block at work: those that the run began with, the current ones, the
-# solver's sample and two clean samples, the velocities of the step before and one new one. The
-# solver, when no block is at work, holds five more.
+# Tensors of the latents' shape during a block: the initial and the current latents, the solver's
+# sample and two clean samples, the velocities of the previous step and a new one.
 LATENTS_IN_BLOCK = 8
+# Further ones in the solver, between blocks.
 LATENTS_IN_SOLVER = 5
-# A resumed run has four from the start: latents, the sample and two clean samples.
+# In the state of a resumed run: latents, sample and two clean samples.
 LATENTS_IN_STATE = 4
-# Latent cells of one token, per channel.
+# Latent values of one token per channel.
 PATCH_VALUES = 4
 
 
 def conditioning_bytes(workload: Workload) -> int:
-    """VRAM that lives through the loop, of both experts: modulation of every step, both prompts'
-    context, patch embedding and head.
+    """VRAM of both experts' conditioning, which is alive during the whole loop.
+
+    Modulation of all steps, contexts of both prompts, patch embedding and head.
     """
     return 2 * sum(_conditioning_parts(workload))
 
@@ -52,12 +52,10 @@ def loop_rounding_bytes(
     slot_bytes: int,
     arena_bytes: int,
 ) -> int:
-    """VRAM that torch's allocator takes in the loop beyond the tensors in it, on a device of its
-    own.
+    """VRAM that torch's allocator reserves beyond the loop's tensors, on a GPU.
 
-    Counted from what the loop holds: slots, arena, both experts' conditioning, made one after the
-    other once the cache is empty, and latents; a bound for the pieces that come and go:
-    `PASSING_SEGMENTS`.
+    Computed from the long-lived tensors in their order of allocation from an empty cache: slots,
+    arena, conditioning of both experts, latents. `PASSING_SEGMENTS` bounds the short-lived ones.
     """
     held = [arena_bytes, *2 * _conditioning_tensors(workload)]
     held += (LATENTS_IN_BLOCK + LATENTS_IN_SOLVER) * [latent_bytes(workload.latents)]
@@ -73,8 +71,9 @@ def loop_rounding_bytes(
 
 
 def _conditioning_tensors(workload: Workload) -> list[int]:
-    """Sizes of the tensors of one expert that live through the loop: those of `Conditioning` and of
-    `EmbeddingsAndHead`, in their order.
+    """Sizes of one expert's tensors that are alive during the whole loop.
+
+    The fields of `Conditioning` and `EmbeddingsAndHead` in their order.
     """
     dit = workload.config.dit
     compute = workload.format.float_bytes
@@ -91,8 +90,9 @@ def _conditioning_tensors(workload: Workload) -> list[int]:
 
 
 def _conditioning_parts(workload: Workload) -> tuple[int, int, int]:
-    """One expert's (modulation of all steps, contexts of both prompts, tensors before and after the
-    blocks).
+    """Bytes of one expert's conditioning, as (modulation, contexts, embeddings and head).
+
+    Modulation is that of all steps, contexts are those of both prompts.
     """
     dit = workload.config.dit
     compute = workload.format.float_bytes
@@ -102,10 +102,9 @@ def _conditioning_parts(workload: Workload) -> tuple[int, int, int]:
 
 
 def conditioning_phase_bytes(workload: Workload, staged: bool) -> tuple[int, int]:
-    """(VRAM, RAM) while the second expert's conditioning is computed.
+    """(VRAM, RAM) in bytes while the second expert's conditioning is computed.
 
-    One weight at a time is mapped from the file; on a device of its own (`staged`) it is copied
-    there.
+    One weight at a time is read from the file; `staged`: it is copied to a separate device.
     """
     dit = workload.config.dit
     compute = workload.format.float_bytes
@@ -131,34 +130,31 @@ def conditioning_phase_bytes(workload: Workload, staged: bool) -> tuple[int, int
 
 
 def features_bytes(workload: Workload) -> int:
-    """RAM of both prompts' features, which stay on the host."""
+    """RAM of the text features of both prompts, which stay on the host."""
     compute = workload.format.float_bytes
     return 2 * workload.config.dit.text_len * workload.config.dit.text_dim * compute
 
 
 def latent_bytes(latents: LatentShape) -> int:
-    """One fp32 tensor of the latents' shape."""
+    """Bytes of one fp32 tensor of the latents' shape."""
     return math.prod(latents.shape) * FP32
 
 
 def loop_host_bytes(workload: Workload, staged: bool) -> int:
-    """RAM of the loop beside blocks: both prompts' features and, where it is not the device's own
-    memory, the state that is saved.
-    """
+    """RAM of the loop beside blocks: text features and, with a separate device, the saved state."""
     return features_bytes(workload) + (_saved_state_bytes(workload.latents) if staged else 0)
 
 
 def _saved_state_bytes(latents: LatentShape) -> int:
-    """The state of a run that can be resumed, as tensors and as the file's bytes."""
+    """Bytes of a resumable state, as tensors and as the content of its file."""
     return 2 * LATENTS_IN_STATE * latent_bytes(latents)
 
 
 def loop_temporaries_bytes(workload: Workload, chunk_tokens: int, references: bool) -> int:
-    """What the loop allocates for a moment beside arena, slots and latents: the largest of its
-    operations.
+    """Temporary memory of the loop beside arena, slots and latents: that of its largest operation.
 
-    `references`: ops run as torch code, on fp32 copies of `REFERENCE_ROWS` rows; kernels keep
-    theirs on the chip.
+    references: ops run as torch references, with fp32 copies of `REFERENCE_ROWS` rows; kernels
+    need no temporaries.
     """
     operations = _shared_operations(workload, chunk_tokens)
     if references:  # the device's memory is the host's
@@ -171,7 +167,7 @@ def loop_temporaries_bytes(workload: Workload, chunk_tokens: int, references: bo
 
 
 def _shared_operations(workload: Workload, chunk_tokens: int) -> dict[str, int]:
-    """Operations that are torch code on every device."""
+    """Temporaries of the operations that are torch code on every device."""
     dit = workload.config.dit
     row = dit.dim * FP32
     smoothed = min(workload.num_tokens, SMOOTHING_TOKENS)
@@ -187,14 +183,12 @@ def _shared_operations(workload: Workload, chunk_tokens: int) -> dict[str, int]:
 
 
 def _angles_bytes(config: DiTConfig, tokens: int) -> int:
-    """cos and sin of a chunk of tokens."""
+    """Bytes of cos and sin of `tokens` tokens."""
     return tokens * config.head_dim * FP32
 
 
 def _reference_operations(workload: Workload, chunk_tokens: int) -> dict[str, int]:
-    """The torch references, in fp32 values per channel of the rows at work, as counted from their
-    lines.
-    """
+    """Temporaries of the torch references of the ops, counted from their code."""
     dit = workload.config.dit
     chunk = min(chunk_tokens, workload.num_tokens)
     longest = max(chunk, dit.text_len)
@@ -224,7 +218,7 @@ def _reference_operations(workload: Workload, chunk_tokens: int) -> dict[str, in
 
 
 def _slice_rows(width: int, count: int) -> int:
-    """Rows of `width` values that an element-wise reference works on at a time, of `count`."""
+    """Rows of `width` values that an element-wise reference processes at a time, of `count`."""
     return min(REFERENCE_ROWS, max(1, REFERENCE_VALUES // width), count)
 
 

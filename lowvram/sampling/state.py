@@ -77,12 +77,13 @@ def load_state(path: Path, request: Request, model: str, attention_values: str) 
     try:
         with as_out_of_memory():
             metadata, tensors = _read(path)
-        header = checked(metadata, StateHeader, strict=False)
-        if header.lowvram_state != FORMAT_VERSION:
+        version = metadata["lowvram_state"]
+        if version != FORMAT_VERSION:
             raise ResumeError(
-                f"{path} is of state version {header.lowvram_state}, this is version "
-                f"{FORMAT_VERSION}: remove it and run without --resume"
+                f"{path} is of state version {version}, this is version {FORMAT_VERSION}: remove "
+                f"it and run without --resume"
             )
+        header = checked(metadata, StateHeader, strict=False)
         saved: dict[str, object] = {
             "model": header.model,
             "attention_values": header.attention_values,

@@ -1,6 +1,4 @@
-"""What `lowvram inspect` shows of a file, a model to be quantized, or a store, and the check of a
-store against its hashes.
-"""
+"""`lowvram inspect`: describe a file, a checkpoint or a store, and verify a store's hashes."""
 
 from __future__ import annotations
 
@@ -23,8 +21,7 @@ from lowvram.store.reader import Store, StoreFile, open_store
 
 OnBytes = Callable[[int, int], None]  # (bytes done, bytes in all)
 READ_BYTES = 8 * 2**20
-# A tensor that only one component has, under its official name or that of diffusers and
-# transformers.
+# Tensors that only one component has, by official, diffusers or transformers name.
 _COMPONENTS = {
     "expert": r"(^|\.)(patch_embedding\.weight|head\.modulation)$|attn1\.to_q\.weight$",
     "text_encoder": r"token_embedding\.weight$|(^|\.)shared\.weight$|wi_0\.weight$",
@@ -36,9 +33,9 @@ _COMPONENTS = {
 def inspect_path(path: Path, verify: bool, progress: OnBytes | None = None) -> dict[str, Any]:
     """Describes a safetensors file, a source folder or a store, as data for JSON.
 
-    `verify` reads a store whole: `IntegrityError` names every tensor whose bytes differ from the
-    manifest or whose scales are not finite. `progress(done_bytes, total_bytes)` is called as it
-    goes. Raises `CheckpointError`, `UsageError` for `verify` without hashes.
+    verify: also read all data of a store and check them with `verify_store`.
+    progress: called with (done_bytes, total_bytes) during verification.
+    Raises `CheckpointError`, and `UsageError` for `verify` on anything but a store.
     """
     if not path.exists():
         raise CheckpointError(
@@ -46,27 +43,26 @@ def inspect_path(path: Path, verify: bool, progress: OnBytes | None = None) -> d
             f"quantized model"
         )
     if (path / MANIFEST_NAME).exists():
-        with open_store(path, sample=not verify) as store:  # which would hide what else differs
+        # A failed sample check would prevent the complete list of differences.
+        with open_store(path, sample=not verify) as store:
             if verify:
                 verify_store(store, progress)
             return _describe_store(store, verify)
     if verify:
         raise UsageError(
-            f"{path} is not a store that lowvram wrote, so there are no hashes to verify it "
-            f"with: leave out --verify"
+            f"{path} is not a quantized store and has no hashes to verify: leave out --verify"
         )
     if path.is_dir():
         return _describe_folder(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        raise CheckpointError(
-            f"{path} is a pickle, which inspect does not open: give the folder that it lies in"
-        )
+        raise CheckpointError(f"{path} is a pickle, which inspect does not open: give its folder")
     return _describe_file(read_header(path))
 
 
 def verify_store(store: Store, progress: OnBytes | None = None) -> None:
-    """Compares every header and tensor with its hash in the manifest. Raises `IntegrityError`
-    naming all that differ.
+    """Compare every header and tensor with its hash in the manifest; scales must be finite.
+
+    Raises `IntegrityError` that lists all differences.
     """
     total = sum(file.header.file_bytes for file in store.files.values())
     done, damaged = 0, []
@@ -161,7 +157,7 @@ def _describe_source(source: Source) -> dict[str, Any]:
 
 
 def _describe_pickled(path: Path) -> dict[str, Any]:
-    """An official folder as it is downloaded: its pickles are listed and not opened."""
+    """Describe an official folder that contains pickles; they are listed but not opened."""
     components: dict[str, Any] = {}
     for name, folder in FOLDERS.items():
         components[name] = _describe_raw(path, open_folder(path, path / folder))
@@ -216,7 +212,7 @@ def _describe_file(header: Header) -> dict[str, Any]:
 
 
 def _contents(tensors: Iterable[TensorInfo]) -> dict[str, Any]:
-    """Number and bytes of tensors, in all and per dtype."""
+    """Number and bytes of tensors, in total and per dtype."""
     dtypes: dict[str, dict[str, int]] = {}
     for info in tensors:
         entry = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})

@@ -152,7 +152,7 @@ def test_threads_read_the_same(big_file: Path) -> None:
 def test_file_cut_after_its_header_was_read_is_refused(big_file: Path) -> None:
     with TensorFile(big_file) as file:
         os.truncate(big_file, BIG)
-        with pytest.raises(HeaderError, match="changed meanwhile"):
+        with pytest.raises(HeaderError, match="has changed since it was opened"):
             file.read("first")
 
 

@@ -173,7 +173,7 @@ def test_p12_missing_extra_and_wrong_shape_are_named_all_at_once(model: Path) ->
         assert text in message
     for text in ("blocks.0.norm3.weight is [255], expected [256]", "vae", "'decoder.head.2.bias'"):
         assert text in message
-    assert "download it again, or give the folder whose config.json belongs to it" in message
+    assert "download it again, or give the folder with the matching config.json" in message
     assert "high_noise" not in message
     assert "\n" not in message
 
@@ -204,7 +204,7 @@ def test_p12_swapped_component_is_named(model: Path) -> None:
 )
 def test_p12_unconsumed_scale_is_an_error_of_its_own(scale: str, model: Path) -> None:
     edit_tensors(model / HIGH, lambda tensors: tensors.update({scale: torch.ones(())}))
-    with pytest.raises(QuantizedSourceError, match=f"dialect that is not read yet.*{scale}"):
+    with pytest.raises(QuantizedSourceError, match=f"dialect that is not supported.*{scale}"):
         open_source(model)
 
 
@@ -290,7 +290,7 @@ def test_stray_file_beside_the_shards_is_refused(sharded: Path) -> None:
 
 def test_shards_without_index_are_refused(sharded: Path) -> None:
     (sharded / "high_noise_model" / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    with pytest.raises(CheckpointError, match=r"holds 3 \.safetensors files and no"):
+    with pytest.raises(CheckpointError, match=r"contains 3 \.safetensors files and no"):
         open_source(sharded)
 
 
@@ -325,7 +325,7 @@ def test_wrong_settings_are_refused_with_file_and_key(
         ("vae/config.json", {"is_residual": True}, "is_residual is True"),
         ("vae/config.json", {"temperal_downsample": [True]}, "temperal_downsample"),
         ("vae/config.json", {"z_dim": 48}, "VAE has 48"),
-        ("text_encoder/config.json", {"d_model": 512}, "text of width 256"),
+        ("text_encoder/config.json", {"d_model": 512}, "text features of width 256"),
         ("model_index.json", {"boundary_ratio": 2}, "boundary_ratio"),
     ],
 )
@@ -362,7 +362,7 @@ def test_wrong_folders_are_refused_with_what_was_looked_for(tmp_path: Path, mode
     with pytest.raises(CheckpointError, match="mixes"):
         open_source(model)
     (model / "lowvram.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is a store"):
+    with pytest.raises(CheckpointError, match="is a quantized store"):
         open_source(model)
 
 

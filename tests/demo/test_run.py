@@ -87,7 +87,7 @@ def test_a_file_that_is_not_ours_is_kept_unless_told(
     monkeypatch.setattr("lowvram.demo.run.run_demo", demo)
     result = run_demo_command("--out", out)
     assert result.exit_code == 1
-    assert f"{out} exists already: use --overwrite" in result.stderr
+    assert f"{out} already exists: use --overwrite" in result.stderr
     assert out.read_bytes() == content
     assert made == []  # refused before any work
     for arguments in (["--overwrite"], []):  # then it is ours

@@ -253,7 +253,7 @@ def test_a_gpu_that_does_not_answer_is_a_reason(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("CUDA error:\nout of memory")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", fails)
-    assert find_gpu() == (None, "the GPU does not answer: CUDA error: out of memory")
+    assert find_gpu() == (None, "the GPU does not respond: CUDA error: out of memory")
 
 
 @pytest.mark.usefixtures("fake_gpu")
@@ -272,7 +272,7 @@ def test_a_link_that_cannot_be_measured_leaves_a_gpu(
         "",
     )
     assert (
-        "the speed of the link to the GPU could not be measured: CUDA error: out of memory"
+        "could not measure the speed of the link to the GPU: CUDA error: out of memory"
         in caplog.text
     )
 
@@ -285,7 +285,7 @@ def test_a_driver_that_triton_cannot_use_is_a_reason(monkeypatch: pytest.MonkeyP
     runtime = SimpleNamespace(driver=SimpleNamespace(active=Active()))
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(runtime=runtime))
     assert why_triton_fails(has_gpu=True) == "Triton's driver fails: Failed to find C compiler"
-    assert why_triton_fails(has_gpu=False) == "there is no GPU for it"
+    assert why_triton_fails(has_gpu=False) == "there is no GPU"
 
 
 @pytest.mark.gpu
@@ -351,12 +351,12 @@ FULL_GPU = dataclasses.replace(OLD_GPU, capability=(8, 6), architecture="sm_86",
         ),
         (
             "GPU",
-            {"gpu": None, "gpu_reason": "torch sees no GPU: is its driver installed?"},
+            {"gpu": None, "gpu_reason": "torch finds no GPU: is its driver installed?"},
             "warn",
             "driver",
         ),
         ("GPU", {"gpu": OLD_GPU}, "warn", "RTX 30"),
-        ("GPU", {"gpu": FULL_GPU}, "warn", "close what else"),
+        ("GPU", {"gpu": FULL_GPU}, "warn", "close other programs that use the GPU"),
         (
             "Triton",
             {"triton_works": False, "triton_reason": "Triton does not load"},
@@ -364,7 +364,7 @@ FULL_GPU = dataclasses.replace(OLD_GPU, capability=(8, 6), architecture="sm_86",
             "C compiler",
         ),
         ("RAM", {"ram_free_bytes": 1 << 30}, "warn", "close other programs"),
-        ("disk room", {"disk_free_bytes": 1 << 30}, "warn", "make room"),
+        ("disk room", {"disk_free_bytes": 1 << 30}, "warn", "free some space"),
         ("disk room", {"disk_free_bytes": None}, "warn", "exists"),
         ("disk speed", {"disk_read_bytes_s": 1e8}, "warn", "NVMe"),
         ("packages", {"versions": GOOD.versions | {"diffusers": None}}, "missing", "bootstrap"),

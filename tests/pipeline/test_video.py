@@ -150,7 +150,7 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
         yield from clip()
         path.write_text("precious")
 
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         write_video(path, frames(), 16, {})
     assert path.read_text() == "precious"
 
@@ -165,7 +165,7 @@ def test_bad_places_are_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(OutputError, match="folder"):
         check_output(tmp_path / "folder.mp4", overwrite=True)
-    with pytest.raises(OutputError, match="make it first"):
+    with pytest.raises(OutputError, match="create it first"):
         check_output(tmp_path / "missing" / "clip.mp4", overwrite=False)
 
 

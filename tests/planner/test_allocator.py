@@ -16,6 +16,7 @@ from lowvram import pipeline as pipeline_module
 from lowvram import run as run_module
 from lowvram.doctor import measure
 from lowvram.hardware import budgets as budget
+from lowvram.memory import out_of_memory
 from lowvram.models.wan import Conditioning, EmbeddingsAndHead, condition, load_embeddings_and_head
 from lowvram.pipeline import Pipeline, moved
 from lowvram.planner import allocator as segment_sizes
@@ -127,13 +128,13 @@ def test_moving_changes_no_bit() -> None:
 
 def follow_hand_backs(segments: Segments, monkeypatch: pytest.MonkeyPatch) -> Segments:
     """The cache is emptied wherever a run on a GPU empties it."""
-    real = run_module.release_cached_memory
+    real = out_of_memory.release_cached_memory
 
     def release_cached_memory(device: torch.device) -> None:
         real(device)
         segments.empty()
 
-    for module in (run_module, recovery, pipeline_module):
+    for module in (out_of_memory, recovery, pipeline_module):
         monkeypatch.setattr(module, "release_cached_memory", release_cached_memory)
     return segments
 

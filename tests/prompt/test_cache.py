@@ -325,5 +325,5 @@ def test_reading_rows_of_a_file_that_was_cut_short_says_so(tmp_path: Path) -> No
     save_file({"table": torch.arange(64, dtype=torch.float32).view(8, 8)}, path)
     with TensorFile(path) as file:
         os.truncate(path, path.stat().st_size - 8)
-        with pytest.raises(CheckpointError, match=r"row 7 of .*table.* is cut off"):
+        with pytest.raises(CheckpointError, match=r"row 7 of .*table.* is truncated"):
             file.read_rows("table", [0, 7])

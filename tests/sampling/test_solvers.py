@@ -157,7 +157,7 @@ def test_p20_a_foreign_state_is_refused() -> None:
     state = unipc.state_dict()
     with pytest.raises(ResumeError, match="same solver"):
         make_solver("euler", unipc_grid(5, 5.0)).load_state_dict(state)
-    with pytest.raises(ResumeError, match="step 3 but this run has 2"):
+    with pytest.raises(ResumeError, match="step 3, but this run has 2 steps"):
         make_solver("unipc", unipc_grid(2, 5.0)).load_state_dict(state)
     del state["clean.1"]
     with pytest.raises(ResumeError, match=r"clean\.1"):

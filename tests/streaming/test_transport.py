@@ -492,8 +492,7 @@ def test_every_block_is_there_when_it_is_computed_with_whatever_the_device_does_
 
 COPY = "            slot[: host.numel()].copy_(host, non_blocking=True)\n"
 EVENT = (
-    "            event = torch.cuda.Event(blocking=True)  # who settles on it sleeps "
-    "instead of spinning\n"
+    "            event = torch.cuda.Event(blocking=True)  # `settle` sleeps instead of spinning\n"
 )
 RECORD = "            event.record(self._stream)\n"
 MISTAKES = {

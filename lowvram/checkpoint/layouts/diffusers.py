@@ -1,5 +1,6 @@
-"""The layout of Wan-AI/Wan2.2-T2V-A14B-Diffusers: one folder per component; `transformer` is the
-high-noise expert.
+"""The diffusers layout, as in Wan-AI/Wan2.2-T2V-A14B-Diffusers.
+
+One folder per component; `transformer` is the high-noise expert, `transformer_2` the low-noise one.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ TOKENIZER = Path("tokenizer", "tokenizer.json")
 
 
 def looks_diffusers(root: Path) -> bool:
+    """Whether the folder has the diffusers layout."""
     return (root / "model_index.json").is_file() or (root / "transformer").is_dir()
 
 
@@ -157,7 +159,7 @@ class ModelIndex(msgspec.Struct, frozen=True):
 
 
 def read_diffusers(root: Path) -> Parts:
-    """Headers and settings of all parts. Raises `CheckpointError`."""
+    """Read the headers and configs of all components. Raises `CheckpointError`."""
     high, low = (_dit_config(root, component) for component in EXPERTS)
     if high != low:
         raise CheckpointError(

@@ -1,5 +1,6 @@
-"""The layout of Wan-AI/Wan2.2-T2V-A14B: two expert folders, T5 and VAE as single files, the
-tokenizer under google/.
+"""The official layout, as in Wan-AI/Wan2.2-T2V-A14B.
+
+Two expert folders, the text encoder and the VAE as single files, the tokenizer under `google/`.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ TOKENIZER = Path("google", "umt5-xxl", "tokenizer.json")
 
 
 def looks_official(root: Path) -> bool:
+    """Whether the folder has the official layout."""
     return any((root / folder).is_dir() for folder in FOLDERS.values())
 
 
 def read_official(root: Path, allow_pickle: bool) -> Parts:
-    """Headers and settings of all parts. Raises `CheckpointError`."""
+    """Read the headers and configs of all components. Raises `CheckpointError`."""
     configs = {
         component: _dit_config(root, root / folder / "config.json")
         for component, folder in FOLDERS.items()

@@ -1,4 +1,4 @@
-"""What both file layouts have in common: their parts, and the settings that may lie beside them."""
+"""Code that the checkpoint layouts share: their common result, and reading of settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ DEFAULTS_FILE = "lowvram_defaults.json"
 
 @dataclass
 class Parts:
-    """A source before its tensors were compared with its config."""
+    """An opened checkpoint whose tensors are not yet validated against its config.
+
+    layout: name of the layout; raw and renames: tensors under their stored names, and the map to
+    official names, per component; tokenizer: the bytes of `tokenizer.json`.
+    """
 
     layout: str
     config: ModelConfig
@@ -37,15 +41,15 @@ class Parts:
 
 
 def read_tokenizer(root: Path, path: Path) -> bytes:
+    """Read `tokenizer.json` as bytes, after checking that it is JSON. Raises `CheckpointError`."""
     read_json(root, path)
     return read_bytes(root, path)
 
 
 def read_sampling(root: Path) -> SamplingDefaults:
-    """The official defaults, with what `lowvram_defaults.json` in the root of the model says
-    instead.
+    """The official sampling defaults, overridden by `lowvram_defaults.json` in the model folder.
 
-    Raises `CheckpointError` that names file and field where no request could be made with them.
+    Raises `CheckpointError`, naming file and field, when no valid request has these defaults.
     """
     path = root / DEFAULTS_FILE
     if not path.exists():
@@ -87,5 +91,6 @@ def require_norms(qk_norm: bool, cross_attn_norm: bool) -> None:
 def model_config(
     dit: DiTConfig, text: TextEncoderConfig, vae: VAEConfig, sampling: SamplingDefaults
 ) -> ModelConfig:
-    real = (dit, text, vae) == (T2V_A14B.dit, T2V_A14B.text_encoder, T2V_A14B.vae)
-    return ModelConfig(T2V_A14B.variant if real else "t2v-custom", dit, text, vae, sampling)
+    """The config of the whole model; its variant is `t2v-custom` if any dimension is not A14B's."""
+    is_a14b = (dit, text, vae) == (T2V_A14B.dit, T2V_A14B.text_encoder, T2V_A14B.vae)
+    return ModelConfig(T2V_A14B.variant if is_a14b else "t2v-custom", dit, text, vae, sampling)

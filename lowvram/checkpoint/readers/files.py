@@ -1,6 +1,4 @@
-"""Opens what lies inside a model folder, and nothing that a name or a link in it points at
-elsewhere.
-"""
+"""Read small files of a model folder without following names or links out of it."""
 
 from __future__ import annotations
 
@@ -19,8 +17,10 @@ T = TypeVar("T")
 
 
 def check_plain_name(name: str, where: Path) -> str:
-    """`name`, if it is one plain file name on every system. Raises `UnsafeFileError`, also for
-    absolute, drive and UNC names.
+    """Return `name` if it is a plain file name on every operating system.
+
+    where: the file that contains the name, for the message. Raises `UnsafeFileError` for anything
+    else, such as absolute, drive and UNC paths.
     """
     odd = (
         name in ("", ".", "..")
@@ -36,10 +36,9 @@ def check_plain_name(name: str, where: Path) -> str:
 
 
 def inside(root: Path, path: Path) -> Path:
-    """`path`, if its target lies in the model folder `root` or in the blobs of the hub cache that
-    holds `root`.
+    """Return `path` if it resolves to a file in `root`, or in the blobs of the hub cache of `root`.
 
-    Raises `UnsafeFileError` where a link leads elsewhere.
+    Raises `UnsafeFileError` for a link that points elsewhere.
     """
     home, target = root.resolve(), path.resolve()
     homes = [home]
@@ -47,8 +46,8 @@ def inside(root: Path, path: Path) -> Path:
         homes.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(allowed) for allowed in homes):
         raise UnsafeFileError(
-            f"{path} is a link that leaves its model folder (to {target}): put the file "
-            f"itself there"
+            f"{path} is a link out of its model folder (to {target}): replace it with the file "
+            f"itself"
         )
     return path
 
@@ -56,8 +55,9 @@ def inside(root: Path, path: Path) -> Path:
 def read_bytes(
     root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD
 ) -> bytes:
-    """The content of a small file of the model folder `root`. Raises `CheckpointError` that ends in
-    `advice`.
+    """Read a file of at most `cap_bytes` in the model folder `root`.
+
+    Raises `CheckpointError`, whose message ends with `advice`.
     """
     inside(root, path)
     try:
@@ -71,7 +71,7 @@ def read_bytes(
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}: {advice}") from error
     if len(content) > cap_bytes:
         raise CheckpointError(
-            f"{path} is larger than {cap_bytes} bytes, too large for what it should hold: {advice}"
+            f"{path} is larger than {cap_bytes} bytes, the limit for such a file: {advice}"
         )
     return content
 
@@ -79,8 +79,9 @@ def read_bytes(
 def read_json(
     root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD
 ) -> dict[str, Any]:
-    """The JSON object in a file of the model folder `root`. Raises `CheckpointError` that ends in
-    `advice`.
+    """Read a JSON object from a file of at most `cap_bytes` in the model folder `root`.
+
+    Raises `CheckpointError`, whose message ends with `advice`.
     """
     try:
         data = json.loads(read_bytes(root, path, cap_bytes, advice).decode("utf-8"))

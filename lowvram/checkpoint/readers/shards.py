@@ -1,4 +1,4 @@
-"""Opens the file or the shards of one component, under the names that the files use."""
+"""Open the file or the shards of one component, under the names stored in them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from lowvram.errors import CheckpointError, MissingTensorsError
 
 @dataclass
 class RawTensors:
-    """All tensors of one component and the files they lie in; `notes` are texts in them that may
-    tell which expert it is.
+    """All tensors of one component, by stored name, and their files.
+
+    notes: file names and metadata texts, which may say which expert the files belong to.
     """
 
     where: Path
@@ -35,11 +36,11 @@ class RawTensors:
     def add(self, path: Path, reader: TensorReader) -> None:
         """Raises `CheckpointError` where another shard has a tensor of the same name."""
         infos = reader.tensors
-        twice = [name for name in infos if name in self.infos]
-        if twice:
+        repeated = [name for name in infos if name in self.infos]
+        if repeated:
             raise CheckpointError(
-                f"{path} repeats {len(twice)} tensors of another shard: {named(twice)}; download "
-                f"both again"
+                f"{path} repeats {len(repeated)} tensors of another shard: {named(repeated)}; "
+                f"download both again"
             )
         self.infos |= infos
         self.readers |= dict.fromkeys(infos, reader)
@@ -49,7 +50,7 @@ class RawTensors:
 
 
 def named(names: list[str], limit: int = 6) -> str:
-    """The first few names and how many more there are."""
+    """Format a list of names for a message: the first `limit` and the number of the others."""
     rest = f", and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(quoted(name) for name in names[:limit]) + rest
 
@@ -74,25 +75,26 @@ def open_one(root: Path, stem: str, allow_pickle: bool) -> RawTensors:
 
 
 def open_folder(root: Path, folder: Path) -> RawTensors:
-    """The tensors of a folder: the shards that its one index names, or its only safetensors file.
+    """Open the shards that the index of a folder names, or the folder's only safetensors file.
+
     Raises `CheckpointError`.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"the folder {folder} is missing, or is none: download it again")
+        raise CheckpointError(f"{folder} is missing or is not a folder: download it again")
     inside(root, folder)
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
     if len(indexes) > 1:
         raise CheckpointError(
-            f"{folder} holds {len(indexes)} indexes: "
+            f"{folder} contains {len(indexes)} index files: "
             f"{named([path.name for path in indexes])}; keep the right one"
         )
     if indexes:
         return _open_indexed(root, folder, indexes[0], files)
     if len(files) != 1:
         text = (
-            f"{folder} holds {len(files)} .safetensors files and no .safetensors.index.json "
-            f"that names its shards"
+            f"{folder} contains {len(files)} .safetensors files and no .safetensors.index.json "
+            f"for its shards"
         )
         raise CheckpointError(f"{text}: download the index" + ("" if files else " and the shards"))
     raw = RawTensors(folder)
@@ -106,7 +108,7 @@ def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> R
         isinstance(value, str) for value in weight_map.values()
     ):
         raise CheckpointError(
-            f"{index} holds no weight_map from tensor names to file names: download it again"
+            f"{index} has no weight_map from tensor names to file names: download it again"
         )
     shards = sorted({check_plain_name(name, index) for name in weight_map.values()})
     missing = [name for name in shards if not (folder / name).exists()]
@@ -118,8 +120,8 @@ def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> R
     stray = [path.name for path in files if path.name not in shards]
     if stray:
         raise CheckpointError(
-            f"{folder} holds {named(stray)}, which {index.name} does not name: remove what "
-            f"does not belong to the model"
+            f"{folder} contains {named(stray)}, which {index.name} does not name: remove files "
+            f"that do not belong to the model"
         )
     raw = RawTensors(folder)
     homes: dict[str, str] = {}
@@ -135,8 +137,9 @@ def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> R
 
 
 def fingerprint_texts(infos: dict[str, TensorInfo], files: list[Path]) -> list[str]:
-    """What identifies a source without reading its data: tensors with dtype and shape, files with
-    size and time of change.
+    """Texts that identify a source without reading its data.
+
+    One per tensor (name, dtype, shape) and one per file (size and modification time).
     """
     tensors = [json.dumps([name, infos[name].dtype, infos[name].shape]) for name in sorted(infos)]
     status = [path.stat() for path in sorted(files)]
