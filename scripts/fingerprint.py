@@ -1,7 +1,7 @@
 """Hashes of what lowvram makes of the demo model: run on two commits, equal files mean that no byte
 of a store, a frame or a plan changed.
 
-    python scripts/fingerprint.py before.json --source /path/to/lowvram/demo/model
+    python -m scripts.fingerprint before.json --source /path/to/lowvram/demo/model
 
 Use the same --source for both: a manifest holds the times of change of its files.
 """

@@ -25,7 +25,7 @@ from lowvram.units import format_bytes
 from lowvram.variants import I2V_A14B, T2V_A14B, ModelConfig
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-COMMAND = "python scripts/plans.py"
+COMMAND = "python -m scripts.plans"
 SIZES = ((832, 480), (1280, 720))
 FRAMES = 81
 VRAM_GB, RAM_GB = (24, 16, 12, 8, 6), (64, 32, 16, 8)

@@ -13,7 +13,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from compile_kernels import Variant
+
+from scripts.compile_kernels import Variant
 
 SAGE, COMFY = "sageattention", "comfy_kitchen"
 # (block_m, block_n, block_k, stages, warps) of comfy-kitchen's autotuner that are not slow on

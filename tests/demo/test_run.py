@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import av
-import judge_demo
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from lowvram.demo.run import DemoResult
 from lowvram.pipeline import Video
 from lowvram.request import Request
 from lowvram.video import read_metadata
+from scripts.demo import judge as judge_demo
 
 RECORD = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "demo.json"
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from scripts import sass, static_bound
+from scripts.static_bound import Bound
+
 ROOT = Path(__file__).parents[2]
-import sass  # noqa: E402
-import static_bound  # noqa: E402
-from static_bound import Bound  # noqa: E402
+
 
 NESTED = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;

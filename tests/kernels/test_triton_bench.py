@@ -16,16 +16,15 @@ import torch
 from lowvram_kernels.tuning import LinearTile
 from triton.runtime.errors import OutOfResources
 
+from scripts import tune
+from scripts.bench import block as bench_block
+from scripts.bench import commands as bench_commands
+from scripts.bench import kernels as bench_kernels
+from scripts.bench import plots
+from scripts.bench import timing as bench_timing
 from tests.helpers.checkpoints import tiny_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-import bench_block  # noqa: E402
-import bench_commands  # noqa: E402
-import bench_kernels  # noqa: E402
-import bench_timing  # noqa: E402
-import plots  # noqa: E402
-import tune  # noqa: E402
 
 
 def test_an_int8_block_is_close_to_fp32() -> None:
@@ -318,10 +317,7 @@ def test_the_gates_are_files_that_exist() -> None:
 
 def without(modules: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:
     """Runs `code` where none of these modules can be imported."""
-    start = (
-        f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\nsys.path.insert(0, "
-        f"{str(SCRIPTS)!r})\n"
-    )
+    start = f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n"
     return subprocess.run(
         [sys.executable, "-c", start + code], capture_output=True, text=True, cwd=SCRIPTS.parent
     )
@@ -345,23 +341,24 @@ BARE = (
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("command", ["kernels", "block", "stream"])
 def test_on_a_bare_machine_a_command_comes_as_far_as_looking_for_a_gpu(command: str) -> None:
-    done = without(BARE, f"import bench\nsys.exit(bench.main([{command!r}]))")
+    done = without(BARE, f"from scripts.bench.__main__ import main\nsys.exit(main([{command!r}]))")
     assert done.returncode == 1, done.stderr
-    assert done.stdout.startswith(f"bench.py {command}: no CUDA device here")
+    assert done.stdout.startswith(f"bench {command}: no CUDA device here")
     assert "Traceback" not in done.stderr
 
 
 def test_on_a_bare_machine_help_is_shown() -> None:
-    done = without(BARE, "import bench\nbench.main(['--help'])")
+    done = without(BARE, "from scripts.bench.__main__ import main\nmain(['--help'])")
     assert done.returncode == 0, done.stderr
-    assert "bench.py all --seconds 540" in done.stdout
+    assert "python -m scripts.bench all --seconds 540" in done.stdout
 
 
 def test_on_a_bare_machine_kernels_are_measured_and_their_tests_are_found() -> None:
     code = f"""
-import bench_commands, bench_kernels, pytest
-assert bench_commands.installed("kernels")
-rows = list(bench_kernels.rows_of(bench_kernels.linear_bench("q", 8, 32, 64, "cpu"), {{}}, "cpu"))
+import pytest
+from scripts.bench import commands, kernels
+assert commands.installed("kernels")
+rows = list(kernels.rows_of(kernels.linear_bench("q", 8, 32, 64, "cpu"), {{}}, "cpu"))
 assert {{"lowvram int8", "torch bf16"}} <= {{row.provider for row in rows}}, rows
 sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", {KERNELS!r}]))
 """
@@ -382,16 +379,16 @@ def test_a_package_that_a_command_lacks_is_named_in_one_line(
 ) -> None:
     done = without(
         lacks,
-        f"import bench_commands as it\nit.require_cuda = lambda command: "
+        f"from scripts.bench import commands as it\nit.require_cuda = lambda command: "
         f"True\nsys.exit(it.main([{command!r}]))",
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"bench.py {command}: not installed here: {said}; ")
+    assert line.startswith(f"bench {command}: not installed here: {said}; ")
 
 
 def test_a_block_needs_little_else() -> None:
-    code = "import bench_commands, bench_block\nassert bench_commands.installed('block')"
+    code = "from scripts.bench import block, commands\nassert commands.installed('block')"
     done = without(("av", "ftfy", "psutil", "typer", "rich"), code)
     assert done.returncode == 0, done.stderr
 

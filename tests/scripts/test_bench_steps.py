@@ -10,14 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bench_machine
-import bench_ncu
-import bench_speed
-import bench_steps
 import pytest
 import torch
-from bench_results import Results
-from bench_steps import Context, LeftOut
+
+from scripts.bench import machine as bench_machine
+from scripts.bench import ncu as bench_ncu
+from scripts.bench import speed as bench_speed
+from scripts.bench import steps as bench_steps
+from scripts.bench.results import Results
+from scripts.bench.steps import Context, LeftOut
 
 
 def context_of(folder: Path, rehearse: bool = True) -> Context:

@@ -13,19 +13,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import bench_commands
-import bench_stream
-import diffusers_model
 import pytest
-import random_store
-import stream_goals
-import stream_rows
 import torch
-from bench_stream import BenchPipeline, Case
-from plots import timeline_plot
-from stream_goals import MET, MISSED, UNKNOWN
-from stream_rows import StreamRow
-from timed_transport import TimedHost, TimedVisit, Timeline
 
 from lowvram.planner.phases import Host, PlanChoice
 from lowvram.planner.plan import MemoryPlan
@@ -34,6 +23,14 @@ from lowvram.store.reader import Store
 from lowvram.streaming.schedule import tiers
 from lowvram.timing.cards import find_card
 from lowvram.variants import T2V_A14B
+from scripts.bench import commands as bench_commands
+from scripts.bench import diffusers_model, random_store, stream_goals, stream_rows
+from scripts.bench import stream as bench_stream
+from scripts.bench.plots import timeline_plot
+from scripts.bench.stream import BenchPipeline, Case
+from scripts.bench.stream_goals import MET, MISSED, UNKNOWN
+from scripts.bench.stream_rows import StreamRow
+from scripts.bench.timed_transport import TimedHost, TimedVisit, Timeline
 from tests.helpers.checkpoints import tiny_config
 from tests.helpers.runs import CPU, plan_of
 

@@ -18,10 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import plans
+    from scripts import plans
 
-    monkeypatch.delitem(sys.modules, "plans")
+    monkeypatch.delitem(sys.modules, "scripts.plans")
     return plans
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import static_bound
 
 from lowvram.errors import UsageError
 from lowvram.timing.cards import (
@@ -15,6 +14,7 @@ from lowvram.timing.cards import (
     parse_link,
     parse_speed,
 )
+from scripts import static_bound
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from plots import TIMELINE_BLOCKS, timeline_plot, write_svg
-from stream_rows import FAILED, GAVE_UP, NOT_MEASURED, SAME_PLAN, StreamRow
-from timed_transport import Timeline
-
 from lowvram.variants import EXPERTS, T2V_A14B
+from scripts.bench.plots import TIMELINE_BLOCKS, timeline_plot, write_svg
+from scripts.bench.stream_rows import FAILED, GAVE_UP, NOT_MEASURED, SAME_PLAN, StreamRow
+from scripts.bench.timed_transport import Timeline
 
 MET, MISSED, UNKNOWN = "met", "missed", "not measured"
 MOST_OVERHEAD, MOST_ERROR = 0.02, 0.10
@@ -142,7 +141,7 @@ def document(
     lines = [
         "# The goals of the streaming benchmark",
         "",
-        f"Written by `scripts/bench.py stream`. {source}.",
+        f"Written by `scripts/bench/__main__.py stream`. {source}.",
     ]
     if rehearsal:
         lines += [

@@ -1,8 +1,8 @@
 """All of A14B at its true size, on a CPU, within budgets that the kernel enforces: what `lowvram
 generate` takes and how long it runs.
 
-    python scripts/bench_whole.py --work build/whole                # 37 GB of random int8 weights, then a run per pair of budgets
-    python scripts/bench_whole.py --work build/whole --layers 2     # two blocks per expert, a text encoder of one
+    python -m scripts.bench whole --work build/whole                # 37 GB of random int8 weights, then a run per pair of budgets
+    python -m scripts.bench whole --work build/whole --layers 2     # two blocks per expert, a text encoder of one
 
 Both experts, the UMT5-XXL encoder and the VAE have the real shapes; the weights are random, so the
 clip shows nothing. Each run is the command line in a process of its own, in a control group whose
@@ -24,9 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_timing import ROOT, machine, write_csv
-from memory_group import NoGroupError, memory_group
-from random_store import bench_config, write_random_store
 
 from lowvram.checkpoint.names import dit_shapes, text_encoder_shapes, vae_shapes
 from lowvram.doctor.measure import machine_profile
@@ -35,6 +32,9 @@ from lowvram.errors import LowvramError
 from lowvram.store.reader import open_store
 from lowvram.units import format_bytes, parse_bytes
 from lowvram.variants import T2V_A14B, ModelConfig
+from scripts.bench.memory_group import NoGroupError, memory_group
+from scripts.bench.random_store import bench_config, write_random_store
+from scripts.bench.timing import ROOT, machine, write_csv
 
 GB = 10**9
 OUTPUT = ROOT / "docs" / "benchmarks" / "whole.csv"
@@ -278,7 +278,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in problems:
         print(f"bench_whole.py: {problem}", file=sys.stderr)
     return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 
-from bench_timing import machine
-from plots import Bar
+from scripts.bench.plots import Bar
+from scripts.bench.timing import machine
 
 # How notes begin. Where a lowvram row begins with one of the last two, the benchmark fails.
 NOT_MEASURED, FAILED, GAVE_UP = "not measured: ", "failed: ", "the plan did not hold: "

@@ -1,4 +1,4 @@
-"""The speed of single kernels in `bench.py all`: beside their peers at 480p, at other sizes, and
+"""The speed of single kernels in `bench all`: beside their peers at 480p, at other sizes, and
 with the few other tiles worth a try.
 """
 
@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-import tune
-from bench_kernels import (
+from lowvram_kernels.tuning import INTERPRETER, architecture
+
+from scripts import tune
+from scripts.bench.kernels import (
     HEADS,
     LINEARS,
     TEXT_TOKENS,
@@ -21,10 +23,9 @@ from bench_kernels import (
     row_benches,
     row_of,
 )
-from bench_machine import peaks_of
-from bench_results import problem_of
-from bench_steps import Context, LeftOut, Row, Unit, missing_packages
-from lowvram_kernels.tuning import INTERPRETER, architecture
+from scripts.bench.machine import peaks_of
+from scripts.bench.results import problem_of
+from scripts.bench.steps import Context, LeftOut, Row, Unit, missing_packages
 
 TOKENS_480P, TOKENS_720P, TOKENS_CHUNK = 32760, 75600, 8192
 # are measured where they are installed, and named where they are not

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +147,11 @@ def measure(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/vae_tiles.json"))
     parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     sizes = {
         "size": SIZE,
         "frames": FRAMES,
@@ -158,15 +159,12 @@ def main() -> None:
         "overlap": VAE_TILE_OVERLAP_PIXELS,
         "margin": VAE_TILE_MARGIN_PIXELS,
     }
-    clips = [measure(seed) for seed in range(arguments.seeds)]
+    clips = [measure(seed) for seed in range(options.seeds)]
     found = (
         {"what": __doc__, "unit": "levels of 0..255 where nothing else is said"}
         | sizes
         | {"clips": clips}
     )
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(arguments.out.read_text(encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    main()
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(options.out.read_text(encoding="utf-8"))
+    return 0

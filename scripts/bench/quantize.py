@@ -1,8 +1,8 @@
 """Measures the quantizer on one expert of the real A14B shapes: peak memory, seconds, and what
 copying the same bytes takes.
 
-    python scripts/bench_quantize.py --work build/bench            # 57 GB of fp32 in sparse shards, 15 GB written
-    python scripts/bench_quantize.py --work build/bench --blocks 2
+    python -m scripts.bench quantize --work build/bench            # 57 GB of fp32 in sparse shards, 15 GB written
+    python -m scripts.bench quantize --work build/bench --blocks 2
 
 The source has the official layout and is sparse: reading it costs no disk, so the times show the
 quantizer, not the disk. Prints JSON and removes what it wrote.
@@ -144,7 +144,7 @@ def copy_times(sources: Sequence[Path], stored: Path) -> dict[str, float]:
     return {"read_source_s": read_s, "copy_stored_s": copy_s}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -154,18 +154,18 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=T2V_A14B.dit.num_layers)
     parser.add_argument("--format", default="int8")
     parser.add_argument("--threads", type=int)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     source, result = (
-        arguments.work / "source",
-        {"format": arguments.format, "blocks": arguments.blocks},
+        options.work / "source",
+        {"format": options.format, "blocks": options.blocks},
     )
-    arguments.work.mkdir(parents=True)
+    options.work.mkdir(parents=True)
     try:
-        write_sparse_source(source, limited(arguments.blocks), shards=6)
+        write_sparse_source(source, limited(options.blocks), shards=6)
         with open_source(source) as opened:
-            result |= measure(opened, arguments.work, arguments.format, arguments.threads)
+            result |= measure(opened, options.work, options.format, options.threads)
         shards = sorted((source / "high_noise_model").glob("*.safetensors"))
-        result |= copy_times(shards, arguments.work / STAGING_NAME / "high_noise.safetensors")
+        result |= copy_times(shards, options.work / STAGING_NAME / "high_noise.safetensors")
         result |= {
             "cpu": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
@@ -181,8 +181,5 @@ def main() -> None:
             )
         )
     finally:
-        shutil.rmtree(arguments.work)
-
-
-if __name__ == "__main__":
-    main()
+        shutil.rmtree(options.work)
+    return 0

@@ -1,8 +1,8 @@
 """Trains the demo model from nothing: a small Wan VAE, then one DiT with its text encoder, then the
 two experts.
 
-    python scripts/train_demo.py --work build/demo            # every stage, resuming where the last run stopped
-    python scripts/train_demo.py --work build/demo --stage high-noise   # and low-noise in another process, side by side
+    python -m scripts.demo.train --work build/demo            # every stage, resuming where the last run stopped
+    python -m scripts.demo.train --work build/demo --stage high-noise   # and low-noise in another process, side by side
 
 Everything is drawn by `lowvram.demo.scenes`, so there is no data set. Each stage is seeded, saves
 its state every `SAVE_EVERY` steps and continues from it. `export` writes the official file layout
@@ -26,13 +26,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import demo_models as networks
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 
 from lowvram.demo import scenes
+from scripts.demo import models as networks
 
 SAVE_EVERY = 200
 BOUNDARY = 0.875

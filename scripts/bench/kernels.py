@@ -12,10 +12,11 @@ from importlib.util import find_spec
 import lowvram_kernels.ops as ops
 import torch
 import torch.nn.functional as F
-from bench_timing import Row, machine, measure, reason
 from lowvram_kernels.tuning import INTERPRETER, PV_DTYPES, architecture, pv_choices
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from scripts.bench.timing import Row, machine, measure, reason
 
 TOKENS = (8192, 32760, 75600)
 # (N, K) of a block's linears; k and v are one product, and o and ffn.2 are added to the residual

@@ -1,4 +1,4 @@
-"""Nsight Compute on the two slowest kernels that `bench.py all` has measured: what limits them, as
+"""Nsight Compute on the two slowest kernels that `bench all` has measured: what limits them, as
 the hardware counts it.
 """
 
@@ -10,9 +10,9 @@ import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from bench_results import Record
-from bench_speed import Shapes
-from bench_steps import Context, LeftOut, Row, Unit
+from scripts.bench.results import Record
+from scripts.bench.speed import Shapes
+from scripts.bench.steps import Context, LeftOut, Row, Unit
 
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "Occupancy", "LaunchStats")
 SECTIONS += ("MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis")

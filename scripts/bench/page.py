@@ -1,4 +1,4 @@
-"""The last page of `bench.py all`: what machine it was, how each step ended, and which goals are
+"""The last page of `bench all`: what machine it was, how each step ended, and which goals are
 met, missed or not measured.
 """
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench_results import Record, problem_of, row_key
+from scripts.bench.results import Record, problem_of, row_key
 
 if TYPE_CHECKING:
-    from bench_all import Outcome, Step
+    from scripts.bench.run_all import Outcome, Step
 
 MET, MISSED, UNKNOWN = "met", "missed", "not measured"
 LINEAR_GOAL, ATTENTION_GOAL, BLOCK_GOAL, ROWS_GOAL, TILE_GAIN = 1.6, 1.3, 1.6, 0.8, 0.02
@@ -43,7 +43,7 @@ def page(
     """
     rows = rows_that_count(records)
     facts = rows[-1] if rows else {}
-    lines = ["# `bench.py all`", ""]
+    lines = ["# `bench all`", ""]
     if rehearsal:
         lines += [
             "**A rehearsal on a CPU:** it shows that the benchmark runs and says nothing "
@@ -291,8 +291,8 @@ def streaming(rows: Sequence[Record]) -> list[Verdict]:
     if not measured:
         return [Verdict("streamed steps: overhead, peaks, prediction, switch", UNKNOWN, "no row")]
     try:
-        from stream_goals import verdicts as stream_verdicts
-        from stream_rows import StreamRow, exceeded
+        from scripts.bench.stream_goals import verdicts as stream_verdicts
+        from scripts.bench.stream_rows import StreamRow, exceeded
     except ImportError as error:
         return [
             Verdict(

@@ -1,8 +1,8 @@
 """Scores the demo model on held-out captions, format by format, with a checker that sees only the
 decoded frames.
 
-    python scripts/judge_demo.py                                   # 50 pairs of prompt and seed in bf16, int8 and fp8
-    python scripts/judge_demo.py --pairs 12 --formats int8 --sheet sheet.png
+    python -m scripts.demo.judge                                   # 50 pairs of prompt and seed in bf16, int8 and fp8
+    python -m scripts.demo.judge --pairs 12 --formats int8 --sheet sheet.png
 
 Prints a table, also for shuffled captions (which must fail), and writes JSON with `--json`.
 """

@@ -1,7 +1,7 @@
-"""One step of `bench.py all`, in a process of its own: its units one after the other, each noted as
+"""One step of `bench all`, in a process of its own: its units one after the other, each noted as
 it begins and ends.
 
-python scripts/bench.py step NAME --out FOLDER --seconds 60     what `all` starts; `--units` runs only some, `--list` shows them
+python -m scripts.bench step NAME --out FOLDER --seconds 60     what `all` starts; `--units` runs only some, `--list` shows them
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench_all import DEVICE_LOST, FAILED, LEFT_OUT, NO_DEVICE, OUT_OF_TIME, STEPS, WHOLE, Step
-from bench_results import Record, Results, ResultsNotWritten, problem_of, source_digest
+from scripts.bench.results import Record, Results, ResultsNotWritten, problem_of, source_digest
+from scripts.bench.run_all import (
+    DEVICE_LOST,
+    FAILED,
+    LEFT_OUT,
+    NO_DEVICE,
+    OUT_OF_TIME,
+    STEPS,
+    WHOLE,
+    Step,
+)
 
 Row = dict[str, Any]
 
@@ -78,15 +87,15 @@ class Context:
 
 # The module and function that yields each step's units.
 UNITS = {
-    "machine": "bench_machine:units",
-    "correct": "bench_correct:units",
-    "speed": "bench_speed:speed_units",
-    "block": "bench_models:block_units",
-    "stream": "bench_models:stream_units",
-    "demo": "bench_models:demo_units",
-    "tiles": "bench_speed:tile_units",
-    "more": "bench_speed:more_units",
-    "ncu": "bench_ncu:units",
+    "machine": "scripts.bench.machine:units",
+    "correct": "scripts.bench.correct:units",
+    "speed": "scripts.bench.speed:speed_units",
+    "block": "scripts.bench.models:block_units",
+    "stream": "scripts.bench.models:stream_units",
+    "demo": "scripts.bench.models:demo_units",
+    "tiles": "scripts.bench.speed:tile_units",
+    "more": "scripts.bench.speed:more_units",
+    "ncu": "scripts.bench.ncu:units",
 }
 
 
@@ -104,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="bench.py step",
+        prog="python -m scripts.bench step",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -154,7 +163,7 @@ def run(options: argparse.Namespace) -> int:
     module, function = UNITS[step.name].split(":")
     with torch.no_grad():
         if options.launch:
-            return int(import_module("bench_ncu").launch(options.launch, context))
+            return int(import_module("scripts.bench.ncu").launch(options.launch, context))
         units: list[Unit] = list(getattr(import_module(module), function)(context))
         if options.list:
             print("\n".join(unit.name for unit in units))
@@ -173,7 +182,8 @@ def again(options: argparse.Namespace) -> list[str]:
     command = [
         sys.executable,
         "-u",
-        str(Path(__file__).with_name("bench.py")),
+        "-m",
+        "scripts.bench",
         "step",
         options.step,
         "--out",

@@ -1,4 +1,4 @@
-"""Whole parts of a model in `bench.py all`: one block, denoising steps within budgets, and the demo
+"""Whole parts of a model in `bench all`: one block, denoising steps within budgets, and the demo
 from checkpoint to frames.
 """
 
@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bench_steps import Context, LeftOut, Row, Unit
 
 from lowvram.errors import BudgetError
 from lowvram.planner.phases import PlanChoice
 from lowvram.planner.plan import describe_plan
 from lowvram.request import latent_shape
 from lowvram.variants import T2V_A14B, ModelConfig, TextEncoderConfig, VAEConfig
+from scripts.bench.steps import Context, LeftOut, Row, Unit
 
 if TYPE_CHECKING:  # these need packages that a step on a bare machine does without
     from lowvram.pipeline import Pipeline, Video
@@ -59,8 +59,9 @@ def block(context: Context) -> Iterator[Row]:
     """diffusers' block in bf16, then lowvram's in each format, then with each product of
     attention.
     """
-    from bench_block import results
     from lowvram_kernels.tuning import INTERPRETER, architecture, pv_choices
+
+    from scripts.bench.block import results
 
     if context.rehearse:
         found = results(
@@ -104,8 +105,8 @@ def stream_units(context: Context) -> Iterator[Unit]:
 
 
 def stream_case(context: Context) -> tuple[ModelConfig, Any]:
-    from bench_stream import Case
-    from random_store import bench_config
+    from scripts.bench.random_store import bench_config
+    from scripts.bench.stream import Case
 
     if context.rehearse:
         return toy_config(40), Case((64, 64), 9, 4, ())
@@ -116,12 +117,11 @@ def streamed(context: Context) -> Iterator[Row]:
     """A row per pair of budgets: everything resident, `SMALL_VRAM` with much RAM, and with as
     little RAM as a plan takes, from disk.
     """
-    from bench_stream import disk_speed, free_bytes, lowvram_rows
-    from random_store import write_random_store
-    from stream_rows import problems
-
     from lowvram.doctor.measure import measure_profile
     from lowvram.hardware.cgroups import host_memory
+    from scripts.bench.random_store import write_random_store
+    from scripts.bench.stream import disk_speed, free_bytes, lowvram_rows
+    from scripts.bench.stream_rows import problems
 
     config, case = stream_case(context)
     device = torch.device(context.device)
@@ -154,10 +154,10 @@ def smallest(store: Store, case: Any, device: torch.device, which: str, other: i
     `LeftOut` where none does.
     """
     import psutil
-    from bench_stream import BenchPipeline, request_of, taken_bytes
 
     from lowvram.hardware.budgets import PROCESS_GROWTH_BYTES
     from lowvram.planner.phases import Host
+    from scripts.bench.stream import BenchPipeline, request_of, taken_bytes
 
     process = psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES
     host = Host(True, taken_bytes(device), process, Host.of(device.type).references)
@@ -182,7 +182,7 @@ def smallest(store: Store, case: Any, device: torch.device, which: str, other: i
 
 
 def beside(name: str, context: Context) -> Iterator[Row]:
-    from bench_stream import baseline_rows
+    from scripts.bench.stream import baseline_rows
 
     config, case = stream_case(context)
     for row in baseline_rows(config, case, torch.device(context.device), name):
@@ -195,7 +195,7 @@ def beside(name: str, context: Context) -> Iterator[Row]:
 
 
 def memory_tests(context: Context) -> Iterator[Row]:
-    from bench_correct import tested
+    from scripts.bench.correct import tested
 
     yield from tested(MEMORY_TESTS, "1/1", context)
 

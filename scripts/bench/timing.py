@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from plots import Bar
+
+from scripts.bench import ROOT
+from scripts.bench.plots import Bar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
 # About a millisecond of waiting on the GPU, in which the host queues what is measured: else small
 # calls would show the host's speed.

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bench_results import ROOT
-from bench_speed import Shapes, own_calls
-from bench_steps import Context, LeftOut, Row, Unit, workers
 from lowvram_kernels import check
 from lowvram_kernels.ops import OPS
+
+from scripts.bench.results import ROOT
+from scripts.bench.speed import Shapes, own_calls
+from scripts.bench.steps import Context, LeftOut, Row, Unit, workers
 
 TESTS = "tests/gpu/test_kernels.py"
 

@@ -1,4 +1,4 @@
-"""What machine `bench.py all` runs on: versions, the GPU's facts, and what the vendor's libraries,
+"""What machine `bench all` runs on: versions, the GPU's facts, and what the vendor's libraries,
 the link and the disk reach here.
 """
 
@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import torch
-from bench_steps import Context, LeftOut, Row, Unit, version_of
-from bench_timing import measure, peaks
+
+from scripts.bench.steps import Context, LeftOut, Row, Unit, version_of
+from scripts.bench.timing import measure, peaks
 
 PACKAGES = (
     "torch",

@@ -24,24 +24,6 @@ from typing import Any
 
 import psutil
 import torch
-from bench_timing import reason, write_csv
-from diffusers_model import baselines, new_model, time_steps
-from plots import bars, timeline_plot, write_svg
-from random_store import FORMAT, bench_config, write_random_store
-from stream_goals import report_goals
-from stream_rows import (
-    FAILED,
-    GAVE_UP,
-    NOT_MEASURED,
-    SAME_PLAN,
-    StreamRow,
-    machine_of,
-    merged,
-    problems,
-    read_rows,
-    row_bars,
-)
-from timed_transport import TimedCuda, TimedHost, TimedStreamer, TimedVisit, Timeline, stall_seconds
 from torch import Tensor
 
 from lowvram.doctor.measure import measure_profile
@@ -66,6 +48,31 @@ from lowvram.streaming.stream import Buffers
 from lowvram.streaming.transport import Transport
 from lowvram.units import format_bytes, parse_size
 from lowvram.variants import EXPERTS, ModelConfig
+from scripts.bench.diffusers_model import baselines, new_model, time_steps
+from scripts.bench.plots import bars, timeline_plot, write_svg
+from scripts.bench.random_store import FORMAT, bench_config, write_random_store
+from scripts.bench.stream_goals import report_goals
+from scripts.bench.stream_rows import (
+    FAILED,
+    GAVE_UP,
+    NOT_MEASURED,
+    SAME_PLAN,
+    StreamRow,
+    machine_of,
+    merged,
+    problems,
+    read_rows,
+    row_bars,
+)
+from scripts.bench.timed_transport import (
+    TimedCuda,
+    TimedHost,
+    TimedStreamer,
+    TimedVisit,
+    Timeline,
+    stall_seconds,
+)
+from scripts.bench.timing import reason, write_csv
 
 GB = 10**9
 SHIFT = 5.0
@@ -520,7 +527,7 @@ def stream(options: argparse.Namespace, output: Path) -> int:
     """
     if options.steps < 2:
         print(
-            "bench.py stream: --steps must be at least 2, so that the expert switch is among them",
+            "bench stream: --steps must be at least 2, so that the expert switch is among them",
             file=sys.stderr,
         )
         return 2
@@ -532,7 +539,7 @@ def stream(options: argparse.Namespace, output: Path) -> int:
     only = name if options.no_baselines else options.only
     if not any(only in provider for provider in (name, *baselines(device))):
         print(
-            f"bench.py stream: --only {only!r} is in no provider's name: "
+            f"bench stream: --only {only!r} is in no provider's name: "
             f"{', '.join((name, *baselines(device)))}",
             file=sys.stderr,
         )
@@ -560,5 +567,5 @@ def stream(options: argparse.Namespace, output: Path) -> int:
             rows = run(store, config, cases, device, output, only, profile, speed)
     found = problems(rows)
     for problem in found:
-        print(f"bench.py stream: {problem}", file=sys.stderr)
+        print(f"bench stream: {problem}", file=sys.stderr)
     return 1 if found else 0

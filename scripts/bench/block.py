@@ -12,7 +12,6 @@ from functools import partial
 from unittest import mock
 
 import torch
-from bench_timing import machine, measure
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from lowvram_quantize.fp8 import quantize_fp8
 from lowvram_quantize.int8 import quantize_int8
@@ -29,6 +28,7 @@ from lowvram.request import LatentShape, Workload
 from lowvram.store.layout import StoredTensor, component_layout
 from lowvram.streaming.block import BlockView
 from lowvram.variants import ModelConfig
+from scripts.bench.timing import machine, measure
 
 CHUNK_TOKENS = 8192
 UNLIMITED = 2**62

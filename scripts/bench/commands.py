@@ -1,10 +1,10 @@
 """One benchmark at length: lowvram's kernels, a whole DiT block or denoising steps, beside what
 people use today, on a CUDA machine.
 
-    python scripts/bench.py kernels [--tokens 8192 32760 75600] [--only attention]
-    python scripts/bench.py block [--size 832x480]
-    python scripts/bench.py stream [--layers 40] [--sizes 832x480] [--vram 24 12 8 6] [--ram 40 16 6] [--only lowvram]
-    python scripts/bench.py stream --device cpu --layers 1 --sizes 64x64 --frames 9
+    python -m scripts.bench kernels [--tokens 8192 32760 75600] [--only attention]
+    python -m scripts.bench block [--size 832x480]
+    python -m scripts.bench stream [--layers 40] [--sizes 832x480] [--vram 24 12 8 6] [--ram 40 16 6] [--only lowvram]
+    python -m scripts.bench stream --device cpu --layers 1 --sizes 64x64 --frames 9
 
 The tests on the GPU run first: no speed is reported where a kernel is wrong. Writes the raw numbers
 as CSV, row by row, and a plot into docs/benchmarks, named after the GPU; `stream` adds its rows to
@@ -28,11 +28,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from bench_timing import ROOT, machine, peaks, rate_bars, require_cuda, table, write_csv
-from plots import bars, write_svg
 
 from lowvram.request import latent_shape
 from lowvram.variants import T2V_A14B
+from scripts.bench.plots import bars, write_svg
+from scripts.bench.timing import ROOT, machine, peaks, rate_bars, require_cuda, table, write_csv
 
 OUTPUT, REHEARSAL = ROOT / "docs" / "benchmarks", ROOT / "build" / "rehearsal"
 CUDA = torch.device("cuda")
@@ -73,7 +73,7 @@ def installed(command: str, without: Sequence[str] = ()) -> bool:
     missing = [name for name in NEEDS[command] if name not in without and find_spec(name) is None]
     if missing:
         print(
-            f"bench.py {command}: not installed here: {', '.join(missing)}; `pip install -e "
+            f"bench {command}: not installed here: {', '.join(missing)}; `pip install -e "
             f".[dev]` installs them",
             file=sys.stderr,
         )
@@ -111,7 +111,7 @@ def in_file_names(name: str) -> str:
 
 
 def kernels(options: argparse.Namespace) -> int:
-    from bench_kernels import all_benches, rows_of
+    from scripts.bench.kernels import all_benches, rows_of
 
     measured = peaks()
     print(
@@ -148,8 +148,9 @@ def kernels(options: argparse.Namespace) -> int:
 
 
 def block(options: argparse.Namespace) -> int:
-    from bench_block import results
     from lowvram_kernels.tuning import architecture, pv_choices
+
+    from scripts.bench.block import results
 
     width, height = map(int, options.size.split("x"))
     grid = latent_shape(T2V_A14B, width, height, options.frames).grid
@@ -171,8 +172,8 @@ def block(options: argparse.Namespace) -> int:
 
 
 def streamed(options: argparse.Namespace) -> int:
-    from bench_stream import stream
-    from stream_rows import machine_of
+    from scripts.bench.stream import stream
+    from scripts.bench.stream_rows import machine_of
 
     folder = options.output or (REHEARSAL if options.device == "cpu" else OUTPUT)
     return stream(options, folder / f"stream-{in_file_names(machine_of(options.device)[0])}")
@@ -249,7 +250,7 @@ def main(arguments: list[str]) -> int:
         if not installed(options.command, without=("triton", "pytest")):
             return 1
     elif (
-        require_cuda(f"bench.py {options.command}")
+        require_cuda(f"bench {options.command}")
         and installed(options.command)
         and gate(GATES[options.command])
     ):
@@ -259,7 +260,3 @@ def main(arguments: list[str]) -> int:
         return 1
     with torch.no_grad():
         return {"kernels": kernels, "block": block, "stream": streamed}[options.command](options)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The results of `bench.py all`: a file of JSON lines, each appended and synced as it is measured,
+"""The results of `bench all`: a file of JSON lines, each appended and synced as it is measured,
 so that no crash loses one.
 """
 
@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from scripts.bench import ROOT
+
 ROWS = "rows.jsonl"
 # What decides a number: the code that is measured and the code that measures. Documents and tests
 # do not.

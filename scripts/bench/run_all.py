@@ -1,4 +1,4 @@
-"""`bench.py all`: the steps of the whole benchmark, each in a process of its own with its share of
+"""`bench all`: the steps of the whole benchmark, each in a process of its own with its share of
 the time, and one page at the end.
 
 A step that fails, hangs, is killed or lacks a package costs itself alone. Where a process dies, its
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_page import page
-from bench_results import ROOT, Results, ResultsNotWritten, commit_of, problem_of
+from scripts.bench.page import page
+from scripts.bench.results import ROOT, Results, ResultsNotWritten, commit_of, problem_of
 
 # How a process of a step ends, beside 0: what it does not say with these it died of.
 FAILED, LEFT_OUT, OUT_OF_TIME, NO_DEVICE, DEVICE_LOST = 1, 3, 4, 5, 6
@@ -107,7 +107,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"bench.py all: cannot make {options.out}: {problem_of(error)}", file=sys.stderr)
+        print(
+            f"bench all: cannot make {options.out}: {problem_of(error)}",
+            file=sys.stderr,
+        )
         return 2
     call = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{os.getpid()}"
     run = Run(options, Results(options.out, call, options.earlier), begin)
@@ -132,7 +135,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="bench.py all",
+        prog="bench all",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -252,7 +255,8 @@ class Run:
         command = [
             sys.executable,
             "-u",
-            str(ROOT / "scripts" / "bench.py"),
+            "-m",
+            "scripts.bench",
             "step",
             step.name,
             "--out",
@@ -279,7 +283,7 @@ class Run:
         names = ("LOWVRAM_BACKEND", "LOWVRAM_PV", "TRITON_INTERPRET")
         found = {name: value for name, value in os.environ.items() if name not in names}
         paths = [value for value in [os.environ.get("PYTHONPATH", "")] if value]
-        paths += [str(ROOT / folder) for folder in (".", "kernels", "quantize", "scripts")]
+        paths += [str(ROOT / folder) for folder in (".", "kernels", "quantize")]
         found |= {
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONUNBUFFERED": "1",
@@ -302,7 +306,7 @@ class Run:
         try:
             (self.options.out / "page.md").write_text(text, encoding="utf-8")
         except OSError as error:
-            self._log.line(f"bench.py all: page.md was not written: {problem_of(error)}")
+            self._log.line(f"bench all: page.md was not written: {problem_of(error)}")
 
 
 def verdict(code: int | None, last: Sequence[str], limit_s: float) -> tuple[str, str]:
@@ -337,7 +341,7 @@ class Log:
             except OSError as error:
                 self._broken = True
                 print(
-                    f"bench.py all: log.txt is not written any more: {problem_of(error)}",
+                    f"bench all: log.txt is not written any more: {problem_of(error)}",
                     flush=True,
                 )
 
