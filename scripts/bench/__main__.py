@@ -8,7 +8,7 @@ From the root of the repository:
     python -m scripts.bench whole                              all of A14B at its true size, within budgets that the kernel enforces
     python -m scripts.bench quantize | vae                     the quantizer at true shapes; the tiles of the VAE
 
-Needs torch and msgspec, and nothing of lowvram installed. `all` leaves out what needs a package
+Needs torch, and nothing of lowvram installed. `all` leaves out what needs a package
 that is not there and says so.
 """
 

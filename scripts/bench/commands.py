@@ -29,13 +29,12 @@ from pathlib import Path
 
 import torch
 
-from lowvram.request import latent_shape
-from lowvram.variants import T2V_A14B
 from scripts.bench.plots import bars, write_svg
 from scripts.bench.timing import ROOT, machine, peaks, rate_bars, require_cuda, table, write_csv
 
 OUTPUT, REHEARSAL = ROOT / "docs" / "benchmarks", ROOT / "build" / "rehearsal"
 CUDA = torch.device("cuda")
+A14B_LAYERS = 40
 KERNEL_TESTS, MEMORY_TESTS = "tests/gpu/test_kernels.py", "tests/gpu/test_memory.py"
 # What a failure of each means.
 CAUSES = {
@@ -51,7 +50,7 @@ GATES = {
 # Packages beside torch. A command imports no other's: a machine for measuring may have little else.
 NEEDS = {
     "kernels": ("triton", "pytest"),
-    "block": ("triton", "pytest", "diffusers", "optimum", "safetensors"),
+    "block": ("triton", "pytest", "diffusers", "optimum", "safetensors", "msgspec"),
     "stream": (
         "triton",
         "pytest",
@@ -62,6 +61,7 @@ NEEDS = {
         "ftfy",
         "tokenizers",
         "psutil",
+        "msgspec",
     ),
 }
 
@@ -150,6 +150,8 @@ def kernels(options: argparse.Namespace) -> int:
 def block(options: argparse.Namespace) -> int:
     from lowvram_kernels.tuning import architecture, pv_choices
 
+    from lowvram.request import latent_shape
+    from lowvram.variants import T2V_A14B
     from scripts.bench.block import results
 
     width, height = map(int, options.size.split("x"))
@@ -208,7 +210,7 @@ def make_parser() -> argparse.ArgumentParser:
     three.add_argument(
         "--layers",
         type=int,
-        default=T2V_A14B.dit.num_layers,
+        default=A14B_LAYERS,
         help="fewer blocks per expert: less disk, shorter steps",
     )
     three.add_argument("--sizes", nargs="+", default=["832x480", "1280x720"])

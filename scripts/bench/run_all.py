@@ -62,7 +62,7 @@ class Step:
     parallel: bool = False
 
 
-PIPELINE = ("triton", "psutil", "safetensors")
+PIPELINE = ("triton", "psutil", "safetensors", "msgspec")
 DEMO = (*PIPELINE, "tokenizers", "ftfy", "diffusers", "optimum", "rich")
 STEPS = (
     Step("machine", "what machine this is, and its measured peaks", 20, 12, ()),
@@ -73,7 +73,7 @@ STEPS = (
         "one block beside diffusers'",
         40,
         25,
-        ("triton", "diffusers", "optimum", "safetensors"),
+        ("triton", "diffusers", "optimum", "safetensors", "msgspec"),
     ),
     Step(
         "stream",

@@ -335,6 +335,7 @@ BARE = (
     "psutil",
     "typer",
     "rich",
+    "msgspec",
 )
 
 

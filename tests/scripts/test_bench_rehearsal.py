@@ -71,6 +71,7 @@ BARE = (
     "psutil",
     "typer",
     "rich",
+    "msgspec",
 )
 
 
@@ -100,7 +101,7 @@ def run(out: Path, *arguments: str, plant: str = "") -> subprocess.CompletedProc
         command,
         capture_output=True,
         text=True,
-        cwd=out.parent,
+        cwd=ROOT,
         env={**environment, "OMP_NUM_THREADS": "1"},
     )
 
