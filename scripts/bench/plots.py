@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from scripts.bench.timed_transport import Timeline, stall_seconds
+from scripts.bench.timeline import Timeline, stall_seconds
 
 ROW = 18  # pixels
 LABELS, BARS = 290, 400  # width of the names and of the longest bar

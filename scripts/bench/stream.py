@@ -64,14 +64,8 @@ from scripts.bench.stream_rows import (
     read_rows,
     row_bars,
 )
-from scripts.bench.timed_transport import (
-    TimedCuda,
-    TimedHost,
-    TimedStreamer,
-    TimedVisit,
-    Timeline,
-    stall_seconds,
-)
+from scripts.bench.timed_transport import TimedCuda, TimedHost, TimedStreamer
+from scripts.bench.timeline import TimedVisit, Timeline, stall_seconds
 from scripts.bench.timing import reason, write_csv
 
 GB = 10**9

@@ -11,7 +11,7 @@ from pathlib import Path
 from lowvram.variants import EXPERTS, T2V_A14B
 from scripts.bench.plots import TIMELINE_BLOCKS, timeline_plot, write_svg
 from scripts.bench.stream_rows import FAILED, GAVE_UP, NOT_MEASURED, SAME_PLAN, StreamRow
-from scripts.bench.timed_transport import Timeline
+from scripts.bench.timeline import Timeline
 
 MET, MISSED, UNKNOWN = "met", "missed", "not measured"
 MOST_OVERHEAD, MOST_ERROR = 0.02, 0.10

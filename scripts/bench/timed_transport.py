@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,37 +16,7 @@ from torch import Tensor
 from lowvram.streaming.block import BlockView
 from lowvram.streaming.streamer import Streamer
 from lowvram.streaming.transport import CudaTransport, HostTransport
-
-
-class TimedVisit(NamedTuple):
-    """One use of a block, in seconds: all work before it was over at `asked_s`, its bytes had come
-    at `start_s`, it was done at `end_s`.
-    """
-
-    component: str
-    index: int
-    asked_s: float
-    start_s: float
-    end_s: float
-
-    @property
-    def stall_s(self) -> float:
-        return self.start_s - self.asked_s
-
-
-@dataclass
-class Timeline:
-    """When copies and visits of one stream began and ended, in seconds from its first event.
-    Between visits there is other work.
-    """
-
-    copies: list[tuple[float, float]] = field(default_factory=list)
-    visits: list[TimedVisit] = field(default_factory=list)
-
-
-def stall_seconds(visits: Sequence[TimedVisit]) -> float:
-    """How long the computation waited for the bytes of these visits."""
-    return sum(visit.stall_s for visit in visits)
+from scripts.bench.timeline import TimedVisit, Timeline
 
 
 class Marks(ABC):

@@ -30,7 +30,8 @@ from scripts.bench.plots import timeline_plot
 from scripts.bench.stream import BenchPipeline, Case
 from scripts.bench.stream_goals import MET, MISSED, UNKNOWN
 from scripts.bench.stream_rows import StreamRow
-from scripts.bench.timed_transport import TimedHost, TimedVisit, Timeline
+from scripts.bench.timed_transport import TimedHost
+from scripts.bench.timeline import TimedVisit, Timeline
 from tests.helpers.checkpoints import tiny_config
 from tests.helpers.runs import CPU, plan_of
 
