@@ -145,3 +145,20 @@ VARIANTS = {
     variant.config.variant: variant
     for variant in (Variant(T2V_A14B), Variant(I2V_A14B, "image", _ONLY_PLANNED))
 }
+
+
+def variant_of(
+    dit: DiTConfig,
+    text_encoder: TextEncoderConfig | None = None,
+    vae: VAEConfig | None = None,
+) -> Variant | None:
+    """The variant with these dimensions, as far as they are given; None for a custom model."""
+    for variant in VARIANTS.values():
+        config = variant.config
+        if (
+            dit == config.dit
+            and text_encoder in (None, config.text_encoder)
+            and vae in (None, config.vae)
+        ):
+            return variant
+    return None

@@ -18,7 +18,6 @@ from lowvram.checkpoint.layouts.parts import (
     Rename,
     errors_of,
     model_config,
-    read_sampling,
     read_tokenizer,
     require_norms,
 )
@@ -29,9 +28,9 @@ from lowvram.variants import (
     EXPERTS,
     DiTConfig,
     Layers,
+    ModelConfig,
     Multipliers,
     Number,
-    SamplingDefaults,
     Size,
     Switches,
     TextEncoderConfig,
@@ -168,7 +167,7 @@ def read_diffusers(root: Path) -> Parts:
         )
     text = read_settings(root, _config_path(root, "text_encoder"), EncoderConfig).encoder()
     vae = read_settings(root, _config_path(root, "vae"), AutoencoderConfig).vae()
-    config = model_config(high, text, vae, _sampling(root))
+    config = _with_boundary(root, model_config(root, high, text, vae))
     renames: dict[str, Rename] = {
         "high_noise": names.official_from_diffusers_dit,
         "low_noise": names.official_from_diffusers_dit,
@@ -190,8 +189,10 @@ def _dit_config(root: Path, component: str) -> DiTConfig:
         return settings.dit()
 
 
-def _sampling(root: Path) -> SamplingDefaults:
-    sampling = read_sampling(root)
+def _with_boundary(root: Path, config: ModelConfig) -> ModelConfig:
+    """The config with the boundary that model_index.json names."""
     path = root / "model_index.json"
     boundary = read_settings(root, path, ModelIndex).boundary_ratio if path.exists() else None
-    return sampling if boundary is None else replace(sampling, boundary=boundary)
+    if boundary is None:
+        return config
+    return replace(config, sampling=replace(config.sampling, boundary=boundary))

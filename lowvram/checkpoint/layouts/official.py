@@ -15,14 +15,13 @@ from lowvram.checkpoint.layouts.parts import (
     Parts,
     errors_of,
     model_config,
-    read_sampling,
     read_tokenizer,
     require_norms,
 )
 from lowvram.checkpoint.readers.files import read_settings
 from lowvram.checkpoint.readers.shards import open_folder, open_one
 from lowvram.errors import CheckpointError
-from lowvram.variants import COMPONENTS, EXPERTS, T2V_A14B, DiTConfig, Layers, Number, Size
+from lowvram.variants import COMPONENTS, EXPERTS, DiTConfig, Layers, Number, Size, variant_of
 
 FOLDERS = {component: f"{component}_model" for component in EXPERTS}
 STEMS = {"text_encoder": "models_t5_umt5-xxl-enc-bf16", "vae": "Wan2.1_VAE"}
@@ -48,10 +47,12 @@ def read_official(root: Path, allow_pickle: bool) -> Parts:
         )
     raw = {component: open_folder(root, root / folder) for component, folder in FOLDERS.items()}
     raw |= {component: open_one(root, stem, allow_pickle) for component, stem in STEMS.items()}
-    text, vae = T2V_A14B.text_encoder, T2V_A14B.vae
-    if dit != T2V_A14B.dit:
+    variant = variant_of(dit)
+    if variant is not None:
+        text, vae = variant.config.text_encoder, variant.config.vae
+    else:
         text, vae = infer_text_encoder(raw["text_encoder"].infos), infer_vae(raw["vae"].infos)
-    config = model_config(dit, text, vae, read_sampling(root))
+    config = model_config(root, dit, text, vae)
     return Parts(
         "official",
         config,

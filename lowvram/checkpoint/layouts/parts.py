@@ -13,12 +13,12 @@ from lowvram.errors import CheckpointError, UsageError
 from lowvram.files.checked import checked
 from lowvram.request import Request
 from lowvram.variants import (
-    T2V_A14B,
     DiTConfig,
     ModelConfig,
     SamplingDefaults,
     TextEncoderConfig,
     VAEConfig,
+    variant_of,
 )
 
 Rename = Callable[[str], "str | None"]
@@ -46,14 +46,14 @@ def read_tokenizer(root: Path, path: Path) -> bytes:
     return read_bytes(root, path)
 
 
-def read_sampling(root: Path) -> SamplingDefaults:
-    """The official sampling defaults, overridden by `lowvram_defaults.json` in the model folder.
+def read_sampling(root: Path, defaults: SamplingDefaults) -> SamplingDefaults:
+    """A variant's sampling defaults, overridden by `lowvram_defaults.json` in the model folder.
 
     Raises `CheckpointError`, naming file and field, when no valid request has these defaults.
     """
     path = root / DEFAULTS_FILE
     if not path.exists():
-        return SamplingDefaults()
+        return defaults
     advice = "correct it or remove it"
     data = read_json(root, path, CONFIG_CAP_BYTES, advice)
     known = {item.name for item in fields(SamplingDefaults)} - {"boundary"}
@@ -63,11 +63,11 @@ def read_sampling(root: Path) -> SamplingDefaults:
             raise ValueError(
                 f"unknown key {unknown[0][:80]!r}; known are {', '.join(sorted(known))}"
             )
-        defaults = checked(asdict(SamplingDefaults()) | data, SamplingDefaults)
-        Request(prompt="", **asdict(defaults))
+        changed = checked(asdict(defaults) | data, SamplingDefaults)
+        Request(prompt="", **asdict(changed))
     except (ValueError, UsageError) as error:
         raise CheckpointError(f"{path}: {error}; {advice}") from error
-    return defaults
+    return changed
 
 
 @contextmanager
@@ -89,8 +89,12 @@ def require_norms(qk_norm: bool, cross_attn_norm: bool) -> None:
 
 
 def model_config(
-    dit: DiTConfig, text: TextEncoderConfig, vae: VAEConfig, sampling: SamplingDefaults
+    root: Path, dit: DiTConfig, text: TextEncoderConfig, vae: VAEConfig
 ) -> ModelConfig:
-    """The config of the whole model; its variant is `t2v-custom` if any dimension is not A14B's."""
-    is_a14b = (dit, text, vae) == (T2V_A14B.dit, T2V_A14B.text_encoder, T2V_A14B.vae)
-    return ModelConfig(T2V_A14B.variant if is_a14b else "t2v-custom", dit, text, vae, sampling)
+    """The config of a model in the folder `root`, with the name and the sampling defaults of the
+    variant that it is; a model with other dimensions is `t2v-custom`.
+    """
+    variant = variant_of(dit, text, vae)
+    name = variant.config.variant if variant else "t2v-custom"
+    defaults = variant.config.sampling if variant else SamplingDefaults()
+    return ModelConfig(name, dit, text, vae, read_sampling(root, defaults))
