@@ -15,10 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowvram.checkpoint.layouts.parts import model_config
 from lowvram.checkpoint.source import open_source
 from lowvram.checkpoint.validate import QuantizedSourceError, WrongExpertError
 from lowvram.errors import CheckpointError, MissingTensorsError
-from lowvram.variants import COMPONENTS, T2V_A14B, ModelConfig, SamplingDefaults, VAEConfig
+from lowvram.variants import (
+    COMPONENTS,
+    VARIANTS,
+    ModelConfig,
+    SamplingDefaults,
+    VAEConfig,
+    Variant,
+)
 from tests.helpers.checkpoints import (
     tiny_config,
     tiny_weights,
@@ -114,13 +122,15 @@ def test_boundary_of_diffusers_is_read(diffusers: Path) -> None:
         assert source.config.sampling == SamplingDefaults(boundary=0.9)
 
 
-def test_settings_of_the_real_model_are_recognised() -> None:
-    from lowvram.checkpoint.layouts.parts import model_config
-
-    assert (
-        model_config(T2V_A14B.dit, T2V_A14B.text_encoder, T2V_A14B.vae, SamplingDefaults())
-        == T2V_A14B
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_is_recognised_by_its_dimensions(variant: Variant, tmp_path: Path) -> None:
+    config = variant.config
+    found = model_config(tmp_path, config.dit, config.text_encoder, config.vae)
+    assert found == config
+    custom = model_config(
+        tmp_path, config.dit, replace(config.text_encoder, num_layers=2), config.vae
     )
+    assert custom.variant == "t2v-custom"
 
 
 def test_fingerprint_changes_with_the_file_and_only_then(model: Path) -> None:
