@@ -487,7 +487,7 @@ def test_plan_answers_for_a_card_of_the_table() -> None:
     refused(
         run("plan", "t2v-a14b", "--size", "832x480", "--link", "PCIe 3.0 x8"),
         2,
-        "there are none: name a card with --gpu",
+        "no times are predicted: name a card with --gpu",
     )
 
 
