@@ -154,9 +154,9 @@ def planned_machine(
     """Speeds for the prediction: those of card `gpu`, else this machine's profile, else None.
 
     link, disk: replace the speed of the link and the disk; None keeps it. ram_bytes: RAM of a
-    machine with the card. device: cuda or cpu. The disk speed in the profile is used for variants
-    and for stores on that disk; a store on another disk gets the table's. Raises `UsageError` for an
-    unknown card or speed.
+    machine with the card. device: cuda or cpu. A measured disk speed is used for variants and for
+    stores on that disk; a store on another disk gets the speed of the table of cards. Raises
+    `UsageError` for an unknown card or speed.
     """
     if gpu is not None:
         return _card_profile(find_card(gpu), link, disk, ram_bytes)

@@ -23,7 +23,7 @@ class Cell:
     refusal: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The cell as JSON values, with peaks, choice and prediction of its plan, or the refusal."""
+        """The cell as JSON values, with peaks, choice and prediction of its plan or the refusal."""
         facts = {
             "width": self.width,
             "height": self.height,
