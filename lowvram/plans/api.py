@@ -1,5 +1,8 @@
 """Memory plans and predicted times for a store or a variant, on this machine or on a card of the
-table. Needs no GPU, and torch only to open a store or to read this machine's budgets.
+table, without a GPU.
+
+Importing this module does not import torch; functions import it where they must open a store or
+ask for this machine's budgets.
 """
 
 from __future__ import annotations
