@@ -48,7 +48,7 @@ def header_bytes(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> b
 
 
 class StoreWriter:
-    """Writer of one file: appends `tensors` in order to `path.partial`; `finish` renames it to `path`.
+    """Appends `tensors` in order to `path.partial`; `finish` renames the file to `path`.
 
     identity: everything that the bytes depend on (recipe, source, version); a run is resumed only
     with an equal identity. hashes: sha256 (hex) of every tensor written so far.
