@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowvram.cli.terminal import duration
+from lowvram.cli.progress import duration
 from lowvram.errors import BudgetError
 from lowvram.formats import FORMATS
 from lowvram.planner.choose import choose_plan

@@ -86,6 +86,7 @@ def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _check_identity(path: Path, found: Any, wanted: dict[str, str]) -> None:
+    """Raise `ResumeError` that names every difference between the identities."""
     if not isinstance(found, dict):
         raise ResumeError(f"{path} is damaged: start again without --resume")
     differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]

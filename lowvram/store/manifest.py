@@ -1,4 +1,4 @@
-"""`lowvram.json`: what a store is made of, and the hash of everything in it."""
+"""The manifest of a store, `lowvram.json`: its configuration and the hashes of all its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lowvram.variants import COMPONENTS, ModelConfig
 MANIFEST_NAME = "lowvram.json"
 TOKENIZER_NAME = "tokenizer.json"
 REPORT_NAME = "quantization_report.json"
-STAGING_NAME = "quantize.partial"  # the folder in which a store is made
+STAGING_NAME = "quantize.partial"  # subfolder in which a store is built
 FORMAT_VERSION = 1
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 _RESTORE = "quantize again or restore it"
@@ -30,7 +30,11 @@ _RESTORE = "quantize again or restore it"
 
 @dataclass(frozen=True)
 class ComponentManifest:
-    """One file: the hash of its bytes before the data, and of each tensor's bytes in file order."""
+    """The file of one component.
+
+    header_sha256: hash of the bytes before the tensor data; tensors: hash of each tensor's bytes,
+    in file order.
+    """
 
     file: str
     header_sha256: Sha256
@@ -39,7 +43,10 @@ class ComponentManifest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that `lowvram.json` says. `source`: layout and one fingerprint per component."""
+    """Contents of `lowvram.json`.
+
+    source: layout and one fingerprint per component; recipe: how the tensors were quantized.
+    """
 
     config: ModelConfig
     format: str
@@ -51,8 +58,9 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
-        """Replaces the manifest in `folder` in one step: it is what makes a store complete, so
-        write it last.
+        """Write the manifest atomically, as the last file: it marks the store as complete.
+
+        Raises `OutputError`.
         """
         replace_file(
             folder / MANIFEST_NAME,
@@ -60,15 +68,17 @@ class Manifest:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """The manifest as JSON values, with its own hash under `sha256`."""
         data = {"variant": self.config.variant, **asdict(self)}
         return json.loads(json.dumps(data | {"sha256": _own_hash(data)}))  # type: ignore[no-any-return]
 
 
 def component_file(component: str) -> str:
+    """File name of a component in a store."""
     return f"{component}.safetensors"
 
 
-# What a store holds beside its manifest.
+# Files of a store besides the manifest.
 STORE_FILES = (
     *(component_file(component) for component in COMPONENTS),
     TOKENIZER_NAME,
@@ -77,30 +87,33 @@ STORE_FILES = (
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What an unfinished run left in `folder`: names of lowvram alone, for a folder may hold a
-    user's own `*.partial`.
+    """Files of an unfinished run in `folder`.
+
+    Only names that lowvram writes: any other `*.partial` belongs to the user.
     """
     files = [
         name + suffix for name in (*STORE_FILES, MANIFEST_NAME) for suffix in (PARTIAL, JOURNAL)
     ]
-    found = [
+    existing = [
         folder / name for name in files if (folder / name).is_file() or (folder / name).is_symlink()
     ]
-    return [folder / STAGING_NAME, *found] if (folder / STAGING_NAME).exists() else found
+    return [folder / STAGING_NAME, *existing] if (folder / STAGING_NAME).exists() else existing
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the store in `folder`. Raises `CheckpointError`, and `IntegrityError` where
-    it was changed after it was written.
+    """Read and check the manifest of the store in `folder`.
+
+    Raises `CheckpointError` if there is none or it is invalid, and `IntegrityError` if it was
+    changed after it was written.
     """
     path = folder / MANIFEST_NAME
     if not path.exists():
         raise _not_a_store(folder)
     data = read_json(folder, path, advice=_RESTORE)
     if data.get("format_version") != FORMAT_VERSION:
-        found = str(data.get("format_version"))[:40]
+        version = str(data.get("format_version"))[:40]
         raise CheckpointError(
-            f"{path} has the format version {found}, this lowvram reads {FORMAT_VERSION}: "
+            f"{path} has format version {version}, this lowvram reads {FORMAT_VERSION}: "
             f"update lowvram or quantize again"
         )
     if data.pop("sha256", None) != _own_hash(data):
@@ -112,16 +125,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _not_a_store(folder: Path) -> CheckpointError:
+    """The error for a folder without a manifest."""
     if leftovers(folder):
-        return CheckpointError(f"{folder} is unfinished: go on with lowvram quantize --resume")
+        return CheckpointError(f"{folder} is unfinished: continue with lowvram quantize --resume")
     if is_checkpoint(folder):
         return CheckpointError(
-            f"{folder} is a model that is not quantized yet: make a store of it with `lowvram "
+            f"{folder} is a model that is not quantized yet: quantize it with `lowvram "
             f"quantize {folder} MODEL`"
         )
-    text = f"{folder} holds no {MANIFEST_NAME}: it is not a store that lowvram quantize finished"
+    text = f"{folder} contains no {MANIFEST_NAME}, so it is not a complete quantized model"
     return CheckpointError(
-        f"{text}: give the folder of one, or make it with `lowvram quantize SOURCE MODEL`"
+        f"{text}: give the folder of one, or create one with `lowvram quantize SOURCE MODEL`"
     )
 
 
@@ -130,6 +144,7 @@ def _own_hash(data: dict[str, Any]) -> str:
 
 
 def _from_dict(data: dict[str, Any]) -> Manifest:
+    """The manifest from JSON values without their hash. Raises `ValueError` or `KeyError`."""
     data.pop("variant")
     manifest = checked(data, Manifest)
     if json.loads(json.dumps(asdict(manifest))) != data:

@@ -230,7 +230,7 @@ def test_a_folder_that_may_not_be_read_is_refused_in_one_line(
         run(name, model, *rest),
         1,
         f"cannot read {model}: Permission denied",
-        "check its owner and its rights",
+        "check its owner and its permissions",
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -253,7 +253,7 @@ def test_the_system_is_asked_whether_a_folder_may_be_read(inner: str, tmp_path: 
                 run(name, closed / inner, *rest),
                 1,
                 f"cannot read {closed / inner}: Permission denied",
-                "rights",
+                "permissions",
             )
     finally:
         closed.chmod(0o700)
@@ -487,7 +487,7 @@ def test_plan_answers_for_a_card_of_the_table() -> None:
     refused(
         run("plan", "t2v-a14b", "--size", "832x480", "--link", "PCIe 3.0 x8"),
         2,
-        "there are none: name a card with --gpu",
+        "no times are predicted: name a card with --gpu",
     )
 
 
@@ -496,10 +496,10 @@ def test_plan_says_what_the_budgets_cost(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("COLUMNS", "200")
     hd = ["plan", "t2v-a14b", "--size", "1280x720", "--gpu", "RTX 3060 12GB", "--ram", "2GB"]
     table = " ".join(run(*hd, "--vram", "3547MiB").stdout.split())
-    told = re.search(r"(\d+\.\d)% more than with all resident", table)
+    told = re.search(r"(\d+\.\d)% more than with all blocks resident", table)
     assert told is not None, table
     assert 90 < float(told[1]) < 110
-    assert "0.0% more than with all resident" in " ".join(
+    assert "0.0% more than with all blocks resident" in " ".join(
         run(*hd, "--vram", "12GiB").stdout.split()
     )
 

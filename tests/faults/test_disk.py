@@ -427,13 +427,13 @@ STATE_FAULTS: dict[str, tuple[Fault, type[LowvramError], str]] = {
     "EIO": (
         disk_raises(io_error),
         ResumeError,
-        r"clip\.mp4\.resume cannot be read \(Input/output error\): it stays as it is; "
+        r"clip\.mp4\.resume cannot be read \(Input/output error\): it was not changed; "
         r"check the disk",
     ),
     "EIO when opened": (
         opening_raises(io_error),
         ResumeError,
-        r"clip\.mp4\.resume cannot be read \(Input/output error\): it stays",
+        r"clip\.mp4\.resume cannot be read \(Input/output error\): it was not changed",
     ),
 }
 

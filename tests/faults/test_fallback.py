@@ -198,7 +198,7 @@ def test_p16_any_block_of_any_step_may_fail(
         assert calls == visits + 1 + failing % 4
         step = failing // 4
         assert f"step {step + 1} of 3" in fallbacks(caplog)[0]
-        assert f"going on from step {step} with" in fallbacks(caplog)[0]
+        assert f"continuing from step {step} with" in fallbacks(caplog)[0]
 
 
 @pytest.mark.parametrize("phase", ["_encode_prompts", "_condition", "_decode"])

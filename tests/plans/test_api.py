@@ -270,7 +270,7 @@ def test_a_speed_without_a_prediction_is_not_ignored(
     speed: dict[str, str], measured: Callable[..., MachineProfile]
 ) -> None:
     with pytest.raises(
-        UsageError, match=r"there are none: name a card with --gpu, or run `lowvram doctor`"
+        UsageError, match=r"no times are predicted: name a card with --gpu, or run `lowvram doctor`"
     ):
         planning.plan("t2v-a14b", **speed)
     assert planning.plan("t2v-a14b", gpu="RTX 4090", **speed).prediction is not None

@@ -280,8 +280,8 @@ def test_a_prompt_longer_than_the_model_reads_is_told_of(
     with caplog.at_level(logging.WARNING):
         pipeline.generate(long)
     assert [record.getMessage() for record in caplog.records] == [
-        "the prompt has 61 tokens, the model reads 32 of them: what follows is cut off",
-        "the negative prompt has 46 tokens, the model reads 32 of them: what follows is cut off",
+        "the prompt has 61 tokens, but the model reads only 32: the rest is cut off",
+        "the negative prompt has 46 tokens, but the model reads only 32: the rest is cut off",
     ]
     assert pipeline.prompt_tokens(long) == {
         "prompt": {"tokens": 61, "kept": 32},

@@ -369,7 +369,7 @@ def test_p02_files_of_the_user_that_end_in_partial_survive(source: Path, tmp_pat
     (model / "movie.mkv.partial").write_text("hours")
     (model / "vae.safetensors.partial").mkdir()  # a folder: no run makes one of this name
     # nor are they taken for an unfinished run
-    with pytest.raises(CheckpointError, match="it is not a store"):
+    with pytest.raises(CheckpointError, match="it is not a complete quantized model"):
         open_store(model)
     for name in (
         "low_noise.safetensors.partial",
@@ -377,7 +377,7 @@ def test_p02_files_of_the_user_that_end_in_partial_survive(source: Path, tmp_pat
         "tokenizer.json.partial",
     ):
         (model / name).write_text("left")
-    with pytest.raises(CheckpointError, match="is unfinished: go on with"):
+    with pytest.raises(CheckpointError, match="is unfinished: continue with"):
         open_store(model)
     quantize(source, model)
     assert (model / "thesis.partial-draft" / "one.txt").read_text() == "years"

@@ -261,7 +261,7 @@ def test_a_source_in_place_of_a_store_is_told_to_be_quantized(tmp_path: Path) ->
         (source / name).mkdir(parents=True)
         with pytest.raises(
             CheckpointError,
-            match=rf"not quantized yet: make a store of it with `lowvram quantize {source} MODEL`",
+            match=rf"not quantized yet: quantize it with `lowvram quantize {source} MODEL`",
         ):
             open_store(source)
 
@@ -278,7 +278,7 @@ def test_p02_unfinished_store_does_not_open(store: Path, tmp_path: Path) -> None
     (store / MANIFEST_NAME).unlink()
     (store / "vae.safetensors").rename(store / "vae.safetensors.partial")
     with pytest.raises(
-        CheckpointError, match="is unfinished: go on with lowvram quantize --resume"
+        CheckpointError, match="is unfinished: continue with lowvram quantize --resume"
     ):
         open_store(store)
 
