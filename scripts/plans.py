@@ -16,6 +16,7 @@ from lowvram.formats import FORMATS
 from lowvram.planner.choose import choose_plan
 from lowvram.planner.phases import Host, PlanChoice
 from lowvram.planner.plan import MemoryPlan
+from lowvram.plans.api import plan as plan_for_card
 from lowvram.request import Workload
 from lowvram.timing.cards import LANE_BYTES_S, Card, find_card
 from lowvram.timing.forecast import Forecast, simulate_choice
@@ -69,6 +70,18 @@ CLIPS = (
     ("832x480 x 81", 32_760),
     ("1280x720 x 81", 75_600),
 )
+README_CARDS = (
+    "RTX 4060 8GB",
+    "RTX 3080 10GB",
+    "RTX 3060 12GB",
+    "RTX 4070",
+    "RTX 4060 Ti 16GB",
+    "RTX 5080",
+    "RTX 3090",
+    "RTX 4090",
+    "RTX 5090",
+)
+CARDS_BEGIN, CARDS_END = "<!-- cards: begin -->", "<!-- cards: end -->"
 STREAMED_CARDS = ("RTX 3060 12GB", "RTX 3090", "RTX 4060 8GB", "RTX 4090", "RTX 5090", "H200")
 
 
@@ -338,6 +351,35 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def readme_cards() -> str:
+    """The README's table of cards, between its two markers."""
+    lines = [
+        "Predicted, not measured: int8, 81 frames, 40 steps with guidance, 16 GB of RAM, from data "
+        "sheets and the kernels'",
+        "machine code. `lowvram plan t2v-a14b --gpu NAME` predicts other cards, sizes and budgets.",
+        "",
+        _line(["card", "peak VRAM, 480p", "a video, 480p", "peak VRAM, 720p", "a video, 720p"]),
+        _rule(5),
+    ]
+    for name in README_CARDS:
+        cells = [name]
+        for size in SIZES:
+            plan = plan_for_card("t2v-a14b", size=size, gpu=name, ram="16GB")
+            if plan.prediction is None:
+                raise ValueError(f"{name}: no prediction")
+            minutes = round(plan.prediction.video_s / 60)
+            cells += [format_bytes(plan.peak_vram_bytes), f"{minutes} min"]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def with_cards(text: str) -> str:
+    """The README with its table of cards as the planner says now."""
+    before, rest = text.split(CARDS_BEGIN)
+    after = rest.split(CARDS_END)[1]
+    return f"{before}{CARDS_BEGIN}\n{readme_cards()}\n{CARDS_END}{after}"
+
+
 def _rule(columns: int) -> str:
     return _line(["---"] + ["--:"] * (columns - 1))
 
@@ -351,8 +393,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     check = parser.parse_args(arguments).check
     stale = False
-    for name, document in (("plans.md", plans_document()), ("streaming.md", streaming_document())):
-        path = DOCS / name
+    readme = DOCS.parent / "README.md"
+    documents = (
+        (DOCS / "plans.md", plans_document()),
+        (DOCS / "streaming.md", streaming_document()),
+        (readme, with_cards(readme.read_text(encoding="utf-8"))),
+    )
+    for path, document in documents:
         if check:
             current = path.read_text(encoding="utf-8") if path.exists() else ""
             if current != document:
