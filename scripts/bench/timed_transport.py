@@ -9,17 +9,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowvram.streaming.block import BlockView
-from lowvram.streaming.streamer import Streamer
+from lowvram.streaming.block import Blocks, BlockView
 from lowvram.streaming.transport import CudaTransport, HostTransport
 
 
-class TimedVisit(NamedTuple):
+@dataclass(frozen=True)
+class TimedVisit:
     """One use of a block, in seconds: all work before it was over at `asked_s`, its bytes had come
     at `start_s`, it was done at `end_s`.
     """
@@ -76,19 +76,16 @@ class Marks(ABC):
         if not self.visited:
             return Timeline()
         origin = self.visited[0][2]
-        copies = [
-            (self.seconds(origin, start), self.seconds(origin, end)) for start, end in self.copied
-        ]
-        visits = [
-            (name, index, *(self.seconds(origin, moment) for moment in moments))
-            for name, index, *moments in self.visited
-        ]
-        first = min([0.0, *(start for start, _ in copies)])
+        first = min([0.0, *(self.seconds(origin, start) for start, _ in self.copied)])
+
+        def since_first(moment: Any) -> float:
+            return self.seconds(origin, moment) - first
+
         return Timeline(
-            [(start - first, end - first) for start, end in copies],
+            [(since_first(start), since_first(end)) for start, end in self.copied],
             [
-                TimedVisit(name, index, asked - first, start - first, end - first)
-                for name, index, asked, start, end in visits
+                TimedVisit(name, index, since_first(asked), since_first(start), since_first(end))
+                for name, index, asked, start, end in self.visited
             ],
         )
 
@@ -102,7 +99,7 @@ class TimedStreamer:
     Blocks that are on the device already are noted like all others.
     """
 
-    def __init__(self, streamer: Streamer, marks: Marks) -> None:
+    def __init__(self, streamer: Blocks, marks: Marks) -> None:
         self._streamer, self._marks = streamer, marks
 
     @contextmanager
@@ -138,7 +135,8 @@ class TimedCuda(CudaTransport, Marks):
         return event
 
     def seconds(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
-        return first.elapsed_time(second) / 1e3
+        milliseconds: float = first.elapsed_time(second)
+        return milliseconds / 1e3
 
     def finish(self) -> None:
         torch.cuda.synchronize(self._device)
