@@ -4,6 +4,7 @@ side.
 
 from __future__ import annotations
 
+import time
 from io import StringIO
 
 import pytest
@@ -23,7 +24,7 @@ from lowvram.variants import T2V_A14B
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that `terminal` sees; add to the first."""
     now = [100.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
