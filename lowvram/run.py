@@ -20,9 +20,9 @@ from lowvram.planner.plan import MemoryPlan, describe_plan
 from lowvram.progress import Listener
 from lowvram.request import Request, Workload
 from lowvram.store.reader import Store
+from lowvram.streaming.block import Blocks
 from lowvram.streaming.schedule import BlockId
 from lowvram.streaming.stream import Buffers, open_stream
-from lowvram.streaming.streamer import Streamer
 from lowvram.streaming.transport import Transport
 from lowvram.units import format_bytes
 
@@ -75,7 +75,7 @@ class Run:
 
     def stream(
         self, schedule: Sequence[BlockId], buffers: Buffers
-    ) -> AbstractContextManager[Streamer]:
+    ) -> AbstractContextManager[Blocks]:
         return open_stream(
             self.store.files,
             schedule,

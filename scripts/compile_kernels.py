@@ -424,8 +424,8 @@ def disassembled(cubin: bytes, code: bool = True) -> tuple[int, int, str]:
         usage = output(str(tools / "cuobjdump"), "--dump-resource-usage", str(path))
         text = output(str(tools / "nvdisasm"), "-c", str(path)) if code else ""
     registers, stack, local = (
-        int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")
-    )  # type: ignore[index]
+        int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK", "LOCAL")
+    )
     return registers, stack + local, text
 
 

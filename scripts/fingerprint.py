@@ -62,7 +62,7 @@ def main() -> None:
 
 def stores(source: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """Format -> file -> sha256, and the manifest itself."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for format in FORMATS:
         model = folder / format
         lowvram.quantize(source, model, format)

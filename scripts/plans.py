@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lowvram.cli.progress import duration
@@ -269,11 +270,13 @@ def threshold_row(row: Assumed) -> str:
 def hidden_row(name: str) -> str:
     card = find_card(name)
     cells = [name, f"PCIe {card.pcie_generation}.0 x{card.pcie_lanes}"]
+
+    def hidden(disk: float | None, joint: bool, tokens: int) -> bool:
+        return card_overhead(card, tokens, card.link_bytes_s, disk, joint) <= HIDDEN
+
     for disk in (None, 7e9, 3.5e9):
         for joint in (False, True):
-            cells.append(
-                f"{first_hidden(lambda n, d=disk, j=joint: card_overhead(card, n, card.link_bytes_s, d, j) <= HIDDEN):,}"
-            )
+            cells.append(f"{first_hidden(partial(hidden, disk, joint)):,}")
     return _line(cells)
 
 

@@ -98,13 +98,14 @@ class Bound:
         return self.kernel in OURS
 
 
-def jobs(
-    arch: str, folder: Path | None, with_peers: bool
-) -> dict[str, tuple[Any, tuple[str, ...]]]:
+Job = tuple[Any, tuple[str, ...]]  # a variant to compile, its arguments not divisible by 16
+
+
+def jobs(arch: str, folder: Path | None, with_peers: bool) -> dict[str, Job]:
     """By name: a variant to compile, and its arguments that are not divisible by 16."""
     from scripts import compile_kernels, static_peers
 
-    found = {
+    found: dict[str, Job] = {
         variant.name: (variant, ())
         for variant in compile_kernels.variants(arch)
         if variant.name in OURS
@@ -174,8 +175,8 @@ def counted(
         max(PIPES, key=cycles.__getitem__),
         round(peak * ideal),
         round(peak * serial),
-        *(round(cycles[pipe], 1) for pipe in PIPES),
-        " ".join(loop.unclassified),
+        **{f"cycles_{pipe}": round(cycles[pipe], 1) for pipe in PIPES},
+        unclassified=" ".join(loop.unclassified),
     )
 
 

@@ -29,8 +29,9 @@ from pathlib import Path
 
 import torch
 
+from scripts.bench import ROOT
 from scripts.bench.plots import bars, write_svg
-from scripts.bench.timing import ROOT, machine, peaks, rate_bars, require_cuda, table, write_csv
+from scripts.bench.timing import machine, peaks, rate_bars, require_cuda, table, write_csv
 
 OUTPUT, REHEARSAL = ROOT / "docs" / "benchmarks", ROOT / "build" / "rehearsal"
 CUDA = torch.device("cuda")

@@ -7,13 +7,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from lowvram_kernels import check
 from lowvram_kernels.ops import OPS
 
-from scripts.bench.results import ROOT
+from scripts.bench import ROOT
 from scripts.bench.speed import Shapes, own_calls
 from scripts.bench.steps import Context, LeftOut, Row, Unit, workers
 
@@ -23,9 +24,9 @@ TESTS = "tests/gpu/test_kernels.py"
 def units(context: Context) -> Iterator[Unit]:
     """Each runs in a process of its own (`bench_all.Step.parallel`)."""
     shards = 1 if context.rehearse else workers()
-    found = [Unit(f"check {op}", lambda op=op: checked(op, context)) for op in OPS]
+    found = [Unit(f"check {op}", partial(checked, op, context)) for op in OPS]
     found += [
-        Unit(f"compile {name}", lambda name=name: compiled(name, context))
+        Unit(f"compile {name}", partial(compiled, name, context))
         for name in own_calls(Shapes.of(context, warm=True))
     ]
     parts = [f"{number}/{shards}" for number in range(1, shards + 1)]
@@ -33,7 +34,7 @@ def units(context: Context) -> Iterator[Unit]:
         [
             *found,
             *(
-                Unit(f"tests {part}", lambda part=part: tested(TESTS, part, context), ("pytest",))
+                Unit(f"tests {part}", partial(tested, TESTS, part, context), ("pytest",))
                 for part in parts
             ),
         ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from typing import Any
 
 import lowvram_kernels.ops as ops
 import torch
@@ -98,7 +99,7 @@ def linear_bench(name: str, m: int, n: int, k: int, device: str = "cuda") -> Ben
             *_vectors(n, device),
         )
         out = torch.zeros(m, n, device=device, dtype=torch.float32 if add else BF16)
-        kwargs = {"gate": gate, "accumulate": True} if add else {}
+        kwargs: dict[str, Any] = {"gate": gate, "accumulate": True} if add else {}
         return lambda i: ops.quantized_linear(*inputs[i % SETS], weight, scale, bias, out, **kwargs)
 
     def library(
@@ -253,14 +254,14 @@ def attention_bench(m: int, n: int, heads: int = HEADS, device: str = "cuda") ->
         return lambda _: attend(q, k, v, tensor_layout="HND", is_causal=False)
 
     providers: dict[str, Callable[[], Run]] = {
-        f"lowvram int8, PV {pv}": lambda pv=pv: codes(pv) for pv in pv_choices(_arch(device))
+        f"lowvram int8, PV {pv}": partial(codes, pv) for pv in pv_choices(_arch(device))
     }
     names = ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"]
     if n <= TEXT_TOKENS:
         names.append("MATH")  # it holds all M * N logits of every head
     for name in names:
         backend = getattr(SDPBackend, name)
-        providers[f"SDPA {name.split('_')[0].lower()}"] = lambda backend=backend: sdpa(backend)
+        providers[f"SDPA {name.split('_')[0].lower()}"] = partial(sdpa, backend)
     if find_spec("sageattention"):
         providers[f"sageattention {version('sageattention')}"] = sage
     return Bench(
@@ -318,7 +319,7 @@ def row_benches(m: int, dim: int = 5120, ffn: int = 13824, device: str = "cuda")
     for pv in pv_choices(_arch(device)):
         code = PV_DTYPES[pv]
         moved = float(m * dim * (BF16.itemsize + code.itemsize))
-        providers = {f"lowvram {pv}": lambda code=code: _values(m, dim, device, code)}
+        providers = {f"lowvram {pv}": partial(_values, m, dim, device, code)}
         yield Bench("quantize_values", f"M={m} K={dim} {pv}", moved, "GB/s", "copy", providers)
 
 

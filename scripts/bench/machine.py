@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from scripts.bench.steps import Context, LeftOut, Row, Unit, version_of
 from scripts.bench.timing import measure, peaks
@@ -88,14 +90,15 @@ def link(context: Context) -> Iterator[Row]:
         torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True),
         torch.empty(LINK_BYTES, dtype=torch.uint8, device="cuda"),
     )
+
+    def copy(target: Tensor, source: Tensor, _: int) -> None:
+        target.copy_(source, non_blocking=True)
+
     for name, target, source in (
         ("host to device", device, host),
         ("device to host", host, device),
     ):
-        best = measure(
-            lambda _, target=target, source=source: target.copy_(source, non_blocking=True),
-            repeats=5,
-        )[0]
+        best = measure(partial(copy, target, source), repeats=5)[0]
         yield {"name": f"link {name}", "rate": LINK_BYTES / best / 1e6, "unit": "GB/s"}
 
 

@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +95,7 @@ def stream_units(context: Context) -> Iterator[Unit]:
     """
     yield Unit("lowvram", lambda: streamed(context))
     for name in ("bf16 resident", "bf16 group offloading", "optimum-quanto"):
-        yield Unit(
-            f"diffusers {name}", lambda name=name: beside(name, context), ("diffusers", "optimum")
-        )
+        yield Unit(f"diffusers {name}", partial(beside, name, context), ("diffusers", "optimum"))
     yield Unit(
         "tests of memory",
         lambda: memory_tests(context),

@@ -14,8 +14,15 @@ from scripts.bench.results import Record
 from scripts.bench.speed import Shapes
 from scripts.bench.steps import Context, LeftOut, Row, Unit
 
-SECTIONS = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "Occupancy", "LaunchStats")
-SECTIONS += ("MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis")
+SECTIONS = (
+    "SpeedOfLight",
+    "WarpStateStats",
+    "SchedulerStats",
+    "Occupancy",
+    "LaunchStats",
+    "MemoryWorkloadAnalysis",
+    "ComputeWorkloadAnalysis",
+)
 KERNELS = {
     "attention": "attention_kernel",
     "linear": "linear_kernel",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from lowvram_quantize.build import Build
-from lowvram_quantize.convert import STAGING_NAME, check_finite
+from lowvram_quantize.convert import check_finite
 from lowvram_quantize.progress import QUANTIZE, Meter
 from lowvram_quantize.recipe import Recipe, run_identity
 from lowvram_quantize.rows import RowEngine
@@ -33,6 +33,7 @@ from lowvram.checkpoint.names import Shape, dit_shapes, text_encoder_shapes, vae
 from lowvram.checkpoint.source import Source, open_source
 from lowvram.memory.usage import peak_rss_bytes
 from lowvram.store.layout import StoredTensor, component_layout
+from lowvram.store.manifest import STAGING_NAME
 from lowvram.store.writer import header_bytes
 from lowvram.variants import EXPERTS, T2V_A14B, ModelConfig
 
@@ -61,7 +62,7 @@ def write_sparse_source(path: Path, config: ModelConfig, shards: int) -> None:
 def _write_sparse_shards(folder: Path, shapes: dict[str, Shape], shards: int) -> None:
     names = list(shapes)
     step = -(-len(names) // shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"diffusion_pytorch_model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = names[number * step : (number + 1) * step]

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.bench import ROOT
 from scripts.bench.page import page
-from scripts.bench.results import ROOT, Results, ResultsNotWritten, commit_of, problem_of
+from scripts.bench.results import Results, ResultsNotWritten, commit_of, problem_of
 
 # How a process of a step ends, beside 0: what it does not say with these it died of.
 FAILED, LEFT_OUT, OUT_OF_TIME, NO_DEVICE, DEVICE_LOST = 1, 3, 4, 5, 6

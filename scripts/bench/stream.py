@@ -289,7 +289,7 @@ def _row(
     ram: int | None = None,
 ) -> StreamRow:
     tokens = latent_shape(config, *case.size, case.frames).num_tokens
-    budgets = (None if amount is None else amount / GB for amount in (vram, ram))
+    vram_gb, ram_gb = (None if amount is None else amount / GB for amount in (vram, ram))
     row = StreamRow(
         provider,
         "x".join(map(str, case.size)),
@@ -297,7 +297,8 @@ def _row(
         tokens,
         config.dit.num_layers,
         case.steps,
-        *budgets,
+        vram_gb,
+        ram_gb,
     )
     name, version, commit = machine_of(device.type)
     return replace(row, gpu=name, torch=version, commit=commit)
@@ -456,9 +457,10 @@ def run(
     earlier, rows = read_rows(output.with_suffix(".csv"), machine_of(device.type)), []
     timelines: dict[tuple[object, ...], Timeline] = {}
     try:
-        for case in cases if store is not None and only in f"lowvram {FORMAT}" else ():
+        named = only in f"lowvram {FORMAT}"
+        for opened, case in [(store, case) for case in cases if store is not None and named]:
             last, budgets = Timeline(), ""
-            for row, timeline in lowvram_rows(store, case, device, profile, disk_gb_s):
+            for row, timeline in lowvram_rows(opened, case, device, profile, disk_gb_s):
                 rows.append(row)
                 timelines[row.key] = timeline
                 last, budgets = (timeline, row.budgets) if timeline.copies else (last, budgets)

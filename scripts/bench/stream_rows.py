@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from scripts.bench.plots import Bar
 from scripts.bench.timing import machine
@@ -136,7 +137,7 @@ def read_rows(path: Path, here: tuple[str, str, str]) -> list[StreamRow]:
     return []
 
 
-def _value(kind: str, text: str) -> object:
+def _value(kind: str, text: str) -> Any:
     if not text and "None" in kind:
         return None
     if "bool" in kind:

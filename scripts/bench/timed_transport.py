@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram.streaming.block import BlockView
-from lowvram.streaming.streamer import Streamer
+from lowvram.streaming.block import Blocks, BlockView
 from lowvram.streaming.transport import CudaTransport, HostTransport
 from scripts.bench.timeline import TimedVisit, Timeline
 
@@ -45,19 +44,16 @@ class Marks(ABC):
         if not self.visited:
             return Timeline()
         origin = self.visited[0][2]
-        copies = [
-            (self.seconds(origin, start), self.seconds(origin, end)) for start, end in self.copied
-        ]
-        visits = [
-            (name, index, *(self.seconds(origin, moment) for moment in moments))
-            for name, index, *moments in self.visited
-        ]
-        first = min([0.0, *(start for start, _ in copies)])
+        first = min([0.0, *(self.seconds(origin, start) for start, _ in self.copied)])
+
+        def since_first(moment: Any) -> float:
+            return self.seconds(origin, moment) - first
+
         return Timeline(
-            [(start - first, end - first) for start, end in copies],
+            [(since_first(start), since_first(end)) for start, end in self.copied],
             [
-                TimedVisit(name, index, asked - first, start - first, end - first)
-                for name, index, asked, start, end in visits
+                TimedVisit(name, index, since_first(asked), since_first(start), since_first(end))
+                for name, index, asked, start, end in self.visited
             ],
         )
 
@@ -71,7 +67,7 @@ class TimedStreamer:
     Blocks that are on the device already are noted like all others.
     """
 
-    def __init__(self, streamer: Streamer, marks: Marks) -> None:
+    def __init__(self, streamer: Blocks, marks: Marks) -> None:
         self._streamer, self._marks = streamer, marks
 
     @contextmanager
@@ -107,7 +103,8 @@ class TimedCuda(CudaTransport, Marks):
         return event
 
     def seconds(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
-        return first.elapsed_time(second) / 1e3
+        milliseconds: float = first.elapsed_time(second)
+        return milliseconds / 1e3
 
     def finish(self) -> None:
         torch.cuda.synchronize(self._device)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 
-class TimedVisit(NamedTuple):
+@dataclass(frozen=True)
+class TimedVisit:
     """One use of a block, in seconds: all work before it was over at `asked_s`, its bytes had come
     at `start_s`, it was done at `end_s`.
     """

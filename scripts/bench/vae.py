@@ -54,7 +54,8 @@ def encode(file: TensorFile, clip: Tensor) -> Tensor:
         torch.tensor(getattr(model.config, name)).view(-1, 1, 1, 1)
         for name in ("latents_mean", "latents_std")
     )
-    return (latents - mean) / std
+    normalised: Tensor = (latents - mean) / std
+    return normalised
 
 
 def decode(file: TensorFile, latents: Tensor, tile_pixels: int) -> Tensor:

@@ -32,9 +32,10 @@ from lowvram.errors import LowvramError
 from lowvram.store.reader import open_store
 from lowvram.units import format_bytes, parse_bytes
 from lowvram.variants import T2V_A14B, ModelConfig
+from scripts.bench import ROOT
 from scripts.bench.memory_group import NoGroupError, memory_group
 from scripts.bench.random_store import bench_config, write_random_store
-from scripts.bench.timing import ROOT, machine, write_csv
+from scripts.bench.timing import machine, write_csv
 
 GB = 10**9
 OUTPUT = ROOT / "docs" / "benchmarks" / "whole.csv"
@@ -154,17 +155,17 @@ def rows(store: Path, clip: Clip, budgets: Sequence[str], work: Path) -> Iterato
             choice["joint_guidance"],
             rss_bytes / GB,
             max(phase["vram_bytes"] + phase["ram_bytes"] for phase in plan["phases"]) / GB,
-            *(round(seconds[name], 3) for name in PLANNED),
-            seconds["step"],
-            seconds["step"] / resident_s - 1,
-            *(round(predicted[name], 3) for name in PLANNED),
-            predicted["step"],
-            read_bytes / GB,
-            profile.disk_bytes_s / GB,
-            hashlib.sha256(out.read_bytes()).hexdigest(),
-            torch.get_num_threads(),
-            version,
-            commit,
+            **{f"{name}_s": round(seconds[name], 3) for name in PLANNED},
+            step_s=seconds["step"],
+            overhead=seconds["step"] / resident_s - 1,
+            **{f"predicted_{name}_s": round(predicted[name], 3) for name in PLANNED},
+            predicted_step_s=predicted["step"],
+            read_gb=read_bytes / GB,
+            disk_gb_s=profile.disk_bytes_s / GB,
+            video_sha256=hashlib.sha256(out.read_bytes()).hexdigest(),
+            threads=torch.get_num_threads(),
+            torch=version,
+            commit=commit,
         )
 
 

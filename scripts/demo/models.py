@@ -10,11 +10,13 @@ import string
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import diffusers.models.autoencoders.autoencoder_kl_wan as wan_vae
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -32,11 +34,11 @@ from lowvram.variants import VAEConfig
 TEXT_LEN = 32
 PAD, END, START, UNKNOWN = range(4)
 
-VAE_CONFIG = {
+VAE_CONFIG: dict[str, Any] = {
     "base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 3, 3], "num_res_blocks": 1, "attn_scales": [],
     "temperal_downsample": [False, True, True],
 }  # fmt: skip
-DIT_CONFIG = {
+DIT_CONFIG: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
     "attention_head_dim": 64,
@@ -105,9 +107,9 @@ def causal_convolution(layer: wan_vae.WanCausalConv3d, x: Tensor) -> Tensor:
 
 
 def rms_norm(layer: wan_vae.WanRMS_norm, x: Tensor) -> Tensor:
-    return x * (
-        x.float().square().sum(1, keepdim=True).clamp_min(1e-12).rsqrt() * layer.scale * layer.gamma
-    )
+    inverse = x.float().square().sum(1, keepdim=True).clamp_min(1e-12).rsqrt()
+    scaled: Tensor = x * (inverse * layer.scale * layer.gamma)
+    return scaled
 
 
 def use_whole_clips() -> None:
@@ -119,7 +121,7 @@ def use_whole_clips() -> None:
     def resample(
         self: wan_vae.WanResample,
         x: Tensor,
-        feat_cache: list | None = None,
+        feat_cache: list[Any] | None = None,
         feat_idx: list[int] | None = None,
     ) -> Tensor:
         return (
@@ -150,9 +152,7 @@ def use_float_attention() -> None:
     """
     attention = F.scaled_dot_product_attention
 
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
-    ) -> Tensor:
+    def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
             return attention(query.float(), key.float(), value.float(), *args, **kwargs)
 
@@ -161,11 +161,13 @@ def use_float_attention() -> None:
 
 def encode(vae: AutoencoderKLWan, clip: Tensor) -> Tensor:
     """clip: [B, 3, 4n + 1, H, W] in -1..1. Returns the latents' means, not normalised."""
-    return vae.quant_conv(vae.encoder(clip)).chunk(2, dim=1)[0]
+    means: Tensor = vae.quant_conv(vae.encoder(clip)).chunk(2, dim=1)[0]
+    return means
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    return vae.decoder(vae.post_quant_conv(latents))
+    clip: Tensor = vae.decoder(vae.post_quant_conv(latents))
+    return clip
 
 
 def new_vae() -> AutoencoderKLWan:
@@ -214,7 +216,7 @@ def new_dit() -> WanTransformer3DModel:
 
 
 @torch.no_grad()
-def aim_heads(attention: nn.Module) -> None:
+def aim_heads(attention: WanAttention) -> None:
     """Points three of the heads at positions: the same place in every frame, the whole of the same
     frame, and what is near in both.
 
@@ -239,7 +241,7 @@ def aim_heads(attention: nn.Module) -> None:
 
 
 @torch.no_grad()
-def find_borders(attention: nn.Module) -> None:
+def find_borders(attention: WanAttention) -> None:
     """Points the four heads at the right, left, lower and upper neighbour of a token; at a border
     they fall back on the token itself.
 

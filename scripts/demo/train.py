@@ -25,6 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,17 +144,19 @@ def backward(parameters: list[nn.Parameter], step: int, loss_of: LossOf, seeds: 
     )
     for parameter, *parts in zip(parameters, *shards, strict=True):
         parameter.grad = None if parts[0] is None else sum(parts[1:], parts[0]) / len(parts)
-    return sum(losses) / len(losses)
+    mean: float = sum(losses) / len(losses)
+    return mean
 
 
-def save(path: Path, state: dict) -> None:
+def save(path: Path, state: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
 
 
 def averaged(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, weights_only=True, map_location="cpu")["average"]
+    average: dict[str, Tensor] = torch.load(path, weights_only=True, map_location="cpu")["average"]
+    return average
 
 
 def vae_loss(
@@ -323,9 +326,11 @@ class Clips:
         chosen = ~says(cache["ids"], "and") | (not of_one_figure)
         self.latents, self.ids = cache["latents"][chosen].float(), cache["ids"][chosen]
         self.none, self.device = networks.unconditional_ids(), device
-        self.weight = torch.ones(len(self.ids)) if weights else None
-        for word, times in (weights or {}).items():
-            self.weight[says(self.ids, word)] *= times
+        self.weight: Tensor | None = None
+        if weights:
+            self.weight = torch.ones(len(self.ids))
+            for word, times in weights.items():
+                self.weight[says(self.ids, word)] *= times
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if self.weight is None:

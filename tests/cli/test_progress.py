@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from io import StringIO
 
 import pytest
@@ -16,7 +17,7 @@ from lowvram.progress import Progress
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that `lowvram.cli.progress` reads; tests add to the first."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 

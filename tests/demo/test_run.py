@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from lowvram.cli.app import app
 from lowvram.demo import scenes
 from lowvram.demo.checker import matches
-from lowvram.demo.run import DemoResult
+from lowvram.demo.run import MODEL, DemoResult
 from lowvram.pipeline import Video
 from lowvram.request import Request
 from lowvram.video import read_metadata
@@ -136,7 +136,7 @@ def test_the_record_is_of_held_out_captions_and_quantization_costs_nothing() -> 
     """90 % in bf16, at most 2 points less in int8 and fp8, of the weights that ship."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     scores = {score["format"]: score for score in record["scores"]}
-    assert record["model_sha256"] == judge_demo.fingerprint(judge_demo.MODEL)
+    assert record["model_sha256"] == judge_demo.fingerprint(MODEL)
     assert record["split"] == "test"
     assert set(scores) == {"bf16", "int8", "fp8"}
     assert all(score["pairs"] == 50 for score in scores.values())

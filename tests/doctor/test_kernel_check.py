@@ -346,7 +346,7 @@ def run_stub(ops: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> l
     monkeypatch.setattr(kernel_check, "TIMEOUT_S", 1.0)
     monkeypatch.setattr(kernel_check, "MOST_PROCESSES", 1)
     monkeypatch.setattr(
-        kernel_check.subprocess,
+        subprocess,
         "run",
         lambda command, **more: run([command[0], str(folder / "stub.py"), *command[3:]], **more),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -202,18 +203,19 @@ def test_the_disk_is_read_as_the_streamer_reads_it(
 
 @pytest.mark.usefixtures("small_probe")
 def test_a_full_disk_is_not_filled_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        read_speed_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * MIB)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * MIB))
     monkeypatch.setattr(read_speed_module, "_write", lambda place: pytest.fail("written"))
     assert read_speed(tmp_path) is None
 
 
 def test_the_disk_is_measured_by_what_the_caller_names(tmp_path: Path) -> None:
     asked: list[Path] = []
-    measured = probe_machine(
-        tmp_path, measure=True, disk_speed=lambda folder: asked.append(folder) or 123e6
-    )
+
+    def disk_speed(folder: Path) -> float:
+        asked.append(folder)
+        return 123e6
+
+    measured = probe_machine(tmp_path, measure=True, disk_speed=disk_speed)
     assert (measured.disk_read_bytes_s, asked) == (123e6, [tmp_path])
     assert (
         probe_machine(tmp_path, disk_speed=lambda folder: pytest.fail("measured")).disk_read_bytes_s
@@ -322,7 +324,7 @@ GOOD = Machine(
 )
 
 
-def finding(name: str, **changes: object) -> dict[str, str]:
+def finding(name: str, **changes: Any) -> dict[str, str]:
     report = doctor_report(Path("folder"), dataclasses.replace(GOOD, **changes))
     return next(found for found in report["findings"] if found["name"] == name)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from functools import partial
+from operator import eq
 
 import pytest
 import torch
@@ -158,7 +160,7 @@ def test_p16_any_allocation_may_fail_once(
     for number in range(total):
         caplog.clear()
         with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-            memory = Memory(patch, ERRORS[number % 3], lambda n, failing=number: n == failing)
+            memory = Memory(patch, ERRORS[number % 3], partial(eq, number))
             video, _ = run(pipeline)
         assert digest(video.frames) == expected, number
         assert len(fallbacks(caplog)) == 1, number
@@ -397,7 +399,8 @@ def test_every_rung_needs_less_and_there_are_a_handful(
     other = "ram_bytes" if short == VRAM else "vram_bytes"
 
     def needs(plan: MemoryPlan, budget: str) -> int:
-        return next(getattr(phase, budget) for phase in plan.phases if phase.phase == "denoise")
+        (nbytes,) = (getattr(peak, budget) for peak in plan.phases if peak.phase == "denoise")
+        return int(nbytes)
 
     amounts = [needs(plan, label) for plan in plans]
     assert amounts == sorted(amounts, reverse=True)

@@ -79,7 +79,8 @@ def test_p07_living_holder_is_believed_where_locks_lie(
 def test_p07_lock_file_removed_by_its_holder_in_between_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = fcntl.flock, []
+    real = fcntl.flock
+    calls: list[int] = []
 
     def flock(fd: int, mode: int) -> None:
         if not calls:

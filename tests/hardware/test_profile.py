@@ -225,9 +225,12 @@ def test_the_doctor_measures_the_disk_with_the_streamers_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
-    monkeypatch.setattr(
-        read_speed_module, "read_speed", lambda folder: asked.append(folder) or 123e6
-    )
+
+    def read_speed(folder: Path) -> float:
+        asked.append(folder)
+        return 123e6
+
+    monkeypatch.setattr(read_speed_module, "read_speed", read_speed)
     report = json.loads(
         CliRunner().invoke(app, ["doctor", "--path", str(tmp_path), "--json"]).stdout
     )

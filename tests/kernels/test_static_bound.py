@@ -215,8 +215,10 @@ triton = pytest.mark.skipif(
 
 def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(folder / "scripts" / "static_bound.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    paths = (folder, folder / "kernels", folder / "quantize")
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    command = [sys.executable, "-m", "scripts.static_bound", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
 
 @pytest.mark.slow

@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 import types
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from lowvram_kernels.tuning import LinearTile
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from scripts import tune
@@ -154,15 +156,30 @@ def test_installed_peers_are_measured_and_named_with_their_version(
     `int8_linear`.
     """
 
-    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None):  # type: ignore[no-untyped-def]
+    def sageattn(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tensor_layout: str = "HND",
+        is_causal: bool = False,
+        sm_scale: float | None = None,
+    ) -> Tensor:
         assert tensor_layout == "HND"
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, scale=sm_scale
         )
 
     def int8_linear(
-        x, weight, weight_scale, bias=None, out_dtype=None, convrot=False, convrot_groupsize=256
-    ):  # type: ignore[no-untyped-def]
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        convrot: bool = False,
+        convrot_groupsize: int = 256,
+    ) -> Tensor:
+        assert bias is not None
+        assert out_dtype is not None
         return torch.nn.functional.linear(
             x.float(), weight.float() * weight_scale, bias.float()
         ).to(out_dtype)
@@ -170,7 +187,7 @@ def test_installed_peers_are_measured_and_named_with_their_version(
     module = types.SimpleNamespace(sageattn=sageattn, int8_linear=int8_linear)
     monkeypatch.setattr(bench_kernels, "find_spec", lambda name: name == package)
     monkeypatch.setattr(bench_kernels, "import_module", lambda name: module)
-    monkeypatch.setattr(bench_kernels.metadata, "version", lambda name: "1.0.6")
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0.6")
     bench = (
         bench_kernels.attention_bench(4, 70, 2, "cpu")
         if op == "attention"
@@ -284,7 +301,7 @@ def test_no_speed_is_reported_where_the_gate_is_red(
         return subprocess.CompletedProcess(command, code if command[-1] == red else 0)
 
     monkeypatch.setattr(bench_commands, "require_cuda", lambda command: True)
-    monkeypatch.setattr(bench_commands.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     for name in ("kernels", "block", "streamed"):
         monkeypatch.setattr(
             bench_commands, name, lambda options: pytest.fail("measured behind a red gate")
@@ -300,7 +317,7 @@ def test_no_speed_is_reported_where_the_gate_is_red(
 def test_green_gates_let_a_command_measure(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setattr(bench_commands, "require_cuda", lambda command: True)
     monkeypatch.setattr(
-        bench_commands.subprocess,
+        subprocess,
         "run",
         lambda command, **_: subprocess.CompletedProcess(command, 0),
     )
@@ -458,24 +475,23 @@ def toy_task(
     """A task on the CPU that counts as a device's: `broken` tiles raise, `dead` ones take the
     device with them.
     """
-    out, state = torch.zeros(4), {"dead": False, "tile": None}
+    out = torch.zeros(4)
+    ran: list[LinearTile] = []
 
     def run() -> None:
-        state["tile"] = tile = present_tile()
-        state["dead"] = tile in dead
+        tile = present_tile()
+        ran.append(tile)
         if tile in broken + dead:
             raise RuntimeError("refused")
         out.fill_(2.0 if tile == WRONG else 1.0)
 
     def synchronize() -> None:
-        if state["dead"]:
+        if ran and ran[-1] in dead:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     times = {SLOW: 2.0, FAST: 1.0}
-    monkeypatch.setattr(
-        tune, "measure", lambda run, repeats, device: (0.0, times[state["tile"]], 0.0)
-    )  # type: ignore[index]
-    monkeypatch.setattr(tune.torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(tune, "measure", lambda run, repeats, device: (0.0, times[ran[-1]], 0.0))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     return tune.Task("toy", f"{__name__}.present_tile", run, out.zero_, out, 0.0)
 
 

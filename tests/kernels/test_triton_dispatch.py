@@ -349,7 +349,8 @@ def test_an_op_runs_with_the_gpu_of_its_tensors_as_the_current_one(
         "choose",
         lambda name, *args, **kwargs: lambda *args, **kwargs: events.append(name),
     )
-    ops.quantize_rows(torch.zeros(1))
+    x = torch.zeros(1)
+    ops.quantize_rows(x, x, x, rotated=False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    ops.quantize_rows(torch.zeros(1))
+    ops.quantize_rows(x, x, x, rotated=False)
     assert events == ["quantize_rows", "enter", "quantize_rows", "leave"]

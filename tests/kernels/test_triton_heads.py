@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import triton
@@ -41,7 +43,7 @@ def test_p18_rms_rope_agrees_with_the_reference(
         cases.rolled("smoothing"),
     ],
 )
-def test_p18_a_fault_in_rms_rope_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
+def test_p18_a_fault_in_rms_rope_shows(fault: Callable[[cases.Inputs], cases.Inputs]) -> None:
     assert cases.rms_rope(5, 3).mismatch(fault)
 
 
@@ -102,7 +104,7 @@ def test_p18_attention_in_bf16(pv: str) -> None:
     ],
 )
 def test_p18_a_fault_in_the_inputs_of_attention_shows(
-    fault: cases.Callable[[cases.Inputs], cases.Inputs], pv: str
+    fault: Callable[[cases.Inputs], cases.Inputs], pv: str
 ) -> None:
     assert cases.attention(40, 130, 2, pv=pv).mismatch(fault)
 

@@ -4,6 +4,8 @@ bytes, faults that must show.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import triton
@@ -51,7 +53,7 @@ def test_p18_e4m3_linear_with_gelu_is_close() -> None:
 @pytest.mark.parametrize(
     "fault", [cases.changed(gelu=False), cases.rolled("bias"), cases.rolled("weight_scale")]
 )
-def test_p18_a_fault_before_gelu_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
+def test_p18_a_fault_before_gelu_shows(fault: Callable[[cases.Inputs], cases.Inputs]) -> None:
     assert cases.linear_gelu(33, 65, 96).mismatch(fault)
 
 
@@ -85,7 +87,7 @@ def test_int8_linear_without_bias() -> None:
     ],
 )
 def test_p18_a_fault_in_the_linear_shows(
-    fault: cases.Callable[[cases.Inputs], cases.Inputs],
+    fault: Callable[[cases.Inputs], cases.Inputs],
 ) -> None:
     assert cases.linear_add(33, 65, 96).mismatch(fault)
 

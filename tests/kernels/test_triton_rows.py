@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_p18_rows_as_wide_as_the_model(op: str, width: int) -> None:
     ],
 )
 def test_p18_a_wrong_argument_of_a_row_kernel_shows(
-    op: str, fault: cases.Callable[[cases.Inputs], cases.Inputs]
+    op: str, fault: Callable[[cases.Inputs], cases.Inputs]
 ) -> None:
     assert cases.rows(op, 3, 512, code=torch.int8, rotated=True).mismatch(fault)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tests.helpers.staged import PROCESS_BYTES, StagedPipeline
 
 StoreOf = Callable[[str], Store]
 # 140 tokens: ragged in chunks, in key tiles and in vectors
-CLIP = {"width": 112, "height": 80, "num_frames": 13}
+CLIP: dict[str, Any] = {"width": 112, "height": 80, "num_frames": 13}
 PLANS = {
     "smallest: one slot, everything from disk": PlanChoice(64, 1, 0, 0, False),
     "two slots": PlanChoice(64, 2, 0, 0, False),

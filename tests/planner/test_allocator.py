@@ -270,14 +270,12 @@ def test_a_loop_that_keeps_a_tensor_of_every_step_is_caught(
     """What makes the test above able to fail: a solver that keeps its velocities."""
     kept: list[torch.Tensor] = []
     step = Euler.step
-    monkeypatch.setattr(
-        Euler,
-        "step",
-        lambda self, x, velocity: (
-            kept.append(velocity.repeat(80, 1, 1, 1)),
-            step(self, x, velocity),
-        )[1],
-    )
+
+    def keep(self: Euler, x: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+        kept.append(velocity.repeat(80, 1, 1, 1))
+        return step(self, x, velocity)
+
+    monkeypatch.setattr(Euler, "step", keep)
     held = held_after_steps(tmp_path, "euler", CHOICES["smallest"], monkeypatch)
     assert all(after.used > before.used for before, after in pairwise(held))
     assert held[-1].reserved > held[0].reserved

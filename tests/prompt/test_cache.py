@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_a_repeated_prompt_gives_the_same_bits_and_reads_no_encoder(
     whole = len(encoder_reads)
     assert encoder_reads.count("block") == 2
 
-    def run(**changes: object) -> str:
+    def run(**changes: Any) -> str:
         encoder_reads.clear()
         pipeline = pipeline_of(tiny_store("int8"))
         pipeline.prompt_cache = cache
@@ -99,9 +100,12 @@ def test_the_embedding_is_read_row_by_row(
     """The table of UMT5-XXL is 2.1 GB; a prompt needs a few rows of it."""
     whole: list[str] = []
     read = StoreFile.read
-    monkeypatch.setattr(
-        StoreFile, "read", lambda file, name: whole.append(name) or read(file, name)
-    )
+
+    def noted(file: StoreFile, name: str) -> torch.Tensor:
+        whole.append(name)
+        return read(file, name)
+
+    monkeypatch.setattr(StoreFile, "read", noted)
     pipeline = pipeline_of(tiny_store("int8"))
     pipeline.generate(request_of(pipeline, prompt="a ball", negative_prompt="a", steps=1))
     assert [name for name in encoder_reads if name != "block"] == [

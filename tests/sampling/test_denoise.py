@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,11 +41,15 @@ def test_each_expert_has_its_own_guidance(tiny_store: StoreOf) -> None:
     nothing.
     """
     pipeline = pipeline_of(tiny_store("int8"))
-    steps = {"steps": 2, "shift": 1.0}  # timesteps 999 and 499: one step for each expert
+    steps: dict[str, Any] = {
+        "steps": 2,
+        "shift": 1.0,
+    }  # timesteps 999 and 499: one step for each expert
     base = digest(pipeline.generate(request_of(pipeline, **steps)).frames)
-    for change in ({"guidance_high": 1.0}, {"guidance_low": 1.0}):
+    changes: tuple[dict[str, Any], ...] = ({"guidance_high": 1.0}, {"guidance_low": 1.0})
+    for change in changes:
         assert digest(pipeline.generate(request_of(pipeline, **steps, **change)).frames) != base
-    alone = {"steps": 1, "shift": 1.0}  # timestep 999 only
+    alone: dict[str, Any] = {"steps": 1, "shift": 1.0}  # timestep 999 only
     frames = [
         digest(pipeline.generate(request_of(pipeline, **alone, guidance_low=scale)).frames)
         for scale in (1.0, 7.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 import subprocess
 import sys
@@ -71,8 +72,8 @@ def test_the_driver_is_asked_and_nothing_else(
         asked.append(command)
         return subprocess.CompletedProcess(command, code, said)
 
-    monkeypatch.setattr(bench_machine.shutil, "which", lambda name: name)
-    monkeypatch.setattr(bench_machine.subprocess, "run", run)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", run)
     assert bench_machine.driver() == driver
     assert [part.split("=")[0] for part in asked[0]] == ["nvidia-smi", "--query-gpu", "--format"]
 
@@ -80,9 +81,7 @@ def test_the_driver_is_asked_and_nothing_else(
 def test_the_link_is_measured_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(bench_machine, "LINK_BYTES", 1000)
-    monkeypatch.setattr(
-        bench_machine.torch, "empty", lambda size, dtype, **_: empty(size, dtype=dtype)
-    )
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, **_: empty(size, dtype=dtype))
     monkeypatch.setattr(
         bench_machine, "measure", lambda run, repeats: (run(0), (1e-3, 1e-3, 1e-3))[1]
     )

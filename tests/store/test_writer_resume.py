@@ -9,7 +9,9 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,10 +118,10 @@ class Crash:
         os.replace = self._around(os.replace)  # type: ignore[assignment]
 
     def _around(self, call: Callable[..., object]) -> Callable[..., object]:
-        def run(*args: object) -> object:
+        def run(*args: Any) -> object:
             self.left -= 1
             if self.left == 0 and self.mode == "half" and call == self._write:
-                real_write(args[0], bytes(args[1])[: max(1, len(bytes(args[1])) // 2)])  # type: ignore[arg-type]
+                real_write(args[0], bytes(args[1])[: max(1, len(bytes(args[1])) // 2)])
             if self.left == 0 and self.mode != "after":
                 os._exit(9)
             result = call(*args)
@@ -155,16 +157,17 @@ def test_p01_death_at_every_system_call_ends_in_the_same_bytes(
     tensors = plan(3)
     hashes = write(tmp_path / "whole", tensors, resume=False)
     whole = (tmp_path / "whole").read_bytes()
+
+    def dying(crash: Crash, path: Path) -> None:
+        crash.install()
+        write(path, tensors, resume=False)
+
     for at in range(1, 200):
         folder = tmp_path / str(at)
         folder.mkdir()
         path, notes = folder / "x.safetensors", tmp_path / f"{at}.synced"
         crash = Crash(at, mode, notes)
-        code = exit_code(
-            child(
-                lambda crash=crash, path=path: (crash.install(), write(path, tensors, resume=False))
-            )
-        )
+        code = exit_code(child(partial(dying, crash, path)))
         if code == 0:
             break
         assert code == 9

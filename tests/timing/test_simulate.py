@@ -114,7 +114,8 @@ def random_case(seed: int) -> Case:
     resident = rng.randint(0, blocks)
     ring = rng.randint(1, 4) if resident < blocks else 0
     host = rng.randint(0, blocks - resident)
-    rates = speeds(*(rng.choice((0.25, 0.5, 1, 2, 4, 8)) for _ in range(3)))
+    read_s, stage_s, copy_s = (rng.choice((0.25, 0.5, 1, 2, 4, 8)) for _ in range(3))
+    rates = speeds(read_s, stage_s, copy_s)
     return Case(
         schedule,
         (resident, ring, host, rng.randint(0, host), rng.randint(1, 3)),
