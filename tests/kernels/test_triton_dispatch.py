@@ -64,7 +64,7 @@ def test_the_cpu_takes_the_reference_and_says_so_below_warnings(
 ) -> None:
     monkeypatch.delenv("LOWVRAM_BACKEND", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level(logging.DEBUG, "lowvram_kernels.dispatch"):
         assert choose(case) is ops.OPS[case.op].reference
         choose(case)
@@ -107,7 +107,7 @@ def test_each_refusal_has_its_reason() -> None:
     linear, add, rope, values, attention, adaln, rows, _ = ALL
     wide = torch.zeros(256, 2)
     wrong = {
-        "operands of one dtype": refusal(linear, weight=linear.inputs["weight"].float()),
+        "a and weight need the same dtype": refusal(linear, weight=linear.inputs["weight"].float()),
         "K = 40 is not a multiple of 16": refusal(cases.linear(3, 32, 40)),
         "the residual stream is torch.bfloat16": refusal(
             add, out=torch.zeros(3, 32, dtype=torch.bfloat16)
@@ -139,7 +139,9 @@ def test_each_refusal_has_its_reason() -> None:
         "GELU(y) or adds gate": refusal(add, gelu=True),
         "v is torch.float32": refusal(attention, v=attention.inputs["v"].float()),
         "q is torch.float16": refusal(attention, q=attention.inputs["q"].half()),
-        "tokens of q and k": refusal(attention, q=torch.zeros(1, 6, 128, dtype=torch.int8)[:, ::2]),
+        "tokens of a head are not contiguous": refusal(
+            attention, q=torch.zeros(1, 6, 128, dtype=torch.int8)[:, ::2]
+        ),
     }
     assert {want: got for want, got in wrong.items() if want not in got} == {}
 
@@ -155,7 +157,7 @@ def test_p19_heads_of_another_width_take_the_reference_with_a_reason(
     """
     monkeypatch.setattr(constraints, "wrong_device", lambda tensor: None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     monkeypatch.delenv("LOWVRAM_BACKEND", raising=False)
     sizes = (5, 64, 2) if make is cases.attention else (5, 2)
     for width in (64, 128):
@@ -325,7 +327,7 @@ def test_p19_tensors_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPa
     )
     assert op.refusal(**case.inputs, **out) is None
     elsewhere = {"weight": case.inputs["weight"].to("meta")}
-    assert op.refusal(**(case.inputs | elsewhere), **out) == "its tensors lie on cpu and meta"
+    assert op.refusal(**(case.inputs | elsewhere), **out) == "its tensors are on cpu and meta"
 
 
 def test_an_op_runs_with_the_gpu_of_its_tensors_as_the_current_one(
