@@ -27,7 +27,7 @@ from lowvram.units import format_bytes
 from lowvram.variants import VARIANTS
 
 if TYPE_CHECKING:
-    from lowvram_quantize.progress import Progress as QuantizeProgress
+    from lowvram_quantize.progress import QuantizeProgress
 
     from lowvram.memory.usage import PhaseUsage
     from lowvram.planner.plan import MemoryPlan

@@ -7,7 +7,7 @@ from __future__ import annotations
 from io import StringIO
 
 import pytest
-from lowvram_quantize.progress import Progress as QuantizeProgress
+from lowvram_quantize.progress import QuantizeProgress
 from rich.console import Console
 
 from lowvram.cli import terminal
