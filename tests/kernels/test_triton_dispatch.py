@@ -1,6 +1,4 @@
-"""Which backend runs an op: by the device of its tensors, with a reason for every refusal, and
-never without a trace.
-"""
+"""Tests the selection of an op's backend: by device, with a logged reason for every fallback."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 
 
 def arguments(case: cases.Case, **changes: object) -> dict[str, object]:
-    """The call's arguments by name; the first one is positional in the library."""
+    """Return the call's arguments by name."""
     return (
         case.inputs
         | {name: output.cut(output.whole) for name, output in case.outputs.items()}
@@ -152,9 +150,7 @@ def test_p19_heads_of_another_width_take_the_reference_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The Triton kernels take heads of 64 and 128; on a GPU, where nothing else refuses them,
-    others fall back and say why.
-    """
+    """Heads that are not 64 or 128 wide fall back on a GPU, with the reason in the log."""
     monkeypatch.setattr(constraints, "wrong_device", lambda tensor: None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(dispatch, "_logged", set())
@@ -230,7 +226,7 @@ def test_p19_a_gpu_that_the_references_serve_takes_every_product(
 def test_p19_a_triton_that_does_not_start_is_a_reason_to_fall_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on a machine without a C compiler, which it needs at its first launch."""
+    """Without a C compiler, which Triton needs at its first launch."""
 
     class Broken:
         def get_current_target(self) -> None:
@@ -333,8 +329,9 @@ def test_p19_tensors_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPa
 def test_an_op_runs_with_the_gpu_of_its_tensors_as_the_current_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Triton launches on the current device, whichever the tensors lie on; a CPU's ops leave it
-    alone.
+    """Triton launches on the current device, whatever the device of its tensors.
+
+    An op on the CPU leaves the current device alone.
     """
     events: list[str] = []
 

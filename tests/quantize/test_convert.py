@@ -1,4 +1,4 @@
-"""The quantizer from a checkpoint to a store: what is stored, what is refused, what is reported."""
+"""Tests the conversion of a checkpoint to a store: contents, errors and report."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Stopped(Exception):
 
 
 class StopAt:
-    """A progress callback that ends the run at the n-th event of the phase."""
+    """A progress callback that aborts the run at the n-th event of the phase."""
 
     def __init__(
         self, count: int, phase: str = "quantize", error: type[BaseException] = Stopped
@@ -149,7 +149,7 @@ def test_both_layouts_give_the_same_files(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "one")
     quantize(write_diffusers(tmp_path / "diffusers", CONFIG), tmp_path / "two")
     one, two = hashes(tmp_path / "one"), hashes(tmp_path / "two")
-    assert one.pop(MANIFEST_NAME) != two.pop(MANIFEST_NAME)  # which names the source
+    assert one.pop(MANIFEST_NAME) != two.pop(MANIFEST_NAME)  # the manifest names the source
     assert one == two
 
 
@@ -223,7 +223,7 @@ def test_p05_another_format_is_refused_with_both(source: Path, tmp_path: Path) -
     with pytest.raises(ResumeError, match=r"format was int8, now fp8"):
         quantize(source, tmp_path / "m", "fp8", resume=True)
     quantize(source, tmp_path / "m", "int8", resume=True)
-    with pytest.raises(ResumeError, match=r"format was int8, now fp8"):  # a finished store as well
+    with pytest.raises(ResumeError, match=r"format was int8, now fp8"):  # also for a finished store
         quantize(source, tmp_path / "m", "fp8", resume=True)
 
 
@@ -367,8 +367,8 @@ def test_p02_files_of_the_user_that_end_in_partial_survive(source: Path, tmp_pat
     (model / "thesis.partial-draft").mkdir(parents=True)
     (model / "thesis.partial-draft" / "one.txt").write_text("years")
     (model / "movie.mkv.partial").write_text("hours")
-    (model / "vae.safetensors.partial").mkdir()  # a folder: no run makes one of this name
-    # nor are they taken for an unfinished run
+    (model / "vae.safetensors.partial").mkdir()  # no run creates a folder of this name
+    # the files above are not taken for an unfinished run
     with pytest.raises(CheckpointError, match="it is not a store"):
         open_store(model)
     for name in (
@@ -423,7 +423,7 @@ def test_progress_counts_bytes_speed_and_time_left(source: Path, tmp_path: Path)
         assert {event.component for event in of_phase} == set(COMPONENTS)
         assert all(event.bytes_per_s > 0 for event in of_phase)
         assert of_phase[0].left_s > 0 == of_phase[-1].left_s
-    # scan first
+    # the scan comes first
     assert [event.phase for event in events] == sorted(
         (event.phase for event in events), reverse=True
     )
