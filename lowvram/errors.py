@@ -1,31 +1,34 @@
-"""One class per cause. A message says what is wrong, where, and what to do about it, in one
-line.
+"""Exceptions of lowvram, one class per cause.
+
+A message is one line: what is wrong, where, and what to do about it.
 """
 
 from __future__ import annotations
 
 
 class LowvramError(Exception):
-    """Any failure that the user can act on; the command line prints it as one line and exits with
-    1.
+    """Base class of all errors that the user can act on.
+
+    The command line prints the message and exits with `exit_code`.
     """
 
     exit_code = 1
 
 
 class UsageError(LowvramError):
-    """The request itself is wrong: an option, a size, a number of frames."""
+    """The request is invalid: an option, a size, a number of frames."""
 
     exit_code = 2
 
 
 class CheckpointError(LowvramError):
-    """A checkpoint on disk is damaged, incomplete or not what it claims to be."""
+    """A checkpoint on disk is damaged, incomplete or of an unsupported kind."""
 
 
 class HeaderError(CheckpointError):
-    """A safetensors file breaks a rule of the format. `rule`: its name, of
-    `checkpoint.readers.safetensors_header.RULES`.
+    """A safetensors file breaks a rule of the format.
+
+    rule: the rule's name, a key of `checkpoint.readers.safetensors_header.RULES`.
     """
 
     def __init__(self, rule: str, message: str) -> None:
@@ -34,44 +37,44 @@ class HeaderError(CheckpointError):
 
 
 class MissingTensorsError(CheckpointError):
-    """Tensors are missing, unexpected, or have the wrong shape; the message names them all at
-    once.
-    """
+    """Tensors are missing, unexpected or of the wrong shape; the message lists all of them."""
 
 
 class UnsafeFileError(CheckpointError):
-    """Reading the file could run code or leave its folder: a pickle, an absolute or climbing shard
-    name.
+    """Reading the file could run code or leave the model folder.
+
+    Raised for pickles, and for absolute shard names or names with `..`.
     """
 
 
 class IntegrityError(CheckpointError):
-    """Bytes differ from the hash in the manifest; the message names the tensor."""
+    """Data do not match their hash in the manifest; the message names the tensor."""
 
 
 class NonFiniteError(CheckpointError):
-    """Weights hold NaN or infinity; the message names the tensors and counts."""
+    """Weights contain NaN or infinity; the message names and counts the tensors."""
 
 
 class OutputError(LowvramError):
-    """The output exists already, is locked by another run, or cannot be written."""
+    """The output already exists, is locked by another run, or cannot be written."""
 
 
 class ResumeError(LowvramError):
-    """An interrupted run cannot be continued with this request; the message names both values."""
+    """An interrupted run does not match this request; the message gives both values."""
 
 
 class DiskFullError(OutputError):
-    """The file system has too little room; nothing under the final name was touched."""
+    """The file system is full; no file under its final name has changed."""
 
 
 class BudgetError(LowvramError):
-    """No plan fits the budgets; the message gives the smallest that would."""
+    """No plan fits the budgets; the message gives the smallest budget that would fit."""
 
 
 class OutOfMemoryError(LowvramError):
-    """Memory that the plan counts on is not there, because other programs have it. `budget`: VRAM
-    or RAM.
+    """Planned memory is not available because other programs use it.
+
+    budget: which memory, `VRAM` or `RAM`.
     """
 
     def __init__(self, message: str, budget: str) -> None:
@@ -80,14 +83,12 @@ class OutOfMemoryError(LowvramError):
 
 
 class UnsupportedError(LowvramError):
-    """No backend can run the operation here; the message gives each backend's reason."""
+    """No backend can run the operation on this machine; the message gives each one's reason."""
 
 
 class NumericsError(LowvramError):
-    """NaN or infinity in the latents; the message names step, expert and block."""
+    """The latents contain NaN or infinity; the message names step, expert and block."""
 
 
 class InternalLimitError(LowvramError):
-    """More memory was asked of the arena or the ring than the plan granted: a defect of lowvram,
-    never of the user.
-    """
+    """An allocation exceeds the plan: a bug in lowvram, not an error of the user."""

@@ -22,13 +22,15 @@ from lowvram.memory.out_of_memory import release_cached_memory
 from lowvram.models.numerics import attention_values
 from lowvram.models.vae import WanVAE
 from lowvram.models.wan import Conditioning, EmbeddingsAndHead, condition, load_embeddings_and_head
-from lowvram.planner.plan import Host, MemoryPlan, choose_plan
+from lowvram.planner.choose import choose_plan
+from lowvram.planner.phases import Host
+from lowvram.planner.plan import MemoryPlan
 from lowvram.progress import Listener, PhaseClock, silent
 from lowvram.prompt.cache import PromptCache
 from lowvram.prompt.encode import prompt_features, prompt_tokens
-from lowvram.request import DEFAULT_NEGATIVE_PROMPT, LatentShape, Request
+from lowvram.request import DEFAULT_NEGATIVE_PROMPT, LatentShape, Request, Workload
 from lowvram.run import Run
-from lowvram.sampling.denoise import Expert, branches_of
+from lowvram.sampling.denoise import Expert
 from lowvram.sampling.recovery import denoise_within_budgets
 from lowvram.sampling.schedule import Schedule, make_schedule
 from lowvram.sampling.solvers import Solver, make_solver
@@ -129,36 +131,19 @@ class Pipeline:
         """Raises `BudgetError` naming the smallest budgets that would do, `UsageError` for an
         impossible size.
         """
-        config, profile, branches = (
-            self.store.config,
-            self.profile,
-            [branches_of(expert, request) for expert in EXPERTS],
-        )
-        clock = None
-        if profile is not None:
-            steps, shift, boundary = request.steps, request.shift, request.boundary
-            clock = Forecast(
-                config,
-                self.store.format,
-                profile,
-                steps,
-                shift,
-                boundary,
-                (branches[0], branches[1]),
-            )
+        workload, profile = self.workload(request), self.profile
         return choose_plan(
-            config,
-            self.store.format,
-            (request.width, request.height),
-            request.num_frames,
-            request.steps,
+            workload,
             self.host,
             self.vram_bytes,
             self.ram_bytes,
-            guided=2 in branches,
-            clock=clock,
+            clock=Forecast(workload, profile) if profile else None,
             pinned_limit_bytes=profile.pinned_limit_bytes if profile else None,
         )
+
+    def workload(self, request: Request) -> Workload:
+        """The workload of a request on this model."""
+        return Workload.of_request(self.store.config, self.store.format, request)
 
     def request(self, prompt: str, **changes: Any) -> Request:
         """A request with this model's defaults; `changes` are fields of `Request`, or `frames` and
@@ -241,7 +226,7 @@ class Pipeline:
         """Text, conditioning and the denoising loop: the clean latents, [C, T, h, w] float32 on the
         device.
         """
-        request, shape = run.request, run.shape
+        request, shape = run.request, run.workload.latents
         schedule = make_schedule(request.solver, request.steps, request.shift)
         solver, values = (
             make_solver(request.solver, schedule),
@@ -310,7 +295,7 @@ class Pipeline:
         experts = {}
         for number, name in enumerate(EXPERTS):
             read = self.store.files[name].read
-            branches = features[: branches_of(name, run.request)]
+            branches = features[: run.request.branches(name)]
             conditioning = condition(
                 read, config, format, schedule.timesteps, branches, self.device
             )
@@ -339,7 +324,8 @@ class Pipeline:
                 clock.append(PhaseClock(run.listener, "decode", total))
             clock[0].report(done)
 
-        frames = torch.empty(plan.num_frames, plan.height, plan.width, 3, dtype=torch.uint8)
+        clip = run.workload
+        frames = torch.empty(clip.num_frames, clip.height, clip.width, 3, dtype=torch.uint8)
         for first, top, pixels in vae.decode(latents, plan.vae_tile_pixels, progress):
             _, count, rows, _ = pixels.shape
             frames[first : first + count, top : top + rows] = to_uint8(pixels)

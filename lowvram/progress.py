@@ -8,31 +8,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A part of a run that releases its memory before the next begins.
-
-    label: what people are shown; leaner: what it does where memory is short a second time, slower
-    and the same bit for bit; None where it can do nothing. The denoising phase has fallback plans.
-    """
-
-    name: str
-    label: str
-    leaner: str | None = None
-
-
-PHASES = {
-    phase.name: phase
-    for phase in (
-        Phase("text", "reading the prompt", "one block slot and one staging buffer"),
-        Phase("conditioning", "preparing the experts"),
-        Phase("denoise", "denoising"),
-        Phase("decode", "decoding frames", "the decoder's weights read one by one"),
-        Phase("write", "writing the video"),
-    )
-}
-
-
-@dataclass(frozen=True)
 class Progress:
     """`done` of `total` units of `phase` are over; `seconds_left` is None until one unit has been
     timed.

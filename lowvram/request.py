@@ -1,13 +1,15 @@
-"""What the user asks for: one video, checked, and the shape of its latents."""
+"""One video: its request, the shape of its latents, and its workload for planner and timing."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from lowvram.errors import UsageError
+from lowvram.formats import FORMATS, Format
 from lowvram.units import shown
-from lowvram.variants import ModelConfig, SamplingDefaults
+from lowvram.variants import EXPERTS, ModelConfig, SamplingDefaults
 
 # The text that the official code uses where the user gives no negative prompt (Wan2.2
 # `shared_config.py`).
@@ -62,6 +64,14 @@ class Request:
                 raise UsageError(f"{name} {getattr(self, name)} is not a finite number")
         if not 0 <= self.boundary <= 1:
             raise UsageError(f"boundary {self.boundary} is outside 0 .. 1")
+
+    def guidance(self, expert: str) -> float:
+        """Guidance scale of `high_noise` or `low_noise`."""
+        return self.guidance_high if expert == EXPERTS[0] else self.guidance_low
+
+    def branches(self, expert: str) -> int:
+        """Forwards per step: 2 with guidance, 1 at guidance 1 (the positive prompt alone)."""
+        return 1 if self.guidance(expert) == 1 else 2
 
 
 def check_clip(width: int, height: int, num_frames: int, steps: int) -> None:
@@ -147,3 +157,83 @@ def latent_shape(config: ModelConfig, width: int, height: int, num_frames: int) 
     frames = (num_frames - 1) // config.vae.temporal_stride + 1
     h, w = height // stride, width // stride
     return LatentShape(config.vae.z_dim, frames, h, w, (frames // pt, h // ph, w // pw))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One video on one model: the input of the memory plan and of its predicted time.
+
+    format: of the experts' linears; branches: forwards per step of the high- and the low-noise
+    expert.
+    """
+
+    config: ModelConfig
+    format: Format
+    width: int
+    height: int
+    num_frames: int
+    steps: int
+    shift: float
+    boundary: float
+    branches: tuple[int, int] = (2, 2)
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        format: str,
+        size: tuple[int, int] | None = None,
+        num_frames: int | None = None,
+        steps: int | None = None,
+    ) -> Workload:
+        """A video with the model's defaults for what is None; size: (width, height) in pixels.
+
+        Raises `UsageError` for an unknown format and for a clip that no request accepts.
+        """
+        if format not in FORMATS:
+            raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+        defaults = config.sampling
+        width, height = size or (defaults.width, defaults.height)
+        num_frames = defaults.num_frames if num_frames is None else num_frames
+        steps = defaults.steps if steps is None else steps
+        check_clip(width, height, num_frames, steps)
+        return cls(
+            config,
+            FORMATS[format],
+            width,
+            height,
+            num_frames,
+            steps,
+            defaults.shift,
+            defaults.boundary,
+        )
+
+    @classmethod
+    def of_request(cls, config: ModelConfig, format: str, request: Request) -> Workload:
+        """The workload of a request on a store of this model and format."""
+        high, low = (request.branches(expert) for expert in EXPERTS)
+        return cls(
+            config,
+            FORMATS[format],
+            request.width,
+            request.height,
+            request.num_frames,
+            request.steps,
+            request.shift,
+            request.boundary,
+            (high, low),
+        )
+
+    @cached_property
+    def latents(self) -> LatentShape:
+        """Raises `UsageError` where the size does not divide into the VAE's cells and patches."""
+        return latent_shape(self.config, self.width, self.height, self.num_frames)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.latents.num_tokens
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step runs a second, negative branch."""
+        return 2 in self.branches

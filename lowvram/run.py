@@ -13,15 +13,16 @@ import torch
 
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory.arena import Ledger
-from lowvram.memory.out_of_memory import as_out_of_memory, release_cached_memory
+from lowvram.memory.out_of_memory import retry_out_of_memory
 from lowvram.planner.fallback import RAM, VRAM
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, describe_plan
-from lowvram.progress import PHASES, Listener
-from lowvram.request import LatentShape, Request, latent_shape
+from lowvram.planner.phases import PHASES, Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan, describe_plan
+from lowvram.progress import Listener
+from lowvram.request import Request, Workload
 from lowvram.store.reader import Store
+from lowvram.streaming.block import Blocks
 from lowvram.streaming.schedule import BlockId
 from lowvram.streaming.stream import Buffers, open_stream
-from lowvram.streaming.streamer import Streamer
 from lowvram.streaming.transport import Transport
 from lowvram.units import format_bytes
 
@@ -60,23 +61,12 @@ class Run:
         self.ram.charge("the process", host.process_bytes)
 
     @property
-    def shape(self) -> LatentShape:
-        return latent_shape(
-            self.store.config, self.request.width, self.request.height, self.request.num_frames
-        )
+    def workload(self) -> Workload:
+        return self.plan.workload
 
     def describe(self, choice: PlanChoice) -> MemoryPlan:
-        """The plan that `choice` makes of this request."""
-        size = (self.request.width, self.request.height)
-        return describe_plan(
-            self.store.config,
-            self.store.format,
-            size,
-            self.request.num_frames,
-            self.request.steps,
-            choice,
-            self.host,
-        )
+        """The plan of this request with another choice."""
+        return describe_plan(self.workload, choice, self.host)
 
     def go_on_with(self, plan: MemoryPlan) -> None:
         """From here on the ledgers grant what this plan does."""
@@ -85,7 +75,7 @@ class Run:
 
     def stream(
         self, schedule: Sequence[BlockId], buffers: Buffers
-    ) -> AbstractContextManager[Streamer]:
+    ) -> AbstractContextManager[Blocks]:
         return open_stream(
             self.store.files,
             schedule,
@@ -97,31 +87,29 @@ class Run:
         )
 
     def phase(self, name: str, work: Callable[[], T]) -> T:
-        """`work`; where it runs out of memory once more, with everything handed back that is not in
-        use, and then its `leaner` way.
+        """The result of `work`. After an out-of-memory error it runs once more with all unused
+        memory released, then in the phase's `leaner` way.
 
         Raises `OutOfMemoryError` naming the phase.
         """
-        release_cached_memory(self.device)  # what the phase before has left in torch's allocator
         leaner = _leaner(name)
-        ways = ["once more", *([f"with {leaner}"] if leaner else [])]
-        for attempt in range(1 + len(ways)):
-            self.lean = attempt == 2
-            try:
-                with as_out_of_memory():
-                    return work()
-            except OutOfMemoryError as error:
-                short, failure = error.budget, str(error)
-            release_cached_memory(self.device)
-            if attempt < len(ways):
-                _log.warning(
-                    "out of %s in the %s phase (%s): trying it %s; the video stays the same",
-                    short,
-                    name,
-                    failure,
-                    ways[attempt],
-                )
-        raise self.exhausted(name, f"the {name} phase", short, failure)
+        ways = iter([("once more", False), *([(f"with {leaner}", True)] if leaner else [])])
+
+        def recover(short: str, failure: str) -> None:
+            way = next(ways, None)
+            if way is None:
+                raise self.exhausted(name, f"the {name} phase", short, failure)
+            _log.warning(
+                "out of %s in the %s phase (%s): trying it %s; the video stays the same",
+                short,
+                name,
+                failure,
+                way[0],
+            )
+            self.lean = way[1]
+
+        self.lean = False
+        return retry_out_of_memory(self.device, work, recover)
 
     def exhausted(self, phase: str, where: str, short: str, failure: str) -> OutOfMemoryError:
         """What the phase needs by the plan that the run has come down to, and what there is to do

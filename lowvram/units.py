@@ -1,4 +1,4 @@
-"""Amounts of memory and sizes of videos, read from what people type and shown to them."""
+"""Parse and format amounts of memory and video sizes."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def parse_bytes(text: str) -> int:
-    """`8GiB`, `8GB`, `8192MiB` or a plain number of bytes. Raises `UsageError`."""
+    """Parse an amount of memory into bytes: `8GiB`, `8GB`, `8192MiB` or a number of bytes.
+
+    Raises `UsageError`.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise UsageError(
-            f"cannot read the amount of memory {text!r}: write it like 8GiB, 8GB or 8192MiB"
-        )
+        raise UsageError(f"invalid amount of memory {text!r}: write it like 8GiB, 8GB or 8192MiB")
     amount = float(match[1]) * unit
     if amount >= 2**63:
-        raise UsageError(
-            f"an amount of memory of {text[:80]!r} is more than any machine has: write it like 8GiB"
-        )
+        raise UsageError(f"amount of memory {text[:80]!r} is too large: write it like 8GiB")
     return int(amount)
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`WIDTHxHEIGHT` (`*` is accepted for `x`), in pixels. Raises `UsageError`."""
+    """Parse `WIDTHxHEIGHT` or `WIDTH*HEIGHT` into (width, height) in pixels.
+
+    Raises `UsageError`.
+    """
     match = re.fullmatch(r"\s*(\d{1,9})\s*[xX*]\s*(\d{1,9})\s*", text)
     if match is None:
-        raise UsageError(f"cannot read the size {text!r}: write it like 832x480")
+        raise UsageError(f"invalid size {text!r}: write it like 832x480")
     return int(match[1]), int(match[2])
 
 
 def clip_size(size: str | Sequence[int]) -> tuple[int, int]:
-    """(width, height) of `WIDTHxHEIGHT` or of a pair, whose numbers `check_clip` judges. Raises
+    """Return (width, height) in pixels from `WIDTHxHEIGHT` or from a pair.
+
+    The numbers of a pair are not checked here; `request.check_clip` does that. Raises
     `UsageError`.
     """
     if isinstance(size, str):
@@ -47,7 +51,7 @@ def clip_size(size: str | Sequence[int]) -> tuple[int, int]:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people, in decimal units: `14.5 GB`."""
+    """Format a number of bytes in decimal units: `14.50 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
@@ -56,7 +60,7 @@ def format_bytes(count: float) -> str:
 
 
 def shown(value: object) -> str:
-    """`value` for an error message: its repr, cut to 80 characters."""
+    """Format a value for an error message: its repr, cut to 80 characters."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
     return repr(value)[:80]

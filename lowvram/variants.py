@@ -5,9 +5,18 @@ Triton.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from lowvram.errors import UsageError
+
+# Types of sizes and numbers in configuration files, which `files.checked` holds them to.
+Size = Annotated[int, Meta(ge=1, le=2**20)]
+Layers = Annotated[int, Meta(ge=1, le=1024)]
+Number = Annotated[float, Meta(gt=-1e9, lt=1e9)]
+Multipliers = Annotated[tuple[Size, ...], Meta(min_length=1, max_length=16)]
+Switches = Annotated[tuple[bool, ...], Meta(min_length=1, max_length=16)]
 
 EXPERTS = ("high_noise", "low_noise")
 COMPONENTS = (*EXPERTS, "text_encoder", "vae")
@@ -19,17 +28,17 @@ class DiTConfig:
     format is used.
     """
 
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    in_dim: int = 16
-    out_dim: int = 16
-    freq_dim: int = 256
-    text_dim: int = 4096
-    text_len: int = 512
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
+    dim: Size
+    ffn_dim: Size
+    num_heads: Size
+    num_layers: Layers
+    in_dim: Size = 16
+    out_dim: Size = 16
+    freq_dim: Size = 256
+    text_dim: Size = 4096
+    text_len: Size = 512
+    patch_size: tuple[Size, Size, Size] = (1, 2, 2)
+    eps: Number = 1e-6
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -46,15 +55,15 @@ class DiTConfig:
 class TextEncoderConfig:
     """The UMT5 encoder (spec section 3)."""
 
-    vocab_size: int = 256384
-    d_model: int = 4096
-    num_heads: int = 64
-    head_dim: int = 64
-    d_ff: int = 10240
-    num_layers: int = 24
-    num_buckets: int = 32
-    max_distance: int = 128
-    eps: float = 1e-6
+    vocab_size: Size = 256384
+    d_model: Size = 4096
+    num_heads: Size = 64
+    head_dim: Size = 64
+    d_ff: Size = 10240
+    num_layers: Layers = 24
+    num_buckets: Size = 32
+    max_distance: Size = 128
+    eps: Number = 1e-6
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,11 @@ class VAEConfig:
     model.
     """
 
-    base_dim: int = 96
-    z_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    base_dim: Size = 96
+    z_dim: Size = 16
+    dim_mult: Multipliers = (1, 2, 4, 4)
+    num_res_blocks: Size = 2
+    temporal_downsample: Switches = (False, True, True)
 
     @property
     def spatial_stride(self) -> int:
@@ -82,15 +91,15 @@ class VAEConfig:
 class SamplingDefaults:
     """What a request uses where the user says nothing (spec section 1)."""
 
-    width: int = 1280
-    height: int = 720
-    num_frames: int = 81
-    fps: int = 16
-    steps: int = 40
-    shift: float = 12.0
-    guidance_high: float = 4.0
-    guidance_low: float = 3.0
-    boundary: float = 0.875
+    width: Size = 1280
+    height: Size = 720
+    num_frames: Size = 81
+    fps: Size = 16
+    steps: Size = 40
+    shift: Number = 12.0
+    guidance_high: Number = 4.0
+    guidance_low: Number = 3.0
+    boundary: Number = 0.875
 
 
 @dataclass(frozen=True)
@@ -105,30 +114,6 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """Inverse of `to_dict`, from parsed JSON. Raises `UsageError` on unknown or missing
-        keys.
-        """
-        try:
-            dit, vae = dict(data["dit"]), dict(data["vae"])
-            for owner, key in (
-                (dit, "patch_size"),
-                (vae, "dim_mult"),
-                (vae, "temporal_downsample"),
-            ):
-                owner[key] = tuple(owner[key])
-            text = TextEncoderConfig(**data["text_encoder"])
-            return cls(
-                data["variant"],
-                DiTConfig(**dit),
-                text,
-                VAEConfig(**vae),
-                SamplingDefaults(**data["sampling"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"not a lowvram model description: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -160,3 +145,20 @@ VARIANTS = {
     variant.config.variant: variant
     for variant in (Variant(T2V_A14B), Variant(I2V_A14B, "image", _ONLY_PLANNED))
 }
+
+
+def variant_of(
+    dit: DiTConfig,
+    text_encoder: TextEncoderConfig | None = None,
+    vae: VAEConfig | None = None,
+) -> Variant | None:
+    """The variant with these dimensions, as far as they are given; None for a custom model."""
+    for variant in VARIANTS.values():
+        config = variant.config
+        if (
+            dit == config.dit
+            and text_encoder in (None, config.text_encoder)
+            and vae in (None, config.vae)
+        ):
+            return variant
+    return None

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel and variant for six architectures on a machine that has none of
 them, and gates what comes out.
 
-    python scripts/compile_kernels.py [--arch sm_89 ...] [--kernel attention ...] [--jobs 4] [--csv FILE]
+    python -m scripts.compile_kernels [--arch sm_89 ...] [--kernel attention ...] [--jobs 4] [--csv FILE]
 
 Prints a table of registers, spilled bytes, shared memory, matrix instructions and the narrowest
 load of the main operands. Exits 1 where a GEMM or attention kernel spills, has not enough matrix
@@ -424,8 +424,8 @@ def disassembled(cubin: bytes, code: bool = True) -> tuple[int, int, str]:
         usage = output(str(tools / "cuobjdump"), "--dump-resource-usage", str(path))
         text = output(str(tools / "nvdisasm"), "-c", str(path)) if code else ""
     registers, stack, local = (
-        int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")
-    )  # type: ignore[index]
+        int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK", "LOCAL")
+    )
     return registers, stack + local, text
 
 

@@ -1,7 +1,7 @@
 """Hashes of what lowvram makes of the demo model: run on two commits, equal files mean that no byte
 of a store, a frame or a plan changed.
 
-    python scripts/fingerprint.py before.json --source /path/to/lowvram/demo/model
+    python -m scripts.fingerprint before.json --source /path/to/lowvram/demo/model
 
 Use the same --source for both: a manifest holds the times of change of its files.
 """
@@ -62,7 +62,7 @@ def main() -> None:
 
 def stores(source: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """Format -> file -> sha256, and the manifest itself."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for format in FORMATS:
         model = folder / format
         lowvram.quantize(source, model, format)

@@ -8,27 +8,33 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from lowvram.cli.terminal import duration
+from lowvram.cli.progress import duration
 from lowvram.errors import BudgetError
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, choose_plan
+from lowvram.formats import FORMATS
+from lowvram.planner.choose import choose_plan
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan
+from lowvram.plans.api import plan as plan_for_card
+from lowvram.request import Workload
 from lowvram.timing.cards import LANE_BYTES_S, Card, find_card
 from lowvram.timing.forecast import Forecast, simulate_choice
 from lowvram.timing.predict import attention_ops, block_seconds, linear_ops, text_ops
-from lowvram.timing.simulate import Speeds
+from lowvram.timing.simulate import HopSpeeds
 from lowvram.units import format_bytes
 from lowvram.variants import I2V_A14B, T2V_A14B, ModelConfig
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-COMMAND = "python scripts/plans.py"
+COMMAND = "python -m scripts.plans"
 SIZES = ((832, 480), (1280, 720))
 FRAMES = 81
 VRAM_GB, RAM_GB = (24, 16, 12, 8, 6), (64, 32, 16, 8)
 CARDS = ("RTX 3060 12GB", "RTX 4090")
 DIT, BLOCKS = T2V_A14B.dit, T2V_A14B.dit.num_layers
 INT8_BYTES = 351_272_960  # of a block's matrices, as docs/facts/kernels.md section 5 counts them
-# a step that takes at most this much longer than with resident blocks: promise 2 of the design
+# a step that takes at most this much longer than with resident blocks (design section 1, item 2)
 HIDDEN = 0.02
 
 
@@ -65,6 +71,18 @@ CLIPS = (
     ("832x480 x 81", 32_760),
     ("1280x720 x 81", 75_600),
 )
+README_CARDS = (
+    "RTX 4060 8GB",
+    "RTX 3080 10GB",
+    "RTX 3060 12GB",
+    "RTX 4070",
+    "RTX 4060 Ti 16GB",
+    "RTX 5080",
+    "RTX 3090",
+    "RTX 4090",
+    "RTX 5090",
+)
+CARDS_BEGIN, CARDS_END = "<!-- cards: begin -->", "<!-- cards: end -->"
 STREAMED_CARDS = ("RTX 3060 12GB", "RTX 3090", "RTX 4060 8GB", "RTX 4090", "RTX 5090", "H200")
 
 
@@ -75,20 +93,16 @@ def plan_of(
     config: ModelConfig, card: Card, size: tuple[int, int], vram_gb: int, ram_gb: int
 ) -> MemoryPlan | BudgetError:
     """The plan that `lowvram plan` makes for a card under two budgets, or why there is none."""
-    sampling, ram_bytes = config.sampling, ram_gb * 10**9
+    ram_bytes = ram_gb * 10**9
     profile = card.profile(ram_bytes)
-    clock = Forecast(config, "int8", profile, sampling.steps, sampling.shift, sampling.boundary)
+    workload = Workload.of(config, "int8", size, FRAMES)
     budgets = vram_gb * 10**9, ram_bytes
     try:
         return choose_plan(
-            config,
-            "int8",
-            size,
-            FRAMES,
-            sampling.steps,
+            workload,
             Host.of("cuda"),
             *budgets,
-            clock=clock,
+            clock=Forecast(workload, profile),
             pinned_limit_bytes=profile.pinned_limit_bytes,
         )
     except BudgetError as error:
@@ -129,24 +143,16 @@ def plans_document() -> str:
     lines = [
         "# What runs within which budgets",
         "",
-        f"Written by `{COMMAND}` from the planner; int8, 40 steps, two guidance branches, "
-        f"{FRAMES} frames. Peaks are computed before a",
-        "run and kept by it. **All times are predictions** from the table of cards "
-        "(`lowvram/timing/cards.py`): data sheets, and shares of",
-        "their peaks that the kernels' machine code predicts "
-        "(`docs/benchmarks/kernels.md`). None was measured. Weights come from a disk",
-        "of 3.5 GB/s where they are in neither VRAM nor RAM. `lowvram plan VARIANT --gpu "
-        "CARD --size … --vram … --ram …` answers for other",
-        "cards, links and disks.",
+        f"Written by `{COMMAND}` from the planner: int8, 40 steps, two guidance branches, {FRAMES} frames. Peaks are computed before a",
+        "run, and the run keeps to them. **All times are predictions** from the table of cards (`lowvram/timing/cards.py`): data-sheet peaks, and",
+        "the shares of them that the kernels' machine code predicts (`docs/benchmarks/kernels.md`). None was measured. Weights that are in",
+        "neither VRAM nor RAM come from a disk of 3.5 GB/s. For other cards, links and disks, use",
+        "`lowvram plan VARIANT --gpu CARD --size … --vram … --ram …`.",
         "",
-        "Blocks: of one expert's 40, how many stay in VRAM / in RAM (of these "
-        "page-locked: at most half of the budget) / come from disk",
-        f"at every visit. Peaks, blocks and chunk (tokens) are those of the plan for the "
-        f"first of {' and '.join(CARDS)} that has",
-        "the VRAM; `-`: the card has less. The video's time is that of all phases, the "
-        "writing of the file left out. Image to video can",
-        "be planned but not run yet, and the encoding of the image is not counted, "
-        "neither its time nor its memory.",
+        "Blocks: of one expert's 40, how many stay in VRAM / stay in RAM (how many of these are page-locked: at most half of the RAM budget) /",
+        "come from disk at every visit. Peaks, blocks and chunk (in tokens) are those of the plan for the first of",
+        f"{' and '.join(CARDS)} that has the VRAM; `-` means that the card has less. The time of a video covers all phases except writing",
+        "the file. Image to video can be planned but not run yet; encoding the image is not counted, neither its time nor its memory.",
     ]
     head = ["VRAM", "RAM", "peak VRAM", "peak RAM", "blocks", "chunk"]
     head += [f"{name}: {what}, predicted" for name in CARDS for what in ("a step", "a video")]
@@ -167,7 +173,7 @@ def plans_document() -> str:
 
 
 def steady_overhead(
-    compute_s: float, block_bytes: float, speeds: Speeds, choice: PlanChoice, rounds: int = 2
+    compute_s: float, block_bytes: float, speeds: HopSpeeds, choice: PlanChoice, rounds: int = 2
 ) -> float:
     """How much longer the third of three steps takes than computing alone, as a share."""
     length = rounds * BLOCKS
@@ -203,7 +209,7 @@ def threshold(row: Assumed, generation: int) -> int:
     """Tokens from which the simulated streamer hides copies out of page-locked RAM to a
     thousandth.
     """
-    speeds = Speeds(1e15, 1e15, LANE_BYTES_S[generation] * 16)
+    speeds = HopSpeeds(1e15, 1e15, LANE_BYTES_S[generation] * 16)
     return first_hidden(
         lambda tokens: (
             steady_overhead(bare_seconds(row, tokens), INT8_BYTES, speeds, IN_RAM) <= 1e-3
@@ -235,7 +241,7 @@ def more_of_the_facts() -> tuple[float, float]:
 
 
 def card_seconds(card: Card, tokens: int) -> float:
-    return block_seconds(DIT, "int8", tokens, 8192, card.profile()) or 0.0
+    return block_seconds(DIT, FORMATS["int8"], tokens, 8192, card.profile()) or 0.0
 
 
 def card_overhead(
@@ -244,7 +250,7 @@ def card_overhead(
     """The overhead of streaming every block out of page-locked RAM, or off a disk, through two
     slots.
     """
-    speeds = Speeds(disk_bytes_s or 1e15, 10e9, link_bytes_s)
+    speeds = HopSpeeds(disk_bytes_s or 1e15, 10e9, link_bytes_s)
     choice = ON_DISK if disk_bytes_s else IN_RAM
     seconds = card_seconds(card, tokens) * (2 if joint else 1)
     return steady_overhead(seconds, INT8_BYTES, speeds, choice, 1 if joint else 2)
@@ -264,11 +270,13 @@ def threshold_row(row: Assumed) -> str:
 def hidden_row(name: str) -> str:
     card = find_card(name)
     cells = [name, f"PCIe {card.pcie_generation}.0 x{card.pcie_lanes}"]
+
+    def hidden(disk: float | None, joint: bool, tokens: int) -> bool:
+        return card_overhead(card, tokens, card.link_bytes_s, disk, joint) <= HIDDEN
+
     for disk in (None, 7e9, 3.5e9):
         for joint in (False, True):
-            cells.append(
-                f"{first_hidden(lambda n, d=disk, j=joint: card_overhead(card, n, card.link_bytes_s, d, j) <= HIDDEN):,}"
-            )
+            cells.append(f"{first_hidden(partial(hidden, disk, joint)):,}")
     return _line(cells)
 
 
@@ -302,22 +310,15 @@ def streaming_document() -> str:
     lines = [
         "# Where streaming is hidden",
         "",
-        f"Written by `{COMMAND}` from the model of time "
-        f"(`lowvram/streaming/simulate.py`), which the tests hold against the real",
-        "streamer's own threads on a simulated clock, event by event. **Every number "
-        "here is a prediction**; none was measured on a GPU.",
+        f"Written by `{COMMAND}` from the timing model (`lowvram/timing/simulate.py`). Tests compare the model with the real streamer's",
+        "threads on a simulated clock, event by event. **Every number here is a prediction**; none was measured on a GPU.",
         "",
-        "## Against the closed form",
+        "## Compared with the closed form",
         "",
-        "Tokens from which streaming int8 blocks out of page-locked RAM costs nothing. "
-        "Facts: the table of `docs/facts/kernels.md` section",
-        "5. Closed form: a block computes longer than it travels, linears and both "
-        "attentions counted; the facts leave cross-attention and",
-        f"the text's keys and values out, hence their {least:.1%} to {most:.1%} more "
-        f"tokens. Simulated: the streamer with two slots and no",
-        "resident block takes at most 0.1 % longer for a step; it agrees with the closed "
-        "form, so two slots suffice where every block",
-        "travels alike.",
+        "The number of tokens from which streaming int8 blocks from page-locked RAM costs nothing. Facts: the table of `docs/facts/kernels.md`,",
+        "section 5. Closed form: a block takes longer to compute than to transfer, counting its linears and both attentions. The facts leave out",
+        f"cross-attention and the text's keys and values, hence their {least:.1%} to {most:.1%} more tokens. Simulated: a step of the streamer with two slots",
+        "and no resident block takes at most 0.1 % longer. It agrees with the closed form, so two slots suffice where all blocks take the same path.",
         "",
         _line(head),
         _rule(len(head)),
@@ -325,12 +326,9 @@ def streaming_document() -> str:
         "",
         "## With everything counted",
         "",
-        f"Tokens from which a step takes at most {HIDDEN:.0%} longer than with resident "
-        f"blocks, on the rates of the table of cards",
-        "(predictions), element-wise work and launches counted; no resident block, two "
-        "slots. `joint`: both guidance branches share a",
-        "visit of a block. Numbers step by 128: what a tile of queries computes beyond "
-        "the last token counts too.",
+        f"The number of tokens from which a step takes at most {HIDDEN:.0%} longer than with resident blocks, at the predicted rates of the table of",
+        "cards, with element-wise work and kernel launches counted; no resident block, two slots. `joint`: both guidance branches share a visit",
+        "of a block. The numbers come in steps of 128, because a tile of queries also computes what lies beyond the last token.",
         "",
         _line(
             ["card", "link", "RAM", "RAM, joint", "disk 7 GB/s", "joint", "disk 3.5 GB/s", "joint"]
@@ -338,25 +336,51 @@ def streaming_document() -> str:
         _rule(8),
         *(hidden_row(name) for name in STREAMED_CARDS),
         "",
-        "## What it costs where it is not hidden",
+        "## What streaming costs where it is not hidden",
         "",
-        "How much longer a step takes than with resident blocks when **no** block is "
-        "resident, with separate or joint visits, whichever is",
-        "faster. Residents, which the planner takes first wherever VRAM is left, shrink "
-        "every one of these.",
+        "How much longer a step takes than with resident blocks when **no** block is resident, with separate or joint visits, whichever is",
+        "faster. The planner keeps blocks resident wherever VRAM is left, and each resident block lowers these costs.",
         "",
         _line(["card", "weights come from", *(name for name, _ in CLIPS)]),
         _rule(2 + len(CLIPS)),
         *(row for name in STREAMED_CARDS for row in overhead_rows(name)),
         "",
-        '`lowvram plan VARIANT --gpu CARD --link "PCIe 3.0 x8" --disk 3.5GB` answers for '
-        "one machine, with what its budgets make resident.",
+        '`lowvram plan VARIANT --gpu CARD --link "PCIe 3.0 x8" --disk 3.5GB` answers for one machine and its budgets.',
     ]
     return "\n".join(lines) + "\n"
 
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def readme_cards() -> str:
+    """The README's table of cards, between its two markers."""
+    lines = [
+        "Predicted, not measured: int8, 81 frames, 40 steps with guidance, 16 GB of RAM, from data "
+        "sheets and the kernels'",
+        "machine code. `lowvram plan t2v-a14b --gpu NAME` predicts other cards, sizes and budgets.",
+        "",
+        _line(["card", "peak VRAM, 480p", "a video, 480p", "peak VRAM, 720p", "a video, 720p"]),
+        _rule(5),
+    ]
+    for name in README_CARDS:
+        cells = [name]
+        for size in SIZES:
+            plan = plan_for_card("t2v-a14b", size=size, gpu=name, ram="16GB")
+            if plan.prediction is None:
+                raise ValueError(f"{name}: no prediction")
+            minutes = round(plan.prediction.video_s / 60)
+            cells += [format_bytes(plan.peak_vram_bytes), f"{minutes} min"]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def with_cards(text: str) -> str:
+    """The README with its table of cards as the planner says now."""
+    before, rest = text.split(CARDS_BEGIN)
+    after = rest.split(CARDS_END)[1]
+    return f"{before}{CARDS_BEGIN}\n{readme_cards()}\n{CARDS_END}{after}"
 
 
 def _rule(columns: int) -> str:
@@ -372,8 +396,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     check = parser.parse_args(arguments).check
     stale = False
-    for name, document in (("plans.md", plans_document()), ("streaming.md", streaming_document())):
-        path = DOCS / name
+    readme = DOCS.parent / "README.md"
+    documents = (
+        (DOCS / "plans.md", plans_document()),
+        (DOCS / "streaming.md", streaming_document()),
+        (readme, with_cards(readme.read_text(encoding="utf-8"))),
+    )
+    for path, document in documents:
         if check:
             current = path.read_text(encoding="utf-8") if path.exists() else ""
             if current != document:

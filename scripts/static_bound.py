@@ -1,9 +1,9 @@
 """Static bounds of the kernels: compiles them for GPUs that are not there, reads the machine code
 of the hot loop and counts it.
 
-    python scripts/static_bound.py [--arch sm_86 ...] [--kernel attention ...] [--peers FOLDER] [--pipes] [--calibrate]
-    python scripts/static_bound.py --write        docs/benchmarks/static.csv, and the table in docs/benchmarks/kernels.md
-    python scripts/static_bound.py --check        exit 1 where a bound of ours is more than 2 points below that of static.csv
+    python -m scripts.static_bound [--arch sm_86 ...] [--kernel attention ...] [--peers FOLDER] [--pipes] [--calibrate]
+    python -m scripts.static_bound --write        docs/benchmarks/static.csv, and the table in docs/benchmarks/kernels.md
+    python -m scripts.static_bound --check        exit 1 where a bound of ours is more than 2 points below that of static.csv
 
 Needs torch, numpy and Triton (its assembler and disassembler come with it), no GPU. Peers are
 SageAttention 1 and comfy-kitchen, where they are installed or their wheels are unpacked in FOLDER:
@@ -29,10 +29,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from sass import ARCHES, CARDS, PIPES, Loop, UnknownInstructionError, hot_loop
+from scripts.sass import ARCHES, CARDS, PIPES, Loop, UnknownInstructionError, hot_loop
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "quantize")]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 TABLE, DOCUMENT = BENCHMARKS / "static.csv", BENCHMARKS / "kernels.md"
 BEGIN, END = "<!-- static table: begin -->", "<!-- static table: end -->"
@@ -99,14 +98,14 @@ class Bound:
         return self.kernel in OURS
 
 
-def jobs(
-    arch: str, folder: Path | None, with_peers: bool
-) -> dict[str, tuple[Any, tuple[str, ...]]]:
-    """By name: a variant to compile, and its arguments that are not divisible by 16."""
-    import compile_kernels
-    import static_peers
+Job = tuple[Any, tuple[str, ...]]  # a variant to compile, its arguments not divisible by 16
 
-    found = {
+
+def jobs(arch: str, folder: Path | None, with_peers: bool) -> dict[str, Job]:
+    """By name: a variant to compile, and its arguments that are not divisible by 16."""
+    from scripts import compile_kernels, static_peers
+
+    found: dict[str, Job] = {
         variant.name: (variant, ())
         for variant in compile_kernels.variants(arch)
         if variant.name in OURS
@@ -126,7 +125,7 @@ def bound_of(arch: str, name: str, folder: Path | None, with_peers: bool) -> Bou
     """The bound, or why there is none. Runs in a process of its own pool: Triton's kernels do not
     travel between processes.
     """
-    import compile_kernels
+    from scripts import compile_kernels
 
     variant, unaligned = jobs(arch, folder, with_peers)[name]
     try:
@@ -176,8 +175,8 @@ def counted(
         max(PIPES, key=cycles.__getitem__),
         round(peak * ideal),
         round(peak * serial),
-        *(round(cycles[pipe], 1) for pipe in PIPES),
-        " ".join(loop.unclassified),
+        **{f"cycles_{pipe}": round(cycles[pipe], 1) for pipe in PIPES},
+        unclassified=" ".join(loop.unclassified),
     )
 
 
@@ -359,7 +358,7 @@ def shown(rate: float | None) -> str:
 
 
 def measured_rates(folder: Path = BENCHMARKS) -> dict[tuple[str, str], float]:
-    """TOPS of our kernels at 32,760 tokens out of committed rows of `bench.py all` (rows-*.jsonl),
+    """TOPS of our kernels at 32,760 tokens out of committed rows of `bench all` (rows-*.jsonl),
     by kernel and architecture.
     """
     calls = {

@@ -13,7 +13,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from compile_kernels import Variant
+
+from scripts.compile_kernels import Variant
 
 SAGE, COMFY = "sageattention", "comfy_kitchen"
 # (block_m, block_n, block_k, stages, warps) of comfy-kitchen's autotuner that are not slow on
@@ -22,7 +23,7 @@ COMFY_TILES = ((128, 256, 64, 3, 8), (64, 256, 32, 4, 4), (128, 128, 32, 4, 4))
 
 
 @triton.jit
-def flash_kernel(q_ptr, k_ptr, v_ptr, out_ptr, scale, stride_h, stride_m, M, N, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def flash_kernel(q_ptr, k_ptr, v_ptr, out_ptr, scale, stride_h, stride_m, M, N, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip  # noqa: E501
     """Flash attention in bf16 as the Triton tutorial's loop has it, no mask. q, k, v, out: [head,
     token, D].
     """
@@ -66,7 +67,7 @@ def product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """a b^T in bf16; K is the last dimension of both."""
     rows, columns = (
         tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M),

@@ -1,7 +1,7 @@
 """Measures candidate tiles of the GEMM and of attention on the GPU at hand and prints the best for
 `lowvram_kernels/tuning.py`.
 
-    python scripts/tune.py [--tokens 32760] [--only attention] [--quick]
+    python -m scripts.tune [--tokens 32760] [--only attention] [--quick]
 
 Every candidate must give the present tile's result before its time counts: int8 products its bits,
 attention within 0.1 %, e4m3 1 %. The best so far is printed as it is found, so a search that is cut
@@ -20,8 +20,6 @@ from functools import partial
 from unittest import mock
 
 import torch
-from bench_kernels import HEAD_DIM, HEADS, LINEARS, codes_of, scales_of
-from bench_timing import measure, reason, require_cuda
 from lowvram_kernels import attention_int8_triton, quantized_linear_triton
 from lowvram_kernels.tuning import (
     INTERPRETER,
@@ -33,6 +31,9 @@ from lowvram_kernels.tuning import (
     linear_tile,
     pv_choices,
 )
+
+from scripts.bench.kernels import HEAD_DIM, HEADS, LINEARS, codes_of, scales_of
+from scripts.bench.timing import measure, reason, require_cuda
 
 MODULES = "lowvram_kernels"
 Candidates = Sequence[tuple[int, ...]]

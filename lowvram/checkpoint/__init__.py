@@ -1,1 +1,1 @@
-"""Checkpoints in any layout: from files to named tensors."""
+"""Checkpoints: open a model in any supported layout as named tensors."""

@@ -1,6 +1,4 @@
-"""Names and shapes of every tensor of Wan2.2, and the maps between the official names and those of
-diffusers and transformers.
-"""
+"""Names and shapes of all tensors of Wan2.2, and maps to diffusers and transformers names."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from lowvram.variants import DiTConfig, TextEncoderConfig, VAEConfig
 Shape = tuple[int, ...]
 _INDEX = r"(0|[1-9][0-9]{0,5})"
 
-# Official module -> diffusers module. The norms are renumbered: official norm3 is the second that
-# runs (spec section 2.3).
+# Official module -> diffusers module. The norms are numbered differently: official norm3 is the
+# second norm of the block (spec section 2.3).
 _DIT_MODULES = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -75,7 +73,7 @@ def _inverse(table: dict[str, str]) -> dict[str, str]:
 
 
 def _rename(name: str, table: dict[str, str]) -> str | None:
-    """Renames the module and keeps the leaf (`weight`, `bias`, `gamma`, or none)."""
+    """Rename the module by `table`; keep the leaf (`weight`, `bias`, `gamma`, or none)."""
     module, dot, leaf = name.rpartition(".")
     if leaf not in ("weight", "bias", "gamma"):
         module, dot, leaf = name, "", ""
@@ -94,8 +92,9 @@ def _rename_numbered(
 
 
 def official_from_diffusers_dit(name: str) -> str | None:
-    """`blocks.0.attn1.to_q.weight` -> `blocks.0.self_attn.q.weight`; None where diffusers has no
-    such tensor.
+    """Official name of a DiT tensor, from its diffusers name; None for an unknown name.
+
+    `blocks.0.attn1.to_q.weight` -> `blocks.0.self_attn.q.weight`.
     """
     return _rename_numbered(
         name, "blocks", "blocks", _inverse(_DIT_BLOCK_MODULES), _inverse(_DIT_MODULES)
@@ -103,13 +102,15 @@ def official_from_diffusers_dit(name: str) -> str | None:
 
 
 def diffusers_dit_from_official(name: str) -> str | None:
-    """Inverse of `official_from_diffusers_dit`."""
+    """Inverse of `official_from_diffusers_dit`; None for an unknown name."""
     return _rename_numbered(name, "blocks", "blocks", _DIT_BLOCK_MODULES, _DIT_MODULES)
 
 
 def official_from_transformers_text(name: str) -> str | None:
-    """`encoder.block.0.layer.0.SelfAttention.q.weight` -> `blocks.0.attn.q.weight`; the tied
-    `encoder.embed_tokens` is `shared`.
+    """Official name of a UMT5 tensor, from its transformers name; None for an unknown name.
+
+    `encoder.block.0.layer.0.SelfAttention.q.weight` -> `blocks.0.attn.q.weight`. Both names of the
+    tied embedding, `shared` and `encoder.embed_tokens`, give `token_embedding`.
     """
     if name == "encoder.embed_tokens.weight":
         return "token_embedding.weight"
@@ -119,13 +120,15 @@ def official_from_transformers_text(name: str) -> str | None:
 
 
 def transformers_text_from_official(name: str) -> str | None:
-    """Inverse of `official_from_transformers_text` (the embedding becomes `shared.weight`)."""
+    """Inverse of `official_from_transformers_text`; the embedding becomes `shared.weight`."""
     return _rename_numbered(name, "blocks", "encoder.block", _TEXT_BLOCK_MODULES, _TEXT_MODULES)
 
 
 def diffusers_vae_from_official(name: str, config: VAEConfig) -> str | None:
-    """`decoder.upsamples.3.time_conv.bias` -> `decoder.up_blocks.0.upsamplers.0.time_conv.bias`,
-    for the config's blocks per level.
+    """Diffusers name of a VAE tensor, from its official name; None for an unknown name.
+
+    `decoder.upsamples.3.time_conv.bias` -> `decoder.up_blocks.0.upsamplers.0.time_conv.bias` with
+    two residual blocks per level.
     """
     match = re.fullmatch(
         rf"(encoder\.downsamples|decoder\.upsamples|encoder\.middle|decoder\.middle)\.{_INDEX}\.(.+)",
@@ -151,7 +154,7 @@ def _diffusers_vae_layer(group: str, index: int, config: VAEConfig) -> str | Non
 
 
 def official_from_diffusers_vae(name: str, config: VAEConfig) -> str | None:
-    """Inverse of `diffusers_vae_from_official`."""
+    """Inverse of `diffusers_vae_from_official`; None for an unknown name."""
     up = rf"up_blocks\.{_INDEX}\.(resnets|upsamplers)\.{_INDEX}"
     match = re.fullmatch(
         rf"(encoder|decoder)\.(?:(down_blocks)\.{_INDEX}|{up}|mid_block\.(\w+\.\d))\.(.+)", name
@@ -181,8 +184,9 @@ def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
 
 
 def dit_shapes(config: DiTConfig) -> dict[str, Shape]:
-    """Every tensor of one expert, in the official module order: 15 + 27 per block (1095 for
-    A14B).
+    """Shapes of all tensors of one expert, by official name and in official module order.
+
+    15 tensors and 27 per block: 1095 for A14B.
     """
     dim, patch = config.dim, config.patch_size
     shapes: dict[str, Shape] = {
@@ -217,7 +221,10 @@ def _dit_block_shapes(config: DiTConfig) -> dict[str, Shape]:
 
 
 def text_encoder_shapes(config: TextEncoderConfig) -> dict[str, Shape]:
-    """Every tensor of the UMT5 encoder: 2 + 10 per block (242 for UMT5-XXL)."""
+    """Shapes of all tensors of the UMT5 encoder, by official name.
+
+    2 tensors and 10 per block: 242 for UMT5-XXL.
+    """
     dim, inner, hidden = config.d_model, config.num_heads * config.head_dim, config.d_ff
     shapes: dict[str, Shape] = {"token_embedding.weight": (config.vocab_size, dim)}
     for index in range(config.num_layers):
@@ -265,7 +272,7 @@ def _middle(name: str, dim: int) -> dict[str, Shape]:
 
 
 def _encoder_layers(config: VAEConfig) -> Iterator[dict[str, Shape]]:
-    """`encoder.downsamples` in order; every level but the last ends in a downsampling layer."""
+    """`encoder.downsamples` in order; each level but the last ends with a downsampling layer."""
     dim, index = config.base_dim, 0
     for level, factor in enumerate(config.dim_mult):
         for _ in range(config.num_res_blocks):
@@ -283,8 +290,9 @@ def _encoder_layers(config: VAEConfig) -> Iterator[dict[str, Shape]]:
 
 
 def _decoder_layers(config: VAEConfig) -> Iterator[dict[str, Shape]]:
-    """`decoder.upsamples` in order: one residual block more per level, and an upsampling that
-    halves the channels.
+    """`decoder.upsamples` in order; each level but the last ends with an upsampling layer.
+
+    Each level has one residual block more than the encoder's; upsampling halves the channels.
     """
     dim, index = config.base_dim * config.dim_mult[-1], 0
     for level, factor in enumerate(reversed(config.dim_mult)):
@@ -303,7 +311,7 @@ def _decoder_layers(config: VAEConfig) -> Iterator[dict[str, Shape]]:
 
 
 def vae_shapes(config: VAEConfig) -> dict[str, Shape]:
-    """Every tensor of the Wan2.1 VAE (194 for the real one)."""
+    """Shapes of all tensors of the Wan2.1 VAE, by official name: 194 for A14B's config."""
     first, last, z = config.base_dim, config.base_dim * config.dim_mult[-1], config.z_dim
     shapes = _conv("encoder.conv1", first, 3, 3, 3, 3)
     for layer in _encoder_layers(config):

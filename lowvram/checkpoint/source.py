@@ -1,6 +1,4 @@
-"""Opens an unquantized model in any layout that is read, under official names, and refuses what
-does not fit together.
-"""
+"""Open an unquantized model in any supported layout, under official names, and validate it."""
 
 from __future__ import annotations
 
@@ -12,14 +10,15 @@ from types import TracebackType
 
 import torch
 
+from lowvram.checkpoint.dialects.table import Dialect, dialect_of
 from lowvram.checkpoint.layouts.parts import Parts, Rename
 from lowvram.checkpoint.layouts.table import layout_of
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.checkpoint.readers.shards import RawTensors, fingerprint_texts, named
 from lowvram.checkpoint.validate import (
     check_config,
+    check_dialect,
     check_experts,
-    check_not_quantized,
     expected_shapes,
     problems,
     raise_problems,
@@ -27,39 +26,38 @@ from lowvram.checkpoint.validate import (
 from lowvram.errors import CheckpointError
 from lowvram.variants import COMPONENTS, ModelConfig
 
-# transformers may store the embedding a second time under this name
+# Second name of the tied embedding: transformers may store it under both.
 TIED = "encoder.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """The tensors of one component under official names; `stored` gives the name in the file."""
+    """The tensors of one component by official name; `stored` maps to the names in the files."""
 
     component: str
     tensors: Mapping[str, TensorInfo]
     stored: Mapping[str, str]
     raw: RawTensors
+    dialect: Dialect
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in the dtype of its file, mapped and not yet loaded. Raises
-        `CheckpointError`.
-        """
+        """The tensor in its stored dtype, memory-mapped. Raises `CheckpointError`."""
         if name not in self.stored:
             raise CheckpointError(f"{self.raw.where} holds no tensor {name[:120]!r}")
-        stored = self.stored[name]
-        return self.raw.readers[stored].read(stored)
+        stored, read = self.stored[name], self.dialect.read
+        if read is None:
+            raise CheckpointError(f"{self.raw.where}: the dialect {self.dialect.name} is not read")
+        return read(self.raw, stored)
 
     def fingerprint(self) -> str:
-        """A hash that changes when a file of the component does: names, dtypes, shapes, file sizes
-        and times, not the data.
-        """
+        """Hash of tensor names, dtypes and shapes, and of file sizes and modification times."""
         texts = fingerprint_texts(dict(self.tensors), self.raw.files)
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Source:
-    """A whole unquantized model whose tensors are complete and of the right shapes."""
+    """A validated unquantized model: all tensors are present and of the right shapes."""
 
     path: Path
     layout: str
@@ -79,67 +77,70 @@ class Source:
         self.close()
 
     def close(self) -> None:
-        """Tensors that were read stay valid."""
+        """Close all files; tensors that were read stay valid."""
         for component in self.components.values():
             for reader in set(component.raw.readers.values()):
                 reader.close()
 
 
 def open_source(path: Path, allow_pickle: bool = False) -> Source:
-    """The model in the folder `path`. Reads headers and settings, no weights.
+    """Open and validate the model in the folder `path`; reads headers and configs, no weights.
 
-    Raises `CheckpointError`: `MissingTensorsError` names all that is missing, unexpected or of
-    wrong shape in every component, `UnsafeFileError` a pickle without `allow_pickle` or a name that
-    leaves the folder.
+    Raises `MissingTensorsError`, listing all tensors of all components that are missing, unexpected
+    or of the wrong shape; `UnsafeFileError` for a pickle without `allow_pickle` or a path out of
+    the folder; `CheckpointError` for any other defect.
     """
     parts = _read_parts(path, allow_pickle)
     check_config(path, parts.config)
     check_experts(parts.raw)
     components, texts = {}, []
     for component in COMPONENTS:
-        source, unknown = _rename(component, parts.raw[component], parts.renames[component])
+        raw = parts.raw[component]
+        dialect = dialect_of(raw.infos, raw.metadata)
+        tensors, stored, unknown = _rename(component, raw, parts.renames[component], dialect)
         expected = expected_shapes(parts.config, component)
-        check_not_quantized(
-            component,
-            source.raw,
-            unknown + [name for name in source.tensors if name not in expected],
-        )
-        texts += problems(component, source.raw.where, source.tensors, expected, unknown)
-        components[component] = source
+        extra = [name for name in tensors if name not in expected]
+        check_dialect(component, raw, dialect, unknown + extra)
+        texts += problems(component, raw.where, tensors, expected, unknown)
+        components[component] = ComponentSource(component, tensors, stored, raw, dialect)
     raise_problems(texts)
     return Source(path, parts.layout, parts.config, components, parts.tokenizer)
 
 
 def _read_parts(path: Path, allow_pickle: bool) -> Parts:
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: give the folder that holds the whole model")
+        raise CheckpointError(f"{path} is not a folder: give the folder of the whole model")
     if (path / "lowvram.json").exists():
         raise CheckpointError(
-            f"{path} is a store that lowvram wrote: give the unquantized model it was made of"
+            f"{path} is a quantized store: give the unquantized model that it was made from"
         )
     return layout_of(path).read(path, allow_pickle)
 
 
-def _rename(component: str, raw: RawTensors, rename: Rename) -> tuple[ComponentSource, list[str]]:
+def _rename(
+    component: str, raw: RawTensors, rename: Rename, dialect: Dialect
+) -> tuple[dict[str, TensorInfo], dict[str, str], list[str]]:
+    """Tensors by official names, the names in the files, and names that the model does not have."""
     stored: dict[str, str] = {}
-    unknown, twice = [], []
-    for name in sorted(raw.infos, key=lambda item: item == TIED):
+    unknown, repeated = [], []
+    weights = [name for name in raw.infos if not dialect.consumes(name)]
+    for name in sorted(weights, key=lambda item: item == TIED):
         official = rename(name)
         if official is None:
             unknown.append(name)
         elif official not in stored:
             stored[official] = name
         elif name != TIED or raw.infos[name].shape != raw.infos[stored[official]].shape:
-            twice.append(name)
-    if twice:
+            repeated.append(name)
+    if repeated:
         raise CheckpointError(
-            f"{raw.where}: {len(twice)} tensors of {component} occur under two names: "
-            f"{named(twice)}; download it again"
+            f"{raw.where}: {len(repeated)} tensors of {component} occur under two names: "
+            f"{named(repeated)}; download it again"
         )
     tensors = {
         official: _renamed_info(raw.infos[name], official) for official, name in stored.items()
     }
-    return ComponentSource(component, tensors, stored, raw), unknown
+    return tensors, stored, unknown
 
 
 def _renamed_info(info: TensorInfo, name: str) -> TensorInfo:

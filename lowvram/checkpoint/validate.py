@@ -1,6 +1,4 @@
-"""Compares what a source holds with what the model needs, and names everything that differs at
-once.
-"""
+"""Compare the tensors of a source with those that the model needs, and report all differences."""
 
 from __future__ import annotations
 
@@ -8,14 +6,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from lowvram.checkpoint.dialects.table import Dialect, is_scale
 from lowvram.checkpoint.names import Shape, dit_shapes, text_encoder_shapes, vae_shapes
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.checkpoint.readers.shards import RawTensors, named
 from lowvram.errors import CheckpointError, MissingTensorsError
 from lowvram.variants import EXPERTS, ModelConfig
 
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
-SCALE_NAME = re.compile(r"scale|comfy_quant|\._data$|\.qweight$|\.qzeros$|absmax", re.IGNORECASE)
 _OTHER = {
     "high_noise": re.compile(r"low[\W_]?noise", re.IGNORECASE),
     "low_noise": re.compile(r"high[\W_]?noise", re.IGNORECASE),
@@ -23,44 +20,45 @@ _OTHER = {
 
 
 class QuantizedSourceError(CheckpointError):
-    """The source is quantized in a dialect that is not read: ignoring its scales would turn the
-    weights into noise.
+    """The source is already quantized, in a format that is not supported.
+
+    Without its scales the weights would be wrong.
     """
 
 
 class WrongExpertError(CheckpointError):
-    """One expert was given in the place of the other, or twice."""
+    """The experts are swapped, or one expert is given twice."""
 
 
 def expected_shapes(config: ModelConfig, component: str) -> dict[str, Shape]:
-    """Every tensor of a component under its official name."""
+    """Shapes of all tensors of a component, by official name."""
     if component == "text_encoder":
         return text_encoder_shapes(config.text_encoder)
     return vae_shapes(config.vae) if component == "vae" else dit_shapes(config.dit)
 
 
-def check_not_quantized(component: str, raw: RawTensors, unknown: list[str]) -> None:
-    """Raises `QuantizedSourceError` for a scale that nothing would consume, or for weights in an
-    integer or 8-bit type.
+def check_dialect(component: str, raw: RawTensors, dialect: Dialect, unknown: list[str]) -> None:
+    """Raises `QuantizedSourceError` for a dialect that is not read and for weights in a dtype that
+    the dialect does not have. unknown: tensors that the model does not have.
     """
-    scales = [name for name in unknown if SCALE_NAME.search(name)]
-    if scales:
+    if dialect.read is None:
+        scales = [name for name in raw.infos if is_scale(name)]
         raise QuantizedSourceError(
-            f"{raw.where}: {component} is quantized in a dialect that is not read yet: "
-            f"{len(scales)} scale tensors would stay unused: "
+            f"{raw.where}: {component} is quantized in a dialect that is not supported "
+            f"({dialect.name}): {len(scales)} scale tensors would stay unused: "
             f"{named(scales)}; use the unquantized model"
         )
     odd = [
         name
         for name, info in raw.infos.items()
-        if info.dtype not in WEIGHT_DTYPES and name not in unknown
+        if info.dtype not in dialect.dtypes and name not in unknown and not dialect.consumes(name)
     ]
     if odd:
         dtypes = ", ".join(sorted({raw.infos[name].dtype for name in odd}))
         raise QuantizedSourceError(
             f"{raw.where}: {len(odd)} tensors of {component} are stored as {dtypes}: "
             f"{named(odd)}; use the unquantized model "
-            f"({', '.join(WEIGHT_DTYPES)})"
+            f"({', '.join(dialect.dtypes)})"
         )
 
 
@@ -71,7 +69,10 @@ def problems(
     expected: Mapping[str, Shape],
     unknown: list[str],
 ) -> list[str]:
-    """One text per kind of difference: missing, unexpected, wrong shape."""
+    """Describe all missing, unexpected and misshapen tensors: one text per kind.
+
+    unknown: stored names without an official name; they count as unexpected.
+    """
     missing = [name for name in expected if name not in found]
     extra = unknown + [name for name in found if name not in expected]
     wrong = [
@@ -92,16 +93,18 @@ def problems(
 
 
 def raise_problems(texts: list[str]) -> None:
+    """Raise `MissingTensorsError` with all texts, if there are any."""
     if texts:
         raise MissingTensorsError(
-            f"{'; '.join(texts)}: download it again, or give the folder whose config.json "
-            f"belongs to it"
+            f"{'; '.join(texts)}: download it again, or give the folder with the matching "
+            f"config.json"
         )
 
 
 def check_experts(raw: Mapping[str, RawTensors]) -> None:
-    """Raises `WrongExpertError` where names or metadata of the files tell that an expert lies in
-    the other's place.
+    """Raise `WrongExpertError` when file names or metadata say that the experts are swapped.
+
+    Also when both experts are the same files.
     """
     for component in EXPERTS:
         other, own = _OTHER[component], _OTHER[EXPERTS[1 - EXPERTS.index(component)]]
@@ -109,7 +112,7 @@ def check_experts(raw: Mapping[str, RawTensors]) -> None:
             if other.search(note) and not own.search(note):
                 text = f"{component} is expected here, but a file in it says {note[:120]!r}"
                 raise WrongExpertError(
-                    f"{raw[component].where}: {text}: put each expert in its own place"
+                    f"{raw[component].where}: {text}: put each expert into its own folder"
                 )
     high, low = (
         {(item.st_dev, item.st_ino) for item in (path.stat() for path in raw[name].files)}
@@ -123,17 +126,17 @@ def check_experts(raw: Mapping[str, RawTensors]) -> None:
 
 
 def check_config(path: Path, config: ModelConfig) -> None:
-    """Raises `CheckpointError` where the components do not fit each other."""
+    """Raise `CheckpointError` when the dimensions of the components do not match each other."""
     dit, text, vae = config.dit, config.text_encoder, config.vae
     if dit.text_dim != text.d_model:
         text_widths = (
-            f"the experts read text of width {dit.text_dim}, but the text encoder "
-            f"writes {text.d_model}"
+            f"the experts take text features of width {dit.text_dim}, but the text encoder "
+            f"returns {text.d_model}"
         )
         raise CheckpointError(f"{path}: {text_widths}: take all parts from one model")
     if not dit.in_dim == dit.out_dim == vae.z_dim == 16:
         raise CheckpointError(
-            f"{path}: the experts take {dit.in_dim} and give {dit.out_dim} channels, the VAE "
+            f"{path}: the experts take {dit.in_dim} and return {dit.out_dim} channels, the VAE "
             f"has {vae.z_dim}: only text-to-video models "
-            "with 16 latent channels are read yet, give one of them"
+            "with 16 latent channels are supported, give one of them"
         )

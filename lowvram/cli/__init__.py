@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: `lowvram` and its subcommands."""

@@ -1,6 +1,4 @@
-"""Says what a clip shows from its pixels alone: ground, figures, shapes and motion. It never sees
-latents, prompts or weights.
-"""
+"""Recognize background, figures, shapes and motion in the pixels of a demo clip."""
 
 from __future__ import annotations
 
@@ -13,11 +11,11 @@ from numpy.typing import NDArray
 from lowvram.demo.scenes import COLORS, GROUNDS, Scene
 
 UNKNOWN = "unknown"
-COLOR_TOLERANCE = 0.3  # RGB distance, of sides 1, within which a colour has its name
-SECOND_FIGURE = 0.12  # a second figure's core has at least this share of the first one's
-MIN_CORE = 6  # pixels of core that a figure shows in a frame where it is measured
-GROWTH = 1.9  # last area over first that counts as growing
-TRAVEL = 8.0  # pixels (of a 64-pixel frame) that count as moving
+COLOR_TOLERANCE = 0.3  # RGB distance (channels in 0..1) within which a color is recognized
+SECOND_FIGURE = 0.12  # minimum size of a second figure's core, relative to the first one's
+MIN_CORE = 6  # minimum pixels of a figure's core in a frame that is measured
+GROWTH = 1.9  # minimum ratio of last to first area of a growing figure
+TRAVEL = 8.0  # minimum distance of a moving figure, in pixels of a 64-pixel frame
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -27,7 +25,7 @@ SHAPE_PROTOTYPES = {"circle": (0.79, 1.0), "square": (0.97, 1.0), "triangle": (0
 
 @dataclass(frozen=True)
 class Match:
-    """One clip against one caption, attribute by attribute; true where all four hold."""
+    """Which attributes of a clip match its caption; true if all four do."""
 
     ground: bool
     colors: bool
@@ -39,26 +37,27 @@ class Match:
 
 
 def matches(frames: Any, scene: Scene) -> Match:
-    """frames: [F, H, W, 3] uint8. Compares what the frames show with what `scene` says; the order
-    of two figures is free.
+    """Compare a clip with a scene, ignoring the order of two figures.
+
+    frames: [F, H, W, 3] uint8, numpy or torch. Raises `ValueError` for any other shape or dtype.
     """
-    seen = describe(frames)
-    colors = sorted(color for color, _ in seen.figures) == sorted(
+    found = describe(frames)
+    colors = sorted(color for color, _ in found.figures) == sorted(
         color for color, _ in scene.figures
     )
-    shapes = sorted(seen.figures) == sorted(scene.figures) if colors else False
-    return Match(seen.ground == scene.ground, colors, shapes, seen.motion == scene.motion)
+    shapes = sorted(found.figures) == sorted(scene.figures) if colors else False
+    return Match(found.ground == scene.ground, colors, shapes, found.motion == scene.motion)
 
 
 def describe(frames: Any) -> Scene:
-    """frames: [F, H, W, 3] uint8, numpy or torch. An attribute that cannot be made out is
-    `unknown`; `figures` may be empty.
+    """Recognize the scene of a clip from its pixels.
+
+    frames: [F, H, W, 3] uint8, numpy or torch. Attributes that are not recognized are `unknown`;
+    `figures` may be empty. Raises `ValueError` for any other shape or dtype.
     """
     pixels = np.asarray(frames)
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(
-            f"frames are {pixels.dtype} {pixels.shape}: [F, H, W, 3] uint8 is expected"
-        )
+        raise ValueError(f"frames are {pixels.dtype} {pixels.shape}, expected [F, H, W, 3] uint8")
     clip = pixels.astype(np.float64) / 255
     edge = np.concatenate(
         [
@@ -84,8 +83,9 @@ def _name(color: Floats, names: dict[str, tuple[float, float, float]]) -> str:
 
 
 def _figure_cores(clip: Floats, ground: Floats, ground_name: str) -> dict[str, Mask]:
-    """The pixels [F, H, W] inside each figure: those whose 3x3 neighbours have one and the same
-    colour, which blurred edges have not.
+    """Masks [F, H, W] of the pixels inside each figure, by color.
+
+    All 3 x 3 neighbors of such a pixel have the same color, which excludes blurred edges.
     """
     names = [color for color in COLORS if color != ground_name]
     palette = np.stack([ground, *(np.array(COLORS[name]) for name in names)])
@@ -110,20 +110,21 @@ def _eroded(mask: Mask) -> Mask:
 
 
 def _cover(clip: Floats, core: Mask, ground: Floats) -> Mask:
-    """The figure's pixels [F, H, W]: nearer to its colour than to the ground's, and within reach of
-    its core in that frame.
+    """Mask [F, H, W] of a figure's pixels.
+
+    They are closer to its color than to the background's, and near its core in the same frame.
     """
     color = np.median(clip[core], axis=0)
     axis = color - ground
     nearer = (clip - ground) @ axis > 0.5 * (axis @ axis)
-    reach = np.zeros_like(core)
+    near_core = np.zeros_like(core)
     for frame, inside in enumerate(core):
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         if len(rows):
-            reach[
+            near_core[
                 frame, max(0, rows[0] - 3) : rows[-1] + 4, max(0, columns[0] - 3) : columns[-1] + 4
             ] = True
-    return nearer & reach
+    return nearer & near_core
 
 
 def _measurable(core: Mask) -> NDArray[np.intp]:
@@ -131,9 +132,7 @@ def _measurable(core: Mask) -> NDArray[np.intp]:
 
 
 def _shape(cover: Mask, core: Mask) -> str:
-    """The nearest prototype of the median outline; frames with few pixels say little and are left
-    out where others exist.
-    """
+    """Shape whose prototype is nearest to the median outline, without frames of few pixels."""
     area = cover.sum(axis=(1, 2))
     frames = [frame for frame in _measurable(core) if area[frame] >= 0.5 * area.max()]
     if not frames:
@@ -146,9 +145,7 @@ def _shape(cover: Mask, core: Mask) -> str:
 
 
 def _outline(mask: Mask) -> tuple[float, float]:
-    """Share of the bounding box that is filled, and mean width of its upper third over that of its
-    lower third.
-    """
+    """Filled share of the bounding box, and ratio of mean widths of its upper and lower third."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     third = max(1, len(box) // 3)

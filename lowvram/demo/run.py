@@ -1,6 +1,4 @@
-"""`lowvram demo`: quantizes the small model that ships with the package and generates one clip with
-it.
-"""
+"""`lowvram demo`: quantize the small model of the package and generate one clip with it."""
 
 from __future__ import annotations
 
@@ -17,13 +15,13 @@ from lowvram.progress import Listener, silent
 from lowvram.video import read_metadata
 
 MODEL = Path(__file__).parent / "model"
-# A 64x64 clip is saved at 256x256, so that a player shows something.
+# The 64x64 clip is saved at 256x256, a more visible size.
 SCALE = 4
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The clip and what it took, in seconds."""
+    """The clip, the seconds that each stage took, and the scale for saving the clip."""
 
     video: Video
     quantize_s: float
@@ -32,19 +30,23 @@ class DemoResult:
 
 
 def is_own_clip(path: Path) -> bool:
-    """Whether there is a video at `path` whose metadata says that lowvram made it: only such a file
-    is replaced unasked.
+    """Whether `path` is a video made by lowvram, according to its metadata.
+
+    Only such a file is overwritten without `--overwrite`.
     """
     try:
         return path.is_file() and read_metadata(path).get("generator") == "lowvram"
-    except (UsageError, RecursionError):  # a comment in it may be any JSON
+    except (UsageError, RecursionError):  # the file's comment may be any JSON
         return False
 
 
 def run_demo(
     prompt: str, seed: int = 0, format: str = "int8", listener: Listener = silent
 ) -> DemoResult:
-    """The whole path in a temporary folder: checkpoint -> store -> frames."""
+    """Quantize the demo model into a temporary folder and generate one clip.
+
+    Raises `LowvramError`.
+    """
     with tempfile.TemporaryDirectory(prefix="lowvram-demo-") as folder:
         began = time.monotonic()
         quantize(MODEL, Path(folder) / "model", format)

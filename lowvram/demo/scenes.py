@@ -1,6 +1,4 @@
-"""Captions and the clips they describe: one or two coloured shapes that move, grow or bounce on a
-coloured ground.
-"""
+"""Captions and synthetic clips of colored shapes that move, grow or bounce."""
 
 from __future__ import annotations
 
@@ -30,8 +28,9 @@ FPS = 8
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says. `figures` holds one or two (colour, shape) pairs; all of them share one
-    motion.
+    """Content of a clip.
+
+    figures: one or two (color, shape) pairs with the same motion; ground: color of the background.
     """
 
     figures: tuple[tuple[str, str], ...]
@@ -39,6 +38,7 @@ class Scene:
     motion: str
 
     def caption(self) -> str:
+        """The scene as an English sentence, the prompt of the clip."""
         names = " and ".join(f"a {color} {shape}" for color, shape in self.figures)
         ending = "" if len(self.figures) > 1 else "s"
         verb = f"move{ending} {self.motion}" if self.motion in MOTIONS[:4] else self.motion + ending
@@ -46,7 +46,7 @@ class Scene:
 
 
 def all_scenes() -> list[Scene]:
-    """Every scene of one figure, then every scene of two, which differ in colour."""
+    """All scenes of one figure, then all scenes of two figures of different colors."""
     figures = [(color, shape) for color in COLORS for shape in SHAPES]
     groups: list[tuple[tuple[str, str], ...]] = [(figure,) for figure in figures]
     groups += [(first, second) for first in figures for second in figures if first[0] != second[0]]
@@ -56,21 +56,20 @@ def all_scenes() -> list[Scene]:
 
 
 def split(scene: Scene) -> str:
-    """`train`, `validation` (settings are chosen on it) or `test` (the model is judged on it), by
-    the caption's checksum.
-    """
+    """The data split of a scene: `train`, `validation` or `test`, by the caption's checksum."""
     return {0: "test", 1: "validation"}.get(zlib.crc32(scene.caption().encode()) % 10, "train")
 
 
 def coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
-    """Anti-aliased cover of each pixel in 0..1 by `shape`; dx, dy: pixel minus centre; radius:
-    circumradius in pixels.
+    """Anti-aliased coverage of each pixel by `shape`, in 0..1.
+
+    dx, dy: pixel minus center of the shape; radius: circumradius; all in pixels, broadcastable.
     """
     if shape == "circle":
         distance = (dx * dx + dy * dy).sqrt() - radius
     elif shape == "square":
         distance = torch.maximum(dx.abs(), dy.abs()) - radius * 0.88
-    else:  # an equilateral triangle that points up, lifted so that its box is centred
+    else:  # an equilateral triangle that points up, with a centered bounding box
         y = dy - radius * 0.25
         side = torch.maximum(0.866 * dx.abs() - 0.5 * y, y)
         distance = side - radius * 0.62
@@ -83,8 +82,9 @@ def render(
     num_frames: int = NUM_FRAMES,
     size: int = SIZE,
 ) -> Tensor:
-    """Draws `scene`; `generator` varies place, size and speed. Returns [3, num_frames, size, size]
-    float in -1..1.
+    """Draw a scene; returns [3, num_frames, size, size] float in -1..1.
+
+    generator: varies position, size and speed.
     """
     axis = torch.arange(size, dtype=torch.float32) + 0.5
     py, px = axis.view(1, size, 1), axis.view(1, 1, size)
@@ -101,8 +101,8 @@ def render(
     def vary(extent: float) -> float:
         return extent * (2 * torch.rand((), generator=generator).item() - 1) if generator else 0.0
 
-    # All figures share the motion. Two stand side by side across it, the first one left or above,
-    # and never overlap.
+    # All figures have the same motion. Two figures are side by side, perpendicular to the motion,
+    # the first one left or above, and do not overlap.
     lanes = (17.0, 47.0) if two else (32.0,)
     travel, delay = 28 * (1 + vary(0.15)), vary(3)
     for (color, shape), lane in zip(scene.figures, lanes, strict=True):
@@ -112,7 +112,7 @@ def render(
             largest = (14.0 if two else 20.0) + vary(1)
             radius = 5 + time * (largest - 5)
             along = torch.full_like(time, 32 + delay)
-        elif scene.motion == "bounce":  # falls to the ground and comes back
+        elif scene.motion == "bounce":  # down and up again
             along = 32 + delay + (0.5 - (2 * time - 1).abs()) * travel
         else:
             along = (
@@ -129,8 +129,9 @@ def render(
 def render_collage(
     generator: torch.Generator, batch: int, num_frames: int, size: int, figures: int = 6
 ) -> Tensor:
-    """Crowds of moving shapes that teach a VAE edges and colours. Returns [batch, 3, num_frames,
-    size, size] in -1..1.
+    """Draw many random moving shapes, to train a VAE on edges and colors.
+
+    Returns [batch, 3, num_frames, size, size] float in -1..1.
     """
 
     def uniform(*shape: int) -> Tensor:
@@ -152,7 +153,7 @@ def render_collage(
             (uniform(batch, 1, 1, 1) * 1.3 - 0.15) * size,
             (uniform(batch, 1, 1, 1) * 1.3 - 0.15) * size,
         )
-        # few are fast
+        # only a few are fast
         vx, vy = (
             5 * v + 240 * v**5
             for v in (uniform(batch, 1, 1, 1) - 0.5, uniform(batch, 1, 1, 1) - 0.5)

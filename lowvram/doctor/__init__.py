@@ -1,1 +1,1 @@
-"""`lowvram doctor`: measures this machine, checks its kernels and reports what is missing."""
+"""`lowvram doctor`: measure the machine, check the kernels and report what is missing."""

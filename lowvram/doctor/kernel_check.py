@@ -1,8 +1,8 @@
-"""Whether the kernels of this GPU agree with their references: checked once per GPU, driver, torch,
-Triton and version, and remembered.
+"""Compare the kernels with their references on this GPU, and cache the result.
 
-The check runs in processes of its own, so that a kernel that breaks the device breaks no run. Torch
-loads inside functions.
+A result is valid for one GPU, driver, version of torch and Triton, and kernel code. The check runs
+in subprocesses, so that a kernel that crashes the device does not affect the run. Torch is imported
+inside functions only.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
-MOST_PROCESSES = 4  # each takes some hundred MB of the GPU for its context
-TIMEOUT_S = 300.0  # compilers take seconds; what takes longer hangs
+MOST_PROCESSES = 4  # each needs several hundred MB of the GPU for its context
+TIMEOUT_S = 300.0  # compilation takes seconds; a longer check hangs
 
 
 @dataclass(frozen=True)
 class KernelKey:
-    """What a remembered check belongs to; any difference means checking anew."""
+    """Key of a cached check: it is valid only for exactly these values."""
 
     gpu: str
     capability: str
@@ -49,27 +49,28 @@ class KernelKey:
 
     @property
     def file_name(self) -> str:
+        """Name of the cache file, with a hash of the key."""
         digest = sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return f"kernels-{digest[:16]}.json"
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """The calls that were compared, and whether that was now."""
+    """Results of the check, one `Check` per compared call; checked_now: not from the cache."""
 
     checks: tuple[Check, ...]
     checked_now: bool
 
     @property
     def problems(self) -> dict[str, str]:
-        """Op -> what is wrong with its kernel."""
+        """Ops with a wrong kernel, and what is wrong."""
         from lowvram_kernels.check import problems
 
         return problems(self.checks)
 
     @property
     def unchecked(self) -> dict[str, str]:
-        """Op -> why it could not be compared, of those without a problem."""
+        """Ops without a known problem that could not be compared, and why."""
         wrong = self.problems
         return {
             check.op: check.unchecked
@@ -79,7 +80,7 @@ class KernelReport:
 
     @property
     def summary(self) -> str:
-        """`7 of 7 agree with their references`, and by name those that do not."""
+        """One line such as `7 of 7 agree with their references`, followed by the exceptions."""
         ops, wrong, open_ = (
             dict.fromkeys(check.op for check in self.checks),
             self.problems,
@@ -92,10 +93,10 @@ class KernelReport:
 
 
 def trust_kernels(device: torch.device, refresh: bool = False) -> KernelReport | None:
-    """To be called before a GPU is used: applies the remembered check, or makes one. Ops whose
-    kernels are wrong run on their references.
+    """Check the kernels, or use the cached result, and run ops with wrong kernels as references.
 
-    refresh: check again whatever is remembered. None where no kernel runs on `device` anyway.
+    To be called before the GPU is used. refresh: ignore the cache. Returns None if no kernel runs
+    on `device`.
     """
     from lowvram_kernels import dispatch
     from lowvram_kernels.constraints import refused_gpu
@@ -110,7 +111,7 @@ def trust_kernels(device: torch.device, refresh: bool = False) -> KernelReport |
     dispatch.distrust(report.problems)
     for op, problem in report.problems.items():
         logger.warning(
-            "%s runs on its torch reference, slower: its kernel is wrong on this GPU (%s): "
+            "%s runs as its slower torch reference: its kernel is wrong on this GPU (%s): "
             "see `lowvram doctor`",
             op,
             problem,
@@ -119,9 +120,7 @@ def trust_kernels(device: torch.device, refresh: bool = False) -> KernelReport |
 
 
 def trust_kernels_before_a_run(device: torch.device) -> None:
-    """`trust_kernels`, but where kernels are forced (`LOWVRAM_BACKEND=triton`): those run whatever
-    they compute.
-    """
+    """Call `trust_kernels`, unless `LOWVRAM_BACKEND=triton` forces the kernels to be used."""
     if os.environ.get("LOWVRAM_BACKEND") != "triton":
         trust_kernels(device)
 
@@ -129,8 +128,10 @@ def trust_kernels_before_a_run(device: torch.device) -> None:
 def kernel_report(
     device: torch.device, refresh: bool = False, folder: Path | None = None
 ) -> KernelReport:
-    """The remembered check of this GPU's kernels, else (or with `refresh`) a new one; it is
-    remembered where every call was compared.
+    """Check the kernels of this GPU, or return the cached result.
+
+    refresh: ignore the cache; folder: cache folder, `cache_folder()` by default. A new result is
+    cached if every call could be compared.
     """
     import torch
 
@@ -140,8 +141,8 @@ def kernel_report(
     if known is not None:
         return KernelReport(known, False)
     logger.warning(
-        "checking the kernels on %s, once: some seconds, up to a minute where they must "
-        "be compiled",
+        "checking the kernels on %s: takes seconds, or up to a minute if they must be "
+        "compiled; done once",
         key.gpu,
     )
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -152,6 +153,7 @@ def kernel_report(
 
 
 def kernel_key(device: torch.device) -> KernelKey:
+    """Key of the cached check for a CUDA device."""
     import torch
     from lowvram_kernels.check import sources_digest, triton_version
 
@@ -171,7 +173,7 @@ def kernel_key(device: torch.device) -> KernelKey:
 
 
 def known_problems(device: torch.device) -> dict[str, str]:
-    """What an earlier check of this GPU found wrong, without checking anything: for plans."""
+    """Problems from the cached check of this GPU, without running a check; used by plans."""
     from lowvram_kernels.constraints import refused_gpu
 
     if device.type != "cuda" or refused_gpu(device) is not None:
@@ -181,27 +183,26 @@ def known_problems(device: torch.device) -> dict[str, str]:
 
 
 def check_in_processes(device: str, ops: Iterable[str] | None = None) -> list[Check]:
-    """All calls of all ops, in the ops' order. Ops are dealt to a few processes; what a process
-    dies of is that op's problem.
+    """Check all calls of the ops (default: all ops) in a few subprocesses; results in op order.
+
+    device: `cuda:N`. If a subprocess dies, that is reported as a problem of the op it was checking.
     """
     from lowvram_kernels.ops import OPS
 
     wanted = list(OPS if ops is None else ops)
     count = max(1, min(MOST_PROCESSES, cpu_count(), len(wanted)))
-    hands = [wanted[number::count] for number in range(count)]
+    groups = [wanted[number::count] for number in range(count)]
     with ThreadPoolExecutor(count) as pool:
         found = [
             check
-            for checks in pool.map(lambda hand: _check_hand(device, hand), hands)
+            for checks in pool.map(lambda group: _check_group(device, group), groups)
             for check in checks
         ]
     return sorted(found, key=lambda check: wanted.index(check.op))
 
 
-def _check_hand(device: str, ops: Sequence[str]) -> list[Check]:
-    """One process after the other: where one ends early, the next goes on behind the op that it was
-    at.
-    """
+def _check_group(device: str, ops: Sequence[str]) -> list[Check]:
+    """Check ops in a subprocess; if it dies, continue after the failing op in a new one."""
     from lowvram_kernels.check import Check, is_occupied
 
     left, found = list(ops), list[Check]()
@@ -221,7 +222,7 @@ def _check_hand(device: str, ops: Sequence[str]) -> list[Check]:
 
 
 def _run(device: str, ops: Sequence[str]) -> tuple[list[Check], str, str]:
-    """(what one process found, the op that it began last, why it ended early or nothing)."""
+    """Results of one subprocess, the op that it began last, and why it ended early, or nothing."""
     from lowvram_kernels.check import Check
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -253,9 +254,7 @@ def _run(device: str, ops: Sequence[str]) -> tuple[list[Check], str, str]:
 
 
 def _load(path: Path, key: KernelKey) -> tuple[Check, ...] | None:
-    """None where there is no file, or where it is damaged or of another key: it is then made
-    anew.
-    """
+    """The cached checks; None if the file is missing, damaged or has another key."""
     from lowvram_kernels.check import Check
 
     try:
@@ -275,9 +274,7 @@ def _load(path: Path, key: KernelKey) -> tuple[Check, ...] | None:
 
 
 def _save(path: Path, key: KernelKey, checks: Sequence[Check]) -> None:
-    """Atomically; with a warning where the folder cannot be written: the check is then made
-    again.
-    """
+    """Write the checks to the cache atomically; a failure is logged as a warning."""
     content = {
         "version": CACHE_VERSION,
         "key": asdict(key),
@@ -287,4 +284,4 @@ def _save(path: Path, key: KernelKey, checks: Sequence[Check]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
     except (OSError, OutputError) as error:
-        logger.warning("the check of the kernels is not remembered: %s", error)
+        logger.warning("could not cache the check of the kernels: %s", error)

@@ -1,5 +1,6 @@
-"""Measures this machine's speeds with lowvram's own kernels, seconds in all, and finds the cached
-result. Torch loads inside functions.
+"""Measure the speeds of this machine with lowvram's own kernels, or load the cached profile.
+
+Torch is imported inside functions only.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.errors import LowvramError
+from lowvram.hardware import nvml
 from lowvram.hardware.cgroups import host_memory
-from lowvram.hardware.machine import find_gpu, nvml_driver_version
+from lowvram.hardware.machine import find_gpu
 from lowvram.hardware.profile import (
     MEASURED,
     PINNED_SHARE,
@@ -41,8 +43,10 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True)
 class ProbeShape:
-    """What is computed: `rows` of `dim` channels, attention over `keys`, a convolution of `frames`
-    x `pixels`^2.
+    """Sizes of the measured operations.
+
+    rows, dim: of linears and norms; keys: of attention; channels, frames, pixels: of a 3-D
+    convolution over frames x pixels x pixels.
     """
 
     rows: int
@@ -53,8 +57,8 @@ class ProbeShape:
     pixels: int
 
 
-# On a GPU the shapes of an A14B block. On a CPU what takes some seconds in all; smaller ones would
-# show what each call costs, not the rate.
+# For a GPU the shapes of an A14B block. For a CPU shapes that take a few seconds in total; smaller
+# ones would measure the overhead of calls.
 SHAPES = {
     "cuda": ProbeShape(8192, 5120, 32768, 96, 4, 256),
     "cpu": ProbeShape(256, 2048, 1024, 96, 4, 64),
@@ -62,7 +66,7 @@ SHAPES = {
 
 
 def machine_key(device: str) -> ProfileKey:
-    """What this machine's profile is kept under; device: cuda or cpu."""
+    """Key of this machine's cached profile; device: `cuda` or `cpu`."""
     import torch
 
     if device == "cuda":
@@ -78,8 +82,9 @@ def machine_key(device: str) -> ProfileKey:
 
 
 def this_machine(device: str) -> MachineProfile | None:
-    """What `lowvram doctor` measured on this machine for a device type (cuda or cpu); None where it
-    has not, or where there is no GPU.
+    """The cached profile of this machine for a device type, `cuda` or `cpu`.
+
+    None if `lowvram doctor` has not measured it, or there is no GPU.
     """
     if not any_profile():
         return None
@@ -91,16 +96,17 @@ def this_machine(device: str) -> MachineProfile | None:
 
 
 def on_disk_of(folder: Path, profile: MachineProfile) -> MachineProfile:
-    """The profile for a model in `folder`: itself where that lies on the disk that was measured,
-    else with the table's rate for the disk, marked as such, and a warning. What `sources` calls
-    "given", or no measurement, stays as it is.
+    """The profile for a model in `folder`.
+
+    If the disk's speed was measured on another disk, it is replaced by the table's value, with a
+    warning.
     """
     if profile.sources.get("disk_bytes_s") != MEASURED or _same_disk(
         Path(profile.disk_folder), folder
     ):
         return profile
     logger.warning(
-        "%s is not on the disk that was measured (that of %s): %s/s is assumed of it; "
+        "%s is not on the measured disk (that of %s): its read speed is assumed as %s/s; "
         "run `lowvram doctor --path %s` to measure it",
         *(folder, profile.disk_folder, format_bytes(DISK_BYTES_S), folder),
     )
@@ -119,12 +125,12 @@ def machine_profile(
     link_bytes_s: float | None = None,
     disk_bytes_s: float | None = None,
 ) -> tuple[MachineProfile, bool]:
-    """(profile, whether it was measured now): the cached one, else measured and cached. The disk is
-    that of `folder`.
+    """Load the cached profile, or measure and cache it; returns it and whether it was measured now.
 
-    disk_bytes_s: what `doctor.read_speed` measured there; None takes the table's rate, and
-    `sources` says so. A cached profile counts only where its disk is that of `folder` too. Raises
-    `LowvramError` where something cannot be measured.
+    A cached profile is used only if `folder` is on its disk, and not with `refresh`.
+    link_bytes_s: speed of the link; None measures it.
+    disk_bytes_s: read speed of the disk of `folder`; None takes the table's value.
+    Raises `LowvramError` when the measurement fails.
     """
     device = "cuda" if find_gpu()[0] is not None else "cpu"
     key = machine_key(device)
@@ -133,9 +139,9 @@ def machine_profile(
         return cached, False
     try:
         profile = measure_profile(device, folder, link_bytes_s, disk_bytes_s)
-    except Exception as error:  # no memory left, or a kernel that does not compile
+    except Exception as error:  # out of memory, or a kernel does not compile
         reason = " ".join(str(error).split())[:300]
-        raise LowvramError(f"the speeds of {key.gpu} cannot be measured: {reason}") from error
+        raise LowvramError(f"cannot measure the speeds of {key.gpu}: {reason}") from error
     save_profile(profile, key)
     return profile, True
 
@@ -143,10 +149,10 @@ def machine_profile(
 def measure_profile(
     device: str, folder: Path, link_bytes_s: float | None = None, disk_bytes_s: float | None = None
 ) -> MachineProfile:
-    """Measures everything on `device` but the disk, whose rate is the caller's, else the table's,
-    and the link where the caller has it.
+    """Measure the rates of a device, `cuda` or `cpu`, and host copies.
 
-    Raises what torch raises.
+    link_bytes_s: speed of the link; None measures it. disk_bytes_s: read speed of the disk of
+    `folder`; None takes the table's value. Raises `LowvramError` without a GPU, and torch's errors.
     """
     gpu, missing = find_gpu(measure=link_bytes_s is None) if device == "cuda" else (None, "")
     if missing:
@@ -186,9 +192,7 @@ def measure_profile(
 
 
 def _probe_shape(device: str) -> ProbeShape:
-    """On a GPU that no kernel is for, or whose kernels are wrong, the references would take minutes
-    for what kernels do in milliseconds.
-    """
+    """Shapes for a device; those of a CPU if a GPU runs references, which would take minutes."""
     if device == "cuda":
         import torch
         from lowvram_kernels.constraints import refused_gpu
@@ -200,12 +204,13 @@ def _probe_shape(device: str) -> ProbeShape:
 
 
 class _Probe:
-    """The rates of computing on one device, through the same dispatch that a run uses."""
+    """Measures the computing rates of one device, with the dispatch that a run uses."""
 
     def __init__(self, device: str, shape: ProbeShape) -> None:
         self._device, self._shape = device, shape
 
     def rates(self) -> dict[str, Any]:
+        """All rates, by field of `MachineProfile`."""
         import torch
 
         shape = self._shape
@@ -232,7 +237,7 @@ class _Probe:
         }
 
     def _seconds(self, run: Callable[[], object]) -> float:
-        """Median seconds of a call, after some that compile and warm up."""
+        """Median seconds of a call, after warm-up calls."""
         import torch
 
         for _ in range(WARM_UP):
@@ -255,7 +260,7 @@ class _Probe:
             torch.cuda.synchronize()
 
     def _launch_seconds(self, count: int = 50) -> float:
-        """Seconds that the host takes to start one small kernel, or to run the op on a CPU."""
+        """Seconds to launch one small kernel, or to run the op on a CPU."""
         run = self._norm(64, 256)
         for _ in range(WARM_UP):
             run()
@@ -353,7 +358,7 @@ class _Probe:
 
 
 def _host_copy_speed() -> float:
-    """Bytes per second of one thread's copy within host memory."""
+    """Speed in bytes/s of a copy within host memory."""
     import torch
 
     source = torch.zeros(HOST_COPY_BYTES, dtype=torch.uint8)
@@ -374,9 +379,7 @@ def _same_disk(one: Path, other: Path) -> bool:
 
 
 def driver_version() -> str:
-    """The GPU driver's version; where neither the system nor NVML shows one, the version of ROCm or
-    CUDA that torch was built for.
-    """
+    """Version of the GPU driver; if unknown, the ROCm or CUDA version that torch was built for."""
     import torch
 
     try:
@@ -385,7 +388,7 @@ def driver_version() -> str:
         built_for = (
             f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         )
-        return nvml_driver_version() or built_for
+        return nvml.driver_version() or built_for
 
 
 def _lowvram() -> str:

@@ -1,5 +1,6 @@
-"""How fast the streamer reads a disk: its own reader over blocks that are written for it and
-removed again. Torch loads inside.
+"""Measure the read speed of a disk with the streamer's own reader, on a temporary file.
+
+Torch is imported inside functions only.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ PIECE = 1 << 20
 
 
 def read_speed(folder: Path) -> float | None:
-    """Bytes per second that `BlockFile` reads in `folder`: whole blocks, in parts, by its threads,
-    none of it out of the page cache.
+    """Speed in bytes/s of `BlockFile` on the disk of `folder`, without the page cache.
 
-    None where the cache cannot be emptied, `folder` not be written or has too little room, or torch
-    not be loaded.
+    Writes and removes a file there. None if the page cache cannot be dropped, the file cannot be
+    written, or torch cannot be imported.
     """
     if not hasattr(os, "posix_fadvise"):
         return None
@@ -41,7 +41,7 @@ def read_speed(folder: Path) -> float | None:
 
 
 def _write(place: Path) -> None:
-    """A file of all blocks that lies on the disk and no longer in the page cache."""
+    """Write a file of all blocks, sync it and drop it from the page cache."""
     piece = os.urandom(PIECE)
     with place.open("xb", buffering=0) as file:
         for _ in range(PROBE_BLOCKS * PROBE_BLOCK_BYTES // PIECE):
@@ -55,7 +55,7 @@ def _timed_read(place: Path) -> float:
 
     from lowvram.streaming.block_file import BlockFile
 
-    # written once: a run's buffers are no fresh pages either
+    # written once, so that the reads do not include page faults
     buffer = torch.ones(PROBE_BLOCK_BYTES + READ_SLACK_BYTES, dtype=torch.uint8)
     file = BlockFile(
         place, [(block * PROBE_BLOCK_BYTES, PROBE_BLOCK_BYTES) for block in range(PROBE_BLOCKS)]

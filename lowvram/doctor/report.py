@@ -1,6 +1,4 @@
-"""What a run may count on here, and the findings of `lowvram doctor`: what is there, what is
-missing, and how to get it.
-"""
+"""The report of `lowvram doctor`: resources of the machine, problems, and how to fix them."""
 
 from __future__ import annotations
 
@@ -17,18 +15,20 @@ from lowvram.hardware.machine import Machine
 from lowvram.hardware.profile import MachineProfile
 from lowvram.units import format_bytes
 
-MIN_VRAM_BYTES = 5 << 30  # of the A14B models, at 480p
+MIN_VRAM_BYTES = 5 << 30  # for the A14B models at 480p
 MIN_RAM_BYTES = 6 << 30
 STORE_BYTES = 36 * 10**9  # a quantized A14B model: two experts, text encoder, VAE
 SLOW_DISK_BYTES_S = 1e9
-# Ampere: the oldest with the tensor cores that the kernels are written for
+# Ampere, the oldest architecture with int8 tensor cores that the kernels support.
 INT8_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """status: ok, warn (works, but slower or less) or missing. advice is empty where there is
-    nothing to do.
+    """One line of the report.
+
+    status: `ok`, `warn` (works, but slower or with limits) or `missing`; advice: what to do, or
+    empty.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Speeds:
+class MeasuredProfile:
     """The machine's profile, and whether it was measured now; or why there is none."""
 
     profile: MachineProfile | None
@@ -46,9 +46,10 @@ class Speeds:
     reason: str = ""
 
 
-def measured_speeds(path: Path, machine: Machine, refresh: bool = False) -> Speeds:
-    """The cached profile of this machine and the disk of `path`, else (or with `refresh`) measured
-    now and cached.
+def measured_speeds(path: Path, machine: Machine, refresh: bool = False) -> MeasuredProfile:
+    """Measure the speeds of this machine and the disk of `path`, or return the cached profile.
+
+    refresh: ignore the cache.
     """
     link = machine.gpu.link_bytes_s if machine.gpu else None
     try:
@@ -56,24 +57,18 @@ def measured_speeds(path: Path, machine: Machine, refresh: bool = False) -> Spee
             path, refresh=refresh, link_bytes_s=link, disk_bytes_s=machine.disk_read_bytes_s
         )
     except (LowvramError, ImportError) as error:
-        return Speeds(None, reason=str(error))
-    return Speeds(profile, fresh)
+        return MeasuredProfile(None, reason=str(error))
+    return MeasuredProfile(profile, fresh)
 
 
 def check_folder(path: Path) -> None:
-    """To be asked before anything is measured: raises `UsageError` where `path` is no folder, so
-    that no disk can be looked at.
-    """
-    if not os.path.isdir(path):  # which is False, too, where a folder above it may not be entered
-        raise UsageError(
-            f"{path} is not a folder that can be looked at: give --path one that exists"
-        )
+    """Raise `UsageError` unless `path` is an accessible folder; to be called before measuring."""
+    if not os.path.isdir(path):  # also False for a folder without access
+        raise UsageError(f"{path} is not an accessible folder: give --path a folder that exists")
 
 
 def checked_kernels(machine: Machine, refresh: bool = False) -> KernelReport | None:
-    """The check of the kernels on this GPU, remembered or (with `refresh`) made now, and applied;
-    None where no kernel can run.
-    """
+    """Check the kernels of this GPU with `trust_kernels`; None if no kernel can run."""
     if machine.gpu is None or not machine.triton_works or machine.gpu.capability < INT8_CAPABILITY:
         return None
     import torch
@@ -82,10 +77,15 @@ def checked_kernels(machine: Machine, refresh: bool = False) -> KernelReport | N
 
 
 def doctor_report(
-    path: Path, machine: Machine, speeds: Speeds | None = None, kernels: KernelReport | None = None
+    path: Path,
+    machine: Machine,
+    speeds: MeasuredProfile | None = None,
+    kernels: KernelReport | None = None,
 ) -> dict[str, Any]:
-    """{"ok": nothing is missing, "findings": […], "machine": {…}, "profile": {…} or None,
-    "kernels": [a check per call]}; disk room and speed are those of `path`.
+    """The report as data for JSON; disk space and speed are those of `path`.
+
+    ok: nothing is missing; findings: a list of `Finding`; machine: `Machine`; profile:
+    `MachineProfile` or None; kernels: a list of `Check`.
     """
     findings = [
         _gpu(machine),
@@ -108,14 +108,14 @@ def doctor_report(
     }
 
 
-def _speeds(speeds: Speeds) -> Finding:
+def _speeds(speeds: MeasuredProfile) -> Finding:
     profile = speeds.profile
     if profile is None:
         return Finding(
             "speeds",
             "warn",
             speeds.reason,
-            "plans are then made without predicted times: close what uses the GPU, try again",
+            "plans have no predicted times: close other programs that use the GPU and try again",
         )
     rates = (
         f"int8 GEMM {profile.gemm_int8_ops_s / 1e12:.3g} TOPS, attention "
@@ -142,7 +142,7 @@ def _gpu(machine: Machine) -> Finding:
         advice = (
             "install torch for your GPU (pytorch.org, Get started)"
             if built_without
-            else "install the GPU's driver and start again"
+            else "install the GPU's driver and restart"
         )
         return Finding(
             "GPU", "warn", machine.gpu_reason, f"for anything larger than the demo, {advice}"
@@ -157,14 +157,15 @@ def _gpu(machine: Machine) -> Finding:
             "GPU",
             "warn",
             detail,
-            "the int8 kernels need an RTX 30 or later: here their slow reference runs",
+            "the int8 kernels need an RTX 30 or later: the slow references are used",
         )
     if gpu.free_bytes < MIN_VRAM_BYTES:
         return Finding(
             "GPU",
             "warn",
             detail,
-            f"close what else uses the GPU: the A14B models want {format_bytes(MIN_VRAM_BYTES)}",
+            f"close other programs that use the GPU: the A14B models need "
+            f"{format_bytes(MIN_VRAM_BYTES)}",
         )
     return Finding("GPU", "ok", detail)
 
@@ -178,27 +179,27 @@ def _triton(machine: Machine) -> Finding:
         return Finding("Triton", "ok", f"not needed without a GPU ({machine.triton_reason})")
     package = "triton-windows" if sys.platform == "win32" else "triton"
     advice = (
-        f"install {package} in the version that your torch names, and a C compiler; until "
-        f"then the slow reference runs"
+        f"install the version of {package} that your torch requires, and a C compiler; until "
+        f"then the slow references are used"
     )
     return Finding("Triton", "warn", machine.triton_reason, advice)
 
 
 def _kernels(machine: Machine, report: KernelReport | None) -> Finding:
     if report is None:
-        reason = "without a GPU" if machine.gpu is None else "where no kernel runs"
+        reason = "without a GPU" if machine.gpu is None else "because no kernel can run"
         return Finding("kernels", "ok", f"not needed {reason}")
     detail = f"{report.summary}; {'checked now' if report.checked_now else 'checked before'}"
     if report.problems:
-        fallen = "it runs" if len(report.problems) == 1 else "they run"
+        subject = "it runs" if len(report.problems) == 1 else "they run"
         advice = (
-            f"install the GPU's newest driver and the Triton that your torch names, then "
-            f"--refresh; until then {fallen} as torch code"
+            f"install the GPU's newest driver and the Triton version that your torch requires, "
+            f"then --refresh; until then {subject} as torch code"
         )
         return Finding("kernels", "warn", detail, f"{advice}, slower")
     if report.unchecked:
         return Finding(
-            "kernels", "warn", detail, "close what else uses the GPU and call this again"
+            "kernels", "warn", detail, "close other programs that use the GPU and try again"
         )
     return Finding(
         "kernels", "ok", detail, "" if report.checked_now else "check again with --refresh"
@@ -216,23 +217,21 @@ def _ram(machine: Machine) -> Finding:
             "RAM",
             "warn",
             detail,
-            f"close other programs: the A14B models want {format_bytes(MIN_RAM_BYTES)}",
+            f"close other programs: the A14B models need {format_bytes(MIN_RAM_BYTES)}",
         )
     return Finding("RAM", "ok", detail)
 
 
 def _disk_room(machine: Machine, path: Path) -> Finding:
     if machine.disk_free_bytes is None:
-        return Finding(
-            "disk room", "warn", f"cannot be told for {path}", "name a folder that exists"
-        )
+        return Finding("disk room", "warn", f"unknown for {path}", "give a folder that exists")
     detail = f"{format_bytes(machine.disk_free_bytes)} free at {path}"
     if machine.disk_free_bytes < STORE_BYTES:
         return Finding(
             "disk room",
             "warn",
             detail,
-            f"a quantized A14B model takes {format_bytes(STORE_BYTES)}: make room",
+            f"a quantized A14B model takes {format_bytes(STORE_BYTES)}: free some space",
         )
     return Finding("disk room", "ok", detail)
 
@@ -240,13 +239,13 @@ def _disk_room(machine: Machine, path: Path) -> Finding:
 def _disk_speed(machine: Machine) -> Finding:
     speed = machine.disk_read_bytes_s
     if speed is None:
-        return Finding("disk speed", "ok", "not measured here")
+        return Finding("disk speed", "ok", "not measured")
     if speed < SLOW_DISK_BYTES_S:
         return Finding(
             "disk speed",
             "warn",
             f"{format_bytes(speed)}/s",
-            "weights beyond RAM come from it: an NVMe disk keeps up",
+            "weights that do not fit into RAM are read from it: use an NVMe disk",
         )
     return Finding("disk speed", "ok", f"{format_bytes(speed)}/s")
 
@@ -277,7 +276,7 @@ def _encoder() -> Finding:
         return Finding(
             "video",
             "missing",
-            "PyAV comes without libx264",
-            "install av from PyPI, whose wheels have it",
+            "PyAV was built without libx264",
+            "install av from PyPI, whose wheels include it",
         )
     return Finding("video", "ok", f"PyAV {av.__version__} with libx264")

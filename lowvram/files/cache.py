@@ -1,4 +1,4 @@
-"""The user's cache folder."""
+"""Path of the user's cache folder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where lowvram keeps what it can make again: `LOWVRAM_CACHE`, else the platform's cache folder
-    (XDG, `~/Library/Caches`, `%LOCALAPPDATA%`).
+    """Path of lowvram's cache folder; its content can be deleted at any time.
+
+    `LOWVRAM_CACHE` if set, else the platform's cache folder (XDG, `~/Library/Caches`,
+    `%LOCALAPPDATA%`).
     """
-    named = os.environ.get("LOWVRAM_CACHE")
-    if named:
-        return Path(named).absolute()
-    from platformdirs import user_cache_path  # where it is named, nothing has to be installed
+    override = os.environ.get("LOWVRAM_CACHE")
+    if override:
+        return Path(override).absolute()
+    from platformdirs import user_cache_path  # not required when LOWVRAM_CACHE is set
 
     return user_cache_path("lowvram", appauthor=False)

@@ -10,8 +10,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lowvram.errors import CheckpointError, DiskFullError, OutputError
@@ -237,23 +237,43 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """`path` holds either its old content or all of `content`, whatever happens; an error leaves
-    nothing else. Raises `OutputError`.
+@contextmanager
+def replacing(path: Path, partial: Path | None = None, durable: bool = True) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when the block ends and removed when it raises.
+
+    `path` holds either its old content or all of the new one, at any moment. partial: the file
+    written to, by default `path` with `.partial`; durable: sync file and folder, so that the rename
+    survives a power cut. Raises `OutputError` in place of `OSError`.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial or path.with_name(path.name + PARTIAL)
     try:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
-        try:
-            write_all(fd, content)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        yield partial
+        if durable:
+            _sync_file(partial)
         os.replace(partial, path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise output_error(path, error) from error
         raise
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | BINARY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace `path` atomically by `content`; see `replacing`. Raises `OutputError`."""
+    with replacing(path) as partial:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+        try:
+            write_all(fd, content)
+        finally:
+            os.close(fd)

@@ -1,6 +1,4 @@
-"""One writer per output folder: a lock file that names its process, freed by the system when that
-process dies.
-"""
+"""A lock per output folder, held by one process, with the holder's id in the lock file."""
 
 from __future__ import annotations
 
@@ -12,29 +10,30 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
+from filelock import FileLock, Timeout
 
 from lowvram.errors import OutputError
-from lowvram.files.io import output_error, write_all
-
-try:
-    import fcntl
-except ImportError:  # Windows: the process id alone decides
-    fcntl = None  # type: ignore[assignment]
+from lowvram.files.io import output_error
 
 LOCK_NAME = ".lowvram.lock"
+TIMEOUT_S = 0.1  # covers a holder that removes its file between our open and our lock
 _log = logging.getLogger(__name__)
 
 
 class OutputLock:
-    """Held from construction to `release`. Raises `OutputError` that names the process which holds
-    it.
+    """Held from construction to `release`; the system frees it when the process dies.
+
+    Raises `OutputError` naming the process that holds it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
+        self._lock = FileLock(
+            self.path, timeout=TIMEOUT_S, poll_interval=TIMEOUT_S / 5, thread_local=False
+        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._fd: int | None = self._acquire()
+            self._acquire()
         except OSError as error:
             raise output_error(self.path, error) from error
 
@@ -50,57 +49,34 @@ class OutputLock:
         self.release()
 
     def release(self) -> None:
-        if self._fd is None:
+        """Free the lock and remove its file; a second call does nothing."""
+        if not self._lock.is_locked:
             return
-        if fcntl is not None:
-            # Removed while it is still held: who opened it before sees that its file is no longer
-            # the one at the path.
+        if os.name != "nt":
+            # While the lock is held: a waiting process finds its inode unlinked and tries again.
             self.path.unlink(missing_ok=True)
-        os.close(self._fd)
-        self._fd = None
-        if fcntl is None:  # Windows does not remove an open file
+        self._lock.release()
+        if os.name == "nt":  # Windows does not remove an open file
             self.path.unlink(missing_ok=True)
 
-    def _acquire(self) -> int:
-        while True:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                self._take(fd)
-                if self._is_current(fd):
-                    os.ftruncate(fd, 0)
-                    os.lseek(fd, 0, os.SEEK_SET)
-                    write_all(fd, json.dumps(_process(os.getpid())).encode())
-                    return fd
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)
-
-    def _take(self, fd: int) -> None:
-        holder = _read_holder(fd)
-        if fcntl is not None:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise self._refusal(_read_holder(fd)) from None
-        # Some file systems grant every lock, so the process that the file names must be dead as
-        # well.
-        if (
-            holder
-            and holder.get("host") == socket.gethostname()
-            and holder == _process(holder.get("pid"))
-        ):
-            raise self._refusal(holder)
-        if holder:
-            _log.warning(
-                "took over %s, left by process %s, which is gone", self.path, holder.get("pid")
-            )
-
-    def _is_current(self, fd: int) -> bool:
+    def _acquire(self) -> None:
+        holder = _read_holder(self.path)
         try:
-            return os.path.samestat(os.fstat(fd), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+            self._lock.acquire()
+        except Timeout:
+            raise self._refusal(_read_holder(self.path)) from None
+        try:
+            # Some file systems grant every lock, so the named process must be dead as well.
+            if holder and holder == _process(holder.get("pid")):
+                raise self._refusal(holder)
+            if holder:
+                _log.warning(
+                    "took over %s, left by process %s, which is gone", self.path, holder.get("pid")
+                )
+            self.path.write_text(json.dumps(_process(os.getpid())), encoding="utf-8")
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _refusal(self, holder: dict[str, object]) -> OutputError:
         return OutputError(
@@ -110,7 +86,9 @@ class OutputLock:
 
 
 def _process(pid: object) -> dict[str, object]:
-    """What tells a process from a later one with the same id; empty where there is none."""
+    """A process's id, start time and host, which tell it from later ones with the same id; empty
+    where there is none.
+    """
     if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
         return {}
     try:
@@ -123,10 +101,12 @@ def _process(pid: object) -> dict[str, object]:
         return {}
 
 
-def _read_holder(fd: int) -> dict[str, object]:
-    os.lseek(fd, 0, os.SEEK_SET)
+def _read_holder(path: Path) -> dict[str, object]:
+    """The process named in the lock file; empty where there is none or the file is incomplete."""
     try:
-        holder = json.loads(os.read(fd, 4096))
-    except ValueError:  # empty, or cut while it was written
+        holder = json.loads(path.read_bytes()[:4096])
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    except PermissionError:  # Windows: the locked file of another process
         return {}
     return holder if isinstance(holder, dict) else {}

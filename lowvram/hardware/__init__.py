@@ -1,1 +1,1 @@
-"""The machine: GPU, host memory, budgets and the profile that predictions start from."""
+"""Hardware: GPU, host memory, memory budgets and speeds of the machine."""

@@ -1,4 +1,4 @@
-"""What the user's `--vram` and `--ram` mean on this machine, in bytes."""
+"""Resolve `--vram`, `--ram` and `--device` to a device and budgets in bytes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import psutil
 from lowvram.errors import BudgetError, UsageError
 from lowvram.units import format_bytes, parse_bytes, shown
 
-# What `auto` leaves to other programs.
+# Share of the free memory that `auto` takes; the remainder is for other programs.
 AUTO_SHARE = 0.85
-# What importing libraries and small tensors add to the process after the budgets are fixed.
+# Growth of the process after the budgets are fixed: imported libraries and small tensors.
 PROCESS_GROWTH_BYTES = 400 * 10**6
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """A device and what may be used of it and of host RAM.
+    """A device and the memory that a run may use on it and on the host.
 
-    process_bytes: of the RAM, lowvram's own code and libraries; context_bytes: of the device, what
-    driver and libraries were measured to take, None where they were not.
+    process_bytes: part of the RAM that code and libraries of the process take.
+    context_bytes: measured device memory of driver and libraries, None if not measured.
     """
 
     device: str
@@ -32,14 +32,14 @@ class Budgets:
 
 
 def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:
-    """`auto` takes a share of what is free now; on a CPU half of that share is the workspace's
-    ("VRAM") and half the RAM's.
+    """Resolve a device and two budgets, each an amount or `auto`.
 
-    Raises `UsageError` for text that is no amount or no device, `BudgetError` where the machine has
-    less than was asked for.
+    `auto` takes `AUTO_SHARE` of the free memory; on a CPU one half of that is the "VRAM" budget
+    (the workspace) and the other the RAM budget.
+    Raises `UsageError` for an invalid amount or device, `BudgetError` for more than there is.
     """
     name = _device(device)
-    context = _context(name)  # before anything else touches the device
+    context = _context(name)  # before anything else uses the device
     process = psutil.Process().memory_info().rss + PROCESS_GROWTH_BYTES
     free_ram = _free_ram()
     free_vram, total_vram = _vram(name, free_ram)
@@ -56,8 +56,9 @@ def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:
 
 
 def amount_bytes(label: str, amount: str | int) -> int:
-    """Bytes of a budget that is not `auto`; label: VRAM or RAM. Raises `UsageError` for what is no
-    positive amount.
+    """Parse a budget other than `auto` into bytes.
+
+    label: `VRAM` or `RAM`, for the message. Raises `UsageError` unless the amount is positive.
     """
     nbytes = parse_bytes(amount) if isinstance(amount, str) else amount
     if not isinstance(nbytes, int) or isinstance(nbytes, bool) or not 0 < nbytes < 2**63:
@@ -75,7 +76,7 @@ def _amount(label: str, wanted: str | int, automatic: int, total: int) -> int:
     if nbytes > total:
         wanted, has = format_bytes(nbytes), format_bytes(total)
         raise BudgetError(
-            f"{label} of {wanted} was asked for, this machine has {has}: ask for less or for auto"
+            f"the {label} budget is {wanted}, but this machine has {has}: use less, or auto"
         )
     return nbytes
 
@@ -85,14 +86,13 @@ def _device(name: str) -> str:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", name):
-        raise UsageError(f"unknown device {shown(name)}: here are {_devices(count)}")
+        raise UsageError(f"unknown device {shown(name)}: available are {_devices(count)}")
     if name.startswith("cuda") and not count:
         raise UsageError(
-            f"device {name} was asked for, but torch sees no GPU: use auto or cpu, or run "
-            f"`lowvram doctor`"
+            f"device {name}: torch finds no GPU: use auto or cpu, or run `lowvram doctor`"
         )
     if name.startswith("cuda:") and int(name.removeprefix("cuda:")) >= count:
-        raise UsageError(f"there is no device {name}: here are {_devices(count)}")
+        raise UsageError(f"there is no device {name}: available are {_devices(count)}")
     if name == "auto":
         return "cuda" if count else "cpu"
     return name

@@ -1,6 +1,4 @@
-"""Host memory and processors that this process may use: the machine's, less what a container or
-service manager keeps from it.
-"""
+"""Host memory and processors available to this process, within the limits of its control groups."""
 
 from __future__ import annotations
 
@@ -13,14 +11,20 @@ import psutil
 
 @dataclass(frozen=True)
 class HostMemory:
+    """Host memory available to this process.
+
+    limited_by: `machine`, or the kind of control group that sets a lower limit (`cgroup v2`).
+    """
+
     total_bytes: int
     free_bytes: int
-    limited_by: str  # "machine", or the control group that allows less
+    limited_by: str
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
-    """The smallest of the machine's memory and every control group's limit around this process
-    (cgroup v1 and v2).
+    """Host memory: the minimum of the machine's and all limits of the process's control groups.
+
+    root: root of the file system with `/proc` and `/sys` (cgroup v1 and v2).
     """
     machine = psutil.virtual_memory()
     total, free, limited_by = int(machine.total), int(machine.available), "machine"
@@ -38,19 +42,17 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
 
 
 def free_ram_bytes() -> int:
-    """Host memory that this process can still have, within the limits of its control groups."""
+    """Free host memory within the limits of the process's control groups."""
     return host_memory().free_bytes
 
 
 def total_ram_bytes() -> int:
-    """Host memory of the machine, or what this process' control groups allow of it."""
+    """Total host memory within the limits of the process's control groups."""
     return host_memory().total_bytes
 
 
 def cpu_count(root: Path = Path("/")) -> int:
-    """Processors this process may run on, no more than its control group's quota gives it, at least
-    1.
-    """
+    """Number of processors for this process, by its affinity and its group's quota; at least 1."""
     count = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -64,8 +66,9 @@ def _memory_groups(root: Path) -> list[tuple[Path, int]]:
 
 
 def _groups(root: Path, controller: str, version: int) -> list[tuple[Path, int]]:
-    """Folders of the group this process is in and of all above it; inside a container the path may
-    lie outside of what is mounted.
+    """Folders of the process's control group and of its parents.
+
+    Inside a container some of them may not be mounted; these are left out.
     """
     base = root / "sys/fs/cgroup" / controller
     groups = []
@@ -94,7 +97,7 @@ def _cpu_quotas(root: Path) -> list[tuple[int, int]]:
 
 
 def _reclaimable(folder: Path, version: int) -> int:
-    """File pages that the kernel drops before it runs out: they count as used but are not."""
+    """Bytes of cached file pages: counted as used, but the kernel frees them when needed."""
     names = (
         ("inactive_file", "active_file")
         if version == 2

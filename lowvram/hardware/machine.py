@@ -1,10 +1,10 @@
-"""What the machine has, measured or asked. Torch and Triton load only inside the functions that ask
-them.
+"""Query the machine: GPU, driver, host memory, disk, library versions, link speed.
+
+Torch and Triton are imported inside functions only.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import platform
 import shutil
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.hardware.cgroups import cpu_count, host_memory
+from lowvram.hardware.nvml import used_bytes
 
 logger = logging.getLogger(__name__)
 LINK_PROBE_BYTES = 256 << 20
-NVML = "nvml.dll" if platform.system() == "Windows" else "libnvidia-ml.so.1"
 MOST_CONTEXT_BYTES = 3 << 30  # what grows by more than this is another program
 PACKAGES = (
     "lowvram",
@@ -37,8 +37,10 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA (or ROCm) device. link_bytes_s: host to device from pinned memory, None where it was
-    not measured.
+    """One CUDA or ROCm device.
+
+    capability: compute capability (major, minor); architecture: `sm_90`, or the gfx name.
+    link_bytes_s: speed of copies from pinned host memory in bytes/s, None if not measured.
     """
 
     name: str
@@ -51,8 +53,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What one run may count on. triton_reason is empty where Triton works, else it says why not;
-    triton_note: what else is to be known.
+    """The resources of one machine.
+
+    gpu_reason, triton_reason: why there is no GPU or why Triton does not work, empty otherwise.
+    triton_note: a warning about the Triton version, or empty.
+    disk_read_bytes_s: read speed of the disk in bytes/s, None if not measured.
     """
 
     system: str
@@ -71,6 +76,7 @@ class Machine:
     triton_note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields as data for JSON."""
         return asdict(self)
 
 
@@ -80,11 +86,11 @@ def probe_machine(
     measure: bool = False,
     disk_speed: Callable[[Path], float | None] | None = None,
 ) -> Machine:
-    """Asks the machine; with `measure` also copies to the GPU, and has `disk_speed` read in
-    `folder`: about a second in all.
+    """Query the machine, and the disk of `folder` if given.
 
-    disk_speed: bytes per second of the disk of a folder, or None where it cannot be told;
-    `doctor.read_speed` reads as a run does.
+    measure: also measure the link to the GPU and, with `disk_speed`, the disk (about a second).
+    disk_speed: returns the read speed of a folder's disk in bytes/s, None if unknown; see
+    `doctor.read_speed`.
     """
     memory = host_memory()
     gpu, gpu_reason = find_gpu(measure)
@@ -108,7 +114,7 @@ def probe_machine(
 
 
 def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
-    """The current device, or None and the reason."""
+    """The current GPU and an empty text, or None and the reason."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -116,7 +122,7 @@ def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
     if not torch.cuda.is_available():
         built_for = torch.version.cuda or torch.version.hip
         reason = (
-            "torch sees no GPU: is its driver installed?"
+            "torch finds no GPU: is its driver installed?"
             if built_for
             else f"torch {torch.__version__} is built without GPU support"
         )
@@ -125,7 +131,7 @@ def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         free, total = torch.cuda.mem_get_info()
     except RuntimeError as error:  # a broken driver, or no memory left on the device
-        return None, f"the GPU does not answer: {_one_line(error)}"
+        return None, f"the GPU does not respond: {_one_line(error)}"
     capability = (int(properties.major), int(properties.minor))
     architecture = (
         str(getattr(properties, "gcnArchName", "")).split(":")[0]
@@ -137,15 +143,16 @@ def find_gpu(measure: bool = False) -> tuple[Gpu | None, str]:
 
 
 def why_triton_fails(has_gpu: bool) -> str:
-    """Empty where Triton imports and its driver answers, which takes a working GPU and, at its
-    first use, a C compiler.
+    """Reason why Triton does not work, or an empty text.
+
+    Triton needs a working GPU and, at its first use, a C compiler.
     """
     try:
         import triton
     except (ImportError, OSError) as error:
         return f"Triton does not load: {_one_line(error)}"
     if not has_gpu:
-        return "there is no GPU for it"
+        return "there is no GPU"
     from lowvram_kernels.constraints import old_triton
 
     too_old = old_triton()
@@ -153,23 +160,21 @@ def why_triton_fails(has_gpu: bool) -> str:
         return too_old
     try:
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever its driver and compiler raise is the answer
+    except Exception as error:  # driver and compiler raise errors of any class
         return f"Triton's driver fails: {_one_line(error)}"
     return ""
 
 
 def triton_note() -> str:
-    """Empty where the installed Triton is one that the kernels were compiled with."""
+    """Warning about a Triton version that the kernels were not compiled with, or an empty text."""
     from lowvram_kernels.constraints import untried_triton
 
     note = untried_triton()
-    return f"{note}: the check of the kernels says whether they are right here" if note else ""
+    return f"{note}: the kernel check says whether their results are correct" if note else ""
 
 
 def disk_free(folder: Path) -> int | None:
-    """Free bytes of the file system that holds `folder`, or will once it is made; None where that
-    cannot be told.
-    """
+    """Free bytes on the file system of `folder`, which need not exist yet; None if unknown."""
     existing = next(
         (place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir()), None
     )
@@ -180,15 +185,11 @@ def disk_free(folder: Path) -> int | None:
 
 
 def _link_speed_if_it_can_be_measured() -> float | None:
-    """None where pages cannot be locked or the device has no room left: that makes the GPU no less
-    of one.
-    """
+    """Link speed in bytes/s, or None when memory cannot be pinned or the device is full."""
     try:
         return _link_speed()
     except RuntimeError as error:
-        logger.warning(
-            "the speed of the link to the GPU could not be measured: %s", _one_line(error)
-        )
+        logger.warning("could not measure the speed of the link to the GPU: %s", _one_line(error))
         return None
 
 
@@ -204,7 +205,7 @@ def _link_speed() -> float:
         target.copy_(source, non_blocking=True)
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    # torch would keep both, the host's pages locked, for the life of the process
+    # Without this torch caches both buffers, with the host's pages pinned.
     del source, target
     if hasattr(torch._C, "_host_emptyCache"):
         torch._C._host_emptyCache()
@@ -214,12 +215,11 @@ def _link_speed() -> float:
 
 @cache
 def context_bytes(device: str) -> int | None:
-    """What this process takes of a CUDA device before it holds a tensor: context, kernels' code,
-    cuBLAS with the workspace it keeps.
+    """Device memory that this process takes without tensors: CUDA context, kernel code, cuBLAS.
 
-    device: cuda or cuda:N. The growth of what the driver's library says is used, so that of other
-    programs only what they take meanwhile counts. None where it cannot be told: this process has a
-    context there already, or the library does not know the device.
+    device: `cuda` or `cuda:N`. Measured as the growth of the memory in use according to NVML, so
+    allocations of other programs count only during the measurement. None if this process already
+    has a context on the device, or NVML does not know the device.
     """
     import torch
 
@@ -228,14 +228,14 @@ def context_bytes(device: str) -> int | None:
         return None
     try:
         uuid = str(getattr(torch.cuda.get_device_properties(target), "uuid", ""))
-        before = _used_bytes(uuid)
+        before = used_bytes(uuid)
         for dtype in (torch.bfloat16, torch.float32):
             x = torch.ones(16, 16, device=target, dtype=dtype)
             torch.mm(x, x)
         torch.cuda.synchronize(target)
         del x
         torch.cuda.empty_cache()
-        after = _used_bytes(uuid)
+        after = used_bytes(uuid)
     except RuntimeError:  # a full or broken device: whoever asks it next says so
         return None
     if before is None or after is None or not 0 < after - before <= MOST_CONTEXT_BYTES:
@@ -244,9 +244,7 @@ def context_bytes(device: str) -> int | None:
 
 
 def _has_context(device: Any) -> bool:
-    """Whether this process already has a context on the device: asking for a GPU's name makes
-    none.
-    """
+    """Whether this process has a context on the device; reading a GPU's name creates none."""
     import torch
 
     if not torch.cuda.is_initialized():
@@ -255,61 +253,8 @@ def _has_context(device: Any) -> bool:
     return has_context is None or bool(has_context(device.index))
 
 
-class _NvmlMemory(ctypes.Structure):
-    """nvmlMemory_t."""
-
-    _fields_ = (
-        ("total", ctypes.c_ulonglong),
-        ("free", ctypes.c_ulonglong),
-        ("used", ctypes.c_ulonglong),
-    )
-
-
-def _used_bytes(uuid: str) -> int | None:
-    """Bytes in use on the GPU of this UUID, by all programs, as NVML says; it makes no context.
-    None where NVML cannot tell.
-    """
-    try:
-        nvml = ctypes.CDLL(NVML)
-    except OSError:
-        return None
-    handle, memory = ctypes.c_void_p(), _NvmlMemory()
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    try:
-        name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-        if nvml.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)) != 0:
-            return None
-        return (
-            int(memory.used)
-            if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
-            else None
-        )
-    finally:
-        nvml.nvmlShutdown()
-
-
-def nvml_driver_version() -> str | None:
-    """The version of NVIDIA's driver where the system shows it in no file, as on Windows; None
-    where NVML cannot tell.
-    """
-    try:
-        nvml = ctypes.CDLL(NVML)
-    except OSError:
-        return None
-    text = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    try:
-        return (
-            text.value.decode() if nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0 else None
-        )
-    finally:
-        nvml.nvmlShutdown()
-
-
 def _version(package: str) -> str | None:
-    """Of an installed package; Triton's has other names beside Linux and CUDA."""
+    """Version of an installed package; Triton has several package names."""
     from lowvram_kernels.constraints import TRITON_PACKAGES
 
     for name in TRITON_PACKAGES if package == "triton" else (package,):

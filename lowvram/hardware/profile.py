@@ -1,5 +1,5 @@
-"""The speeds of one machine: measured once by `lowvram doctor` and kept in the user's cache folder,
-or taken from the table of cards.
+"""The speed profile of one machine: measured by `lowvram doctor` and cached on disk, or taken from
+the table of cards.
 """
 
 from __future__ import annotations
@@ -15,33 +15,38 @@ from typing import Any
 
 from lowvram.errors import OutputError, UsageError
 from lowvram.files.cache import cache_folder
+from lowvram.files.checked import checked
 from lowvram.files.io import replace_file
 
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
 MEASURED, TABLE, GIVEN, PREDICTED = "measured", "table", "given", "predicted"
-# No more of the host's memory is page-locked: the system cannot take such pages back when it runs
-# short.
+# Upper bound of page-locked memory as a share of RAM: the system cannot swap or reclaim it.
 PINNED_SHARE = 0.5
-# One kernel launch from Python through Triton; an assumption wherever it was not measured.
+# Time of one kernel launch from Python through Triton; an assumption, used if not measured.
 LAUNCH_S = 10e-6
 
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """What a prediction of time starts from: `_bytes_s` and `_ops_s` are rates (one multiply-add is
-    two operations), all above zero.
+    """Speeds and memory of a machine, the input of time predictions.
 
-    A rate is None where the machine cannot do it or nobody knows it. `attention_ops_s` is attention
-    with both products in int8; `elementwise_bytes_s` counts what is read and what is written.
-    `sources`: where each number comes from, by its field's name: "measured" here, "table" of cards
-    (data sheets and assumptions, `timing.cards`), "predicted" from the kernels' machine code, or
-    "given" by the user.
+    `*_bytes_s` are bytes per second and `*_ops_s` operations per second (a multiply-add is two
+    operations), all above zero; an optional rate is None if unsupported or unknown. `*_bytes` are
+    amounts of memory.
+
+    device: cuda or cpu. attention_ops_s: attention with both products in int8.
+    elementwise_bytes_s: bytes read plus bytes written. launch_s: seconds of one kernel launch.
+    disk_folder: a folder on the measured disk. sources: origin of a number by field name, one of
+    `MEASURED` (on this machine), `TABLE` (data sheets and assumptions of `timing.cards`),
+    `PREDICTED` (from the kernels' machine code) or `GIVEN` (by the user).
+
+    Raises `UsageError` for an impossible value.
     """
 
     name: str
-    device: str  # cuda or cpu
+    device: str
     link_bytes_s: float
     disk_bytes_s: float
     host_copy_bytes_s: float
@@ -81,13 +86,13 @@ class MachineProfile:
 
     @property
     def basis(self) -> str:
-        """Whether the rates of computing were measured, are predicted from machine code, or come
-        from the table.
-        """
+        """Origin of the compute rates, as in `sources`."""
         return self.sources.get("gemm_int8_ops_s", TABLE)
 
     def gemm_ops_s(self, format: str) -> float | None:
-        """The rate of the expert's linears in a format of `FORMATS`; None where it is unknown."""
+        """Operations per second of the experts' linear layers in a format of `FORMATS`; None if
+        unknown.
+        """
         rates = {
             "fp8": self.gemm_fp8_ops_s or self.gemm_bf16_ops_s,
             "bf16": self.gemm_bf16_ops_s,
@@ -96,37 +101,30 @@ class MachineProfile:
         return rates.get(format, self.gemm_int8_ops_s)
 
     def attention_rate(self, format: str) -> float | None:
-        """The rate of attention in a format of `FORMATS`; None where it is unknown."""
+        """Operations per second of attention in a format of `FORMATS`; None if unknown."""
         return {"bf16": self.attention_bf16_ops_s, "fp32": self.attention_fp32_ops_s}.get(
             format, self.attention_ops_s
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """The profile as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MachineProfile:
-        """Inverse of `to_dict`. Raises `UsageError` where a field is missing, unknown or no
-        possible value.
-        """
-        texts = {"name", "device", "disk_folder"}
+        """Inverse of `to_dict`. Raises `UsageError` for a missing, unknown or impossible value."""
         try:
-            profile = cls(
-                **{
-                    **data,
-                    "sources": {str(name): str(source) for name, source in data["sources"].items()},
-                }
-            )
-        except (KeyError, TypeError, AttributeError) as error:
+            unknown = set(data) - {item.name for item in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown key {min(unknown)[:80]!r}")
+            return checked(data, cls)
+        except ValueError as error:
             raise UsageError(f"not a machine profile: {error}") from error
-        if any(not isinstance(getattr(profile, name), str) for name in texts):
-            raise UsageError("not a machine profile: a name is no text")
-        return profile
 
 
 @dataclass(frozen=True)
 class ProfileKey:
-    """What a cached profile belongs to; any difference means measuring anew."""
+    """GPU and software that a cached profile is valid for; with any difference it is not used."""
 
     gpu: str
     driver: str
@@ -135,6 +133,7 @@ class ProfileKey:
 
     @property
     def file_name(self) -> str:
+        """Name of the cache file of this key."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return f"profile-{digest[:16]}.json"
 
@@ -142,8 +141,10 @@ class ProfileKey:
 def save_profile(
     profile: MachineProfile, key: ProfileKey, folder: Path | None = None
 ) -> Path | None:
-    """Writes the cache atomically; None and a warning where the folder cannot be written: a cache
-    is never worth a failure.
+    """Write a profile to the cache atomically and return its path.
+
+    folder: default the user's cache folder. If it cannot be written, logs a warning and returns
+    None.
     """
     folder = folder or cache_folder()
     path = folder / key.file_name
@@ -152,21 +153,21 @@ def save_profile(
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
     except (OSError, OutputError) as error:
-        logger.warning("the machine profile is not kept: %s", error)
+        logger.warning("cannot save the machine profile: %s", error)
         return None
     return path
 
 
 def any_profile(folder: Path | None = None) -> bool:
-    """Whether a profile is cached at all: without one, nobody need ask torch which machine this
-    is.
-    """
+    """Whether any profile is cached. If not, a caller can skip importing torch to build a key."""
     return next((folder or cache_folder()).glob("profile-*.json"), None) is not None
 
 
 def load_profile(key: ProfileKey, folder: Path | None = None) -> MachineProfile | None:
-    """The cached profile of this key; None where there is none, or where the file is damaged or
-    another machine's.
+    """Read the cached profile of `key`.
+
+    folder: default the user's cache folder. None if there is none; None with a warning if the file
+    is unreadable, damaged or of another key or version.
     """
     path = (folder or cache_folder()) / key.file_name
     try:
@@ -174,7 +175,7 @@ def load_profile(key: ProfileKey, folder: Path | None = None) -> MachineProfile 
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s is not read (%s): run `lowvram doctor` to measure again", path, error)
+        logger.warning("cannot read %s (%s): run `lowvram doctor` to measure again", path, error)
         return None
     if (
         not isinstance(content, dict)

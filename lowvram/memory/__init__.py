@@ -1,1 +1,1 @@
-"""What counts, limits and releases memory while a run works."""
+"""Allocate, limit, measure and release memory during a run."""

@@ -1,6 +1,4 @@
-"""The one workspace of the denoising loop, and the ledger that every large allocation goes
-through.
-"""
+"""The denoising loop's workspace, and ledgers that account for all large allocations."""
 
 from __future__ import annotations
 
@@ -16,10 +14,7 @@ from lowvram.units import format_bytes
 
 
 class Ledger:
-    """Counts what is handed out of one budget and refuses what the plan did not grant.
-
-    Raises `InternalLimitError` where an allocation would exceed `limit_bytes`.
-    """
+    """Accounts for allocations from one budget, up to `limit_bytes`; records their peak."""
 
     def __init__(self, name: str, limit_bytes: int) -> None:
         self.name = name
@@ -28,20 +23,24 @@ class Ledger:
         self.peak_bytes = 0
 
     def charge(self, label: str, nbytes: int) -> None:
+        """Add an allocation. Raises `InternalLimitError` when it exceeds the limit."""
         if self.used_bytes + nbytes > self.limit_bytes:
             raise InternalLimitError(
-                f"{label} asks {nbytes} bytes of {self.name}, but {self.used_bytes} of the "
+                f"{label} needs {nbytes} bytes of {self.name}, but {self.used_bytes} of the "
                 f"planned {self.limit_bytes} are in use"
             )
         self.used_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def release(self, nbytes: int) -> None:
+        """Subtract a freed allocation."""
         self.used_bytes -= nbytes
 
     def allocate(self, label: str, nbytes: int, device: torch.device) -> Tensor:
-        """[nbytes] uint8, uninitialised, charged to this budget. Raises `OutOfMemoryError` where
-        the machine has less than planned.
+        """Charge and allocate a buffer: [nbytes] uint8, uninitialized.
+
+        Raises `InternalLimitError` beyond the limit, `OutOfMemoryError` when the machine has less
+        memory than planned.
         """
         self.charge(label, nbytes)
         try:
@@ -50,21 +49,22 @@ class Ledger:
             self.release(nbytes)
             if not is_out_of_memory(error):
                 raise
-            asked = f"{label} asks {format_bytes(nbytes)} of {self.name}"
+            needed = f"{label} needs {format_bytes(nbytes)} of {self.name}"
             raise OutOfMemoryError(
-                f"{asked}, which the budget grants and the machine has not", self.name
+                f"{needed}, within the budget but not available on this machine", self.name
             ) from None
 
 
 def new_buffer(nbytes: int, device: torch.device) -> Tensor:
-    """[nbytes] uint8, uninitialised: the one place where the memory of blocks and workspace comes
-    from.
-    """
+    """Allocate [nbytes] uint8, uninitialized; used for all memory of blocks and workspace."""
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 class Arena:
-    """Typed views into one planned allocation. Nothing else is allocated while the loop runs."""
+    """The workspace as one allocation, with typed views of its regions.
+
+    The constructor raises as `Ledger.allocate` does.
+    """
 
     def __init__(self, workspace: Workspace, ledger: Ledger, device: torch.device) -> None:
         self.workspace = workspace
@@ -72,18 +72,19 @@ class Arena:
         self._bytes = ledger.allocate("the arena", workspace.nbytes, device)
 
     def view(self, region: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """`shape` of `dtype` at the start of `region`, contiguous, uninitialised. Raises
-        `InternalLimitError` past the region's end.
+        """A contiguous, uninitialized tensor at the start of a region.
+
+        Raises `InternalLimitError` when it does not fit into the region.
         """
         offset, limit = self.workspace.regions[region]
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes > limit:
             raise InternalLimitError(
-                f"arena region {region} holds {limit} bytes, {list(shape)} of {dtype} needs "
-                f"{nbytes}"
+                f"arena region {region} has {limit} bytes, {list(shape)} of {dtype} needs {nbytes}"
             )
         return self._bytes[offset : offset + nbytes].view(dtype).view(shape)
 
     def close(self) -> None:
+        """Free the allocation; views that still exist keep it alive."""
         self._ledger.release(self._bytes.numel())
         self._bytes = self._bytes.new_empty(0)

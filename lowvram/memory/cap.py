@@ -1,6 +1,4 @@
-"""A hard limit on what torch takes of a GPU: what the plan has forgotten is refused, and never
-comes out of another program's share.
-"""
+"""Cap torch's allocator at the planned VRAM; unplanned allocations fail."""
 
 from __future__ import annotations
 
@@ -12,19 +10,18 @@ import torch
 
 @contextmanager
 def vram_cap(device: torch.device, nbytes: int) -> Iterator[None]:
-    """Torch's allocator raises its out-of-memory error rather than reserve `nbytes` more of a CUDA
-    device; a CPU has no such limit.
+    """Cap torch's allocator at `nbytes` more than it has reserved on a CUDA device.
 
-    What it holds on to already, such as the workspace of cuBLAS, was counted with the driver's
-    context. A tighter limit that was set before stays, and either way the one from before holds
-    again afterwards.
+    Allocations beyond the cap raise torch's out-of-memory error. Memory that is already reserved,
+    such as the workspace of cuBLAS, belongs to the driver's context in the plan. A lower cap that
+    was set before stays in force. On exit the previous cap is restored. No effect on a CPU.
     """
     if device.type != "cuda":
         yield
         return
-    # both calls refuse a plain `cuda`
+    # the calls below need a device index
     index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.empty_cache()  # what is reserved already counts
+    torch.cuda.empty_cache()  # cached memory counts as reserved
     before = torch.cuda.get_per_process_memory_fraction(index)
     share = (nbytes + torch.cuda.memory_reserved(index)) / torch.cuda.get_device_properties(
         index

@@ -1,22 +1,17 @@
-"""Keeps freed memory from staying with the process, so that its resident size is what it holds and
-not what it once held.
-"""
+"""Return freed host memory to the system, so that the resident size follows the memory in use."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# glibc raises this threshold up to 32 MB by itself, after which freed buffers stay in a heap that
-# only grows.
+# By default glibc raises this threshold up to 32 MB; smaller freed buffers then stay in the heap.
 LARGE_BYTES = 1 << 20
 _M_MMAP_THRESHOLD = -3
 
 
 def trim_heap() -> None:
-    """Gives back what small objects have left free, such as the hundreds of megabytes of a
-    tokenizer of 256,384 pieces.
-    """
+    """Return the free memory of small objects, such as a tokenizer's, to the system (glibc)."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -24,10 +19,10 @@ def trim_heap() -> None:
 
 
 def return_freed_memory() -> bool:
-    """Buffers of `LARGE_BYTES` and more go back to the system the moment they are freed; False
-    where the C library has no such switch.
+    """Make the C library return buffers of `LARGE_BYTES` or more to the system when freed.
 
-    It holds for the whole process, changes no result, and costs the page faults of a fresh buffer.
+    Applies to the whole process; each new buffer costs page faults. Returns False if the C library
+    has no such setting.
     """
     if sys.platform != "linux":
         return False

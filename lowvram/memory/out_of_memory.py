@@ -1,17 +1,19 @@
-"""Memory that could not be had, whoever reports it, and handing back what nobody uses."""
+"""Recognise out-of-memory errors, try again after them, and release memory that nobody uses."""
 
 from __future__ import annotations
 
 import errno
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from lowvram.errors import OutOfMemoryError
 from lowvram.memory.malloc import trim_heap
 
+T = TypeVar("T")
 # What messages of drivers, allocators and libraries say. A cuBLAS that "is not initialized" is one
 # that found no room for its handle; cuDNN finds no "engine" for a convolution where none of its
 # algorithms got its workspace.
@@ -58,6 +60,26 @@ def short_budget(error: BaseException) -> str:
         return error.budget
     host = isinstance(error, MemoryError | OSError) or "can't allocate memory" in str(error)
     return "RAM" if host else "VRAM"
+
+
+def retry_out_of_memory(
+    device: torch.device, work: Callable[[], T], recover: Callable[[str, str], None]
+) -> T:
+    """The result of `work`, called again after each out-of-memory error.
+
+    recover: called between two calls as `recover(budget, message)`, with the failed call's memory
+    released; it prepares the next call or raises.
+    """
+    release_cached_memory(device)  # what earlier work has left in torch's allocator
+    while True:
+        try:
+            with as_out_of_memory():
+                return work()
+        except OutOfMemoryError as error:
+            # Only text leaves the handler: the error refers to the failed call's tensors.
+            budget, message = error.budget, str(error)
+        release_cached_memory(device)
+        recover(budget, message)
 
 
 def release_cached_memory(device: torch.device) -> None:

@@ -1,6 +1,4 @@
-"""What the phases of a run really take: the device's memory as torch's allocator counts it, the
-process's as the system does.
-"""
+"""Measure the peak memory of each phase: VRAM by torch's allocator, RAM by the system."""
 
 from __future__ import annotations
 
@@ -15,10 +13,12 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PhaseEvent(Protocol):
-    """What is read of an event: the name of the phase that it comes from."""
+    """An event of a run, as far as `PhasePeaks` reads it."""
 
     @property
-    def phase(self) -> str: ...
+    def phase(self) -> str:
+        """Name of the phase that emitted the event."""
+        ...
 
 
 Event = TypeVar("Event", bound=PhaseEvent)
@@ -26,21 +26,25 @@ Event = TypeVar("Event", bound=PhaseEvent)
 
 @dataclass(frozen=True)
 class PhaseUsage:
-    """The most that one phase took, in bytes. vram: of the device, its context included; ram: of
-    the process, file pages that it has mapped included, and on a CPU what the plan calls VRAM too.
-    None where this machine cannot tell.
+    """Peak memory of one phase in bytes; None where it cannot be measured.
+
+    vram_bytes: of the device, including the CUDA context; ram_bytes: resident memory of the
+    process, including mapped file pages and, on a CPU, the memory that the plan calls VRAM.
     """
 
     vram_bytes: int | None
     ram_bytes: int | None
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields as data for JSON."""
         return asdict(self)
 
 
 class PhasePeaks:
-    """A listener that passes every event on and keeps what each phase took, from its first event to
-    the next phase's.
+    """Event listener that measures the peak memory of each phase and forwards all events.
+
+    A phase lasts from its first event to the first event of the next phase.
+    context_bytes: device memory of the CUDA context, added to each VRAM peak.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class PhasePeaks:
 
     @property
     def by_phase(self) -> dict[str, PhaseUsage]:
-        """Of every phase up to now."""
+        """Peak memory of each phase so far, the current one included."""
         self._close()
         return dict(self._found)
 
@@ -85,9 +89,7 @@ class PhasePeaks:
 
 
 def peak_rss_bytes() -> int | None:
-    """The most of this process that was resident since the start or `reset_peak_rss`; None where
-    the system does not say.
-    """
+    """Peak resident memory of this process since its start or `reset_peak_rss`, None if unknown."""
     try:
         found = re.search(
             r"^VmHWM:\s+(\d+) kB$",
@@ -100,7 +102,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def reset_peak_rss() -> None:
-    """From now on `peak_rss_bytes` counts anew; where the system has no such switch it goes on."""
+    """Reset the peak of `peak_rss_bytes`; no effect on systems without that function."""
     if os.access(_CLEAR_REFS, os.W_OK):
         try:
             _CLEAR_REFS.write_text("5", encoding="ascii")

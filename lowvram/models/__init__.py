@@ -1,1 +1,1 @@
-"""The DiT, the UMT5 encoder and the VAE, each computed from streamed or tiled pieces."""
+"""Models: the DiT and the UMT5 encoder, computed block by block, and the VAE, tile by tile."""

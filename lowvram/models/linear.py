@@ -1,4 +1,4 @@
-"""Linears outside the quantized blocks: embeddings, projections, the head."""
+"""Linears outside the quantized blocks: embeddings, projections and the head."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import torch.nn.functional as F
 from lowvram_kernels.sizes import row_slices
 from torch import Tensor
 
-# Libraries pick their GEMM by shape, and another one rounds differently: these linears always see
-# this many rows.
+# Fixed rows per product: libraries choose a GEMM by shape, and each one rounds differently.
 FIXED_ROWS = 256
 
 
 def fixed_rows_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, prepare: Callable[[Tensor], Tensor]
 ) -> None:
-    """out = prepare(x) W^T + b in tiles of exactly 256 rows, the last one padded with zeros.
+    """out = prepare(x) W^T + b, in tiles of exactly `FIXED_ROWS` rows, the last padded with zeros.
 
-    x: [M, *], any input of `prepare`, which works row by row and returns [m, K] in the weight's
-    dtype;
+    x: [M, *], input of `prepare`, which works row by row and returns [m, K] in the weight's dtype;
     weight: [N, K]; bias: [N]; out: [M, N].
     """
     for start in range(0, x.shape[0], FIXED_ROWS):
@@ -30,10 +28,9 @@ def fixed_rows_linear(
 
 
 def dequantized(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """weight * scale in fp32, rounded once to `dtype`; a weight without scale is cast. weight: [N,
-    K], scale: [N, 1] float32.
+    """weight * scale in fp32, rounded once to `dtype`; a weight without a scale is cast.
 
-    The fp32 copies are of `REFERENCE_ROWS` outputs at a time.
+    weight: [N, K]; scale: [N, 1] float32. Fp32 temporaries have `REFERENCE_ROWS` rows.
     """
     if scale is None:
         return weight.to(dtype)

@@ -1,8 +1,7 @@
-"""How a block computes: quantized (int8, int8-plain, fp8) or plain (bf16, fp32), behind one
-interface.
+"""Arithmetic of a DiT block: quantized (int8, int8-plain, fp8) or plain (bf16, fp32).
 
-A block is written once, in `models.wan`; what differs between formats is here: what an activation
-is, how a linear multiplies it and how attention reads it.
+`models.wan` contains the block itself, once for all formats. This module contains the differences:
+the type of activations, linears and attention.
 """
 
 from __future__ import annotations
@@ -28,33 +27,36 @@ from lowvram.streaming.block import LinearWeights
 
 
 class Rows(NamedTuple):
-    """The input of a linear: [M, K] values, and [M, 1] float32 scales where they are quantized."""
+    """Input of a linear: values [M, K], and scales [M, 1] float32 if quantized."""
 
     values: Tensor
     scale: Tensor | None
 
 
 class Heads(NamedTuple):
-    """Queries or keys: [H, M, head_dim], and [H, M] float32 scales where they are quantized."""
+    """Queries or keys: values [H, M, head_dim], and scales [H, M] float32 if quantized."""
 
     values: Tensor
     scale: Tensor | None
 
 
 class Rope(NamedTuple):
-    """cos and sin of a token's angles, each [M, head_dim / 2] float32."""
+    """cos and sin of the angles of M tokens, each [M, head_dim / 2] float32."""
 
     cos: Tensor
     sin: Tensor
 
 
 class Numerics(Protocol):
-    """One format's arithmetic. Outputs lie in the arena regions that the caller names."""
+    """Arithmetic of one format. Results are stored in the arena, in the region named by the caller.
+
+    compute: dtype of activations between ops. Shapes: M tokens, D = H * head_dim channels.
+    """
 
     compute: torch.dtype
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
-        """LN(x) * scale + shift."""
+        """LN(x) * scale + shift as the input of a linear; x: [M, D] float32."""
 
     def rows(self, x: Tensor, region: str) -> Rows:
         """x as the input of a linear."""
@@ -68,31 +70,31 @@ class Numerics(Protocol):
     def linear_add(
         self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None
     ) -> None:
-        """x += gate * (rows W^T + b), x the fp32 residual stream."""
+        """x += gate * (rows W^T + b); x: [M, D] float32, the residual stream; no gate is 1."""
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
-        """Keys and values of `num_keys` tokens in the arena regions `prefix`keys,
-        `prefix`values.
-        """
+        """Buffers for `num_keys` keys and values, in regions whose names start with `prefix`."""
 
     def heads(
         self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads
     ) -> None:
-        """out = RoPE(RMSNorm(x)) - smoothing, split into heads."""
+        """out = RoPE(RMSNorm(x)) - smoothing, split into heads; x: [M, D]."""
 
     def queries(self, num_queries: int) -> Heads:
-        """Room for one chunk's queries."""
+        """Buffers for the queries of one chunk."""
 
     def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
-        """Stores v, the values of tokens start .. start + M."""
+        """Store v [M, D], the values of tokens start .. start + M."""
 
     def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
         """out = softmax(q k^T / sqrt(head_dim)) v, [M, D]."""
 
 
 class AttentionMemory(NamedTuple):
-    """Keys [H, N, head_dim] and values of all tokens, with their scales where they are
-    quantized.
+    """Keys [H, N, head_dim] and values of all N tokens, with scales if quantized.
+
+    values: [H, N, head_dim]; quantized [H, head_dim, N padded to `KEY_TILE`], with one scale per
+    tile of keys in value_scales [H, head_dim, tiles] float32.
     """
 
     keys: Heads
@@ -100,6 +102,7 @@ class AttentionMemory(NamedTuple):
     value_scales: Tensor | None
 
     def key_rows(self, start: int, end: int) -> Heads:
+        """Views of the keys of tokens start .. end."""
         scale = self.keys.scale
         return Heads(self.keys.values[:, start:end], None if scale is None else scale[:, start:end])
 
@@ -111,27 +114,28 @@ class _Shapes(NamedTuple):
 
 
 def mean_key(x: Tensor, weight: Tensor, rope: Rope | None, num_heads: int, eps: float) -> Tensor:
-    """The mean over tokens of RoPE(RMSNorm(x)), [H, head_dim] float32: what the keys are smoothed
-    by.
-    """
+    """Mean of the keys RoPE(RMSNorm(x)) over the tokens, [H, head_dim] float32, for smoothing."""
     cos, sin = rope or (None, None)
     return rms_rope(x, weight, cos, sin, num_heads=num_heads, eps=eps).mean(dim=1)
 
 
 def attention_values(format: str, device: torch.device) -> str:
-    """The dtype that attention multiplies values in: for quantized formats as `LOWVRAM_PV` says,
-    else that of the weights.
+    """Name of the dtype of attention's values on a device.
+
+    For quantized formats that of `pv_dtype` (`LOWVRAM_PV`), else the format itself.
     """
     return str(pv_dtype(device)).removeprefix("torch.") if FORMATS[format].quantized else format
 
 
 class QuantizedNumerics:
-    """int8 with or without rotation, or e4m3, for linears; int8 for attention, values as `pv_dtype`
-    says; bf16 between ops, fp32 inside.
+    """Quantized arithmetic, on the ops of `lowvram_kernels`.
 
-    GELU stays with the quantization of its rows although `quantized_linear` can apply it: that op
-    is bound by memory, which hides GELU, and the product is not. Both places compute row by row, so
-    neither ties a bit to the memory plan.
+    Linears are int8, with or without rotation, or e4m3. Queries and keys of attention are int8, its
+    values have the dtype of `pv_dtype`. Activations are bf16 between ops and fp32 inside them.
+
+    GELU is fused with the quantization of its result, not with the product (`quantized_linear` can
+    do that, too): quantization is bound by memory, which hides GELU, and the product is not. Both
+    compute row by row, so the results do not depend on the memory plan.
     """
 
     compute = torch.bfloat16
@@ -145,7 +149,8 @@ class QuantizedNumerics:
         self._arena = arena
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
-        rows = self._room(x, region)
+        """LN(x) * scale + shift, quantized."""
+        rows = self._buffers(x, region)
         ops.adaln_quantize(
             x,
             scale,
@@ -158,27 +163,31 @@ class QuantizedNumerics:
         return rows
 
     def rows(self, x: Tensor, region: str) -> Rows:
-        rows = self._room(x, region)
+        """x, quantized."""
+        rows = self._buffers(x, region)
         ops.quantize_rows(x, rows.values, _scale(rows.scale), rotated=self._rotated)
         return rows
 
     def gelu(self, x: Tensor, region: str) -> Rows:
-        rows = self._room(x, region, "hidden_scales")
+        """GELU_tanh(x), quantized."""
+        rows = self._buffers(x, region, "hidden_scales")
         ops.gelu_quantize(x, rows.values, _scale(rows.scale), rotated=self._rotated)
         return rows
 
-    def _room(self, x: Tensor, region: str, scales: str = "row_scales") -> Rows:
+    def _buffers(self, x: Tensor, region: str, scales: str = "row_scales") -> Rows:
         stage = region.split(".")[0]
         values = self._arena.view(region, (x.shape[0], x.shape[1]), self._code)
         return Rows(values, self._arena.view(f"{stage}.{scales}", (x.shape[0], 1), torch.float32))
 
     def linear(self, rows: Rows, weights: LinearWeights, out: Tensor) -> None:
+        """out = rows W^T + b."""
         scales = _scale(rows.scale), _scale(weights.scale)
         ops.quantized_linear(rows.values, scales[0], weights.weight, scales[1], weights.bias, out)
 
     def linear_add(
         self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None
     ) -> None:
+        """x += gate * (rows W^T + b)."""
         scales = _scale(rows.scale), _scale(weights.scale)
         ops.quantized_linear(
             rows.values,
@@ -192,6 +201,7 @@ class QuantizedNumerics:
         )
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
+        """Buffers for int8 keys, quantized values and their scales."""
         heads, width, _ = self._shapes
         tiles = -(-num_keys // KEY_TILE)
         names = ("keys", "key_scales", "values", "value_scales")
@@ -206,12 +216,14 @@ class QuantizedNumerics:
     def heads(
         self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads
     ) -> None:
+        """out = RoPE(RMSNorm(x)) - smoothing, split into heads and quantized to int8."""
         cos, sin = rope or (None, None)
         ops.rms_rope_quantize(
             x, weight, cos, sin, smoothing, out.values, _scale(out.scale), eps=self._shapes.eps
         )
 
     def queries(self, num_queries: int) -> Heads:
+        """Buffers for the int8 queries of one chunk and their scales."""
         heads, width, _ = self._shapes
         return Heads(
             self._arena.view("attend.queries", (heads, num_queries, width), torch.int8),
@@ -219,15 +231,17 @@ class QuantizedNumerics:
         )
 
     def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
+        """Quantize and store v; `start` must be a multiple of `KEY_TILE`."""
         if memory.value_scales is None or start % KEY_TILE:
             raise UnsupportedError(
-                f"quantized values begin on a multiple of {KEY_TILE} keys, got {start}"
+                f"quantized values must start at a multiple of {KEY_TILE} keys, got {start}"
             )
         first, last = start // KEY_TILE, -(-(start + v.shape[0]) // KEY_TILE)
         columns = slice(first * KEY_TILE, last * KEY_TILE)
         ops.quantize_values(v, memory.values[:, :, columns], memory.value_scales[:, :, first:last])
 
     def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
+        """out = softmax(q k^T / sqrt(head_dim)) v, with quantized q, k and v."""
         scales = (_scale(part) for part in (queries.scale, memory.keys.scale, memory.value_scales))
         q_scale, k_scale, v_scale = scales
         ops.attention_int8(
@@ -236,8 +250,9 @@ class QuantizedNumerics:
 
 
 class PlainNumerics:
-    """The unquantized yardstick: linears and attention in one float dtype, norms and the residual
-    stream in fp32.
+    """Unquantized arithmetic, the reference for the quality of quantized formats.
+
+    Linears and attention in one float dtype, norms and the residual stream in fp32.
     """
 
     def __init__(
@@ -248,12 +263,15 @@ class PlainNumerics:
         self._arena = arena
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
+        """LN(x) * scale + shift, in fp32, rounded to `compute`."""
         return self._store(x, region, lambda part: adaln(part, scale, shift, self._shapes.eps))
 
     def rows(self, x: Tensor, region: str) -> Rows:
+        """x, cast to `compute`."""
         return self._store(x, region, lambda part: part)
 
     def gelu(self, x: Tensor, region: str) -> Rows:
+        """GELU_tanh(x)."""
         return self._store(x, region, lambda part: F.gelu(part, approximate="tanh"))
 
     def _store(self, x: Tensor, region: str, prepare: Callable[[Tensor], Tensor]) -> Rows:
@@ -263,11 +281,13 @@ class PlainNumerics:
         return Rows(rows, None)
 
     def linear(self, rows: Rows, weights: LinearWeights, out: Tensor) -> None:
+        """out = rows W^T + b."""
         torch.addmm(self._bias(weights), rows.values, weights.weight.t(), out=out)
 
     def linear_add(
         self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None
     ) -> None:
+        """x += gate * (rows W^T + b), added in fp32."""
         weight, bias = weights.weight, self._bias(weights)
         for part in _parts(x.shape[0]):
             y = F.linear(rows.values[part], weight, bias).float()
@@ -279,6 +299,7 @@ class PlainNumerics:
         return weights.bias.to(self.compute)
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
+        """Buffers for keys and values in `compute`."""
         shape = (self._shapes.num_heads, num_keys, self._shapes.head_dim)
         keys, values = (
             self._arena.view(f"{prefix}{name}", shape, self.compute) for name in ("keys", "values")
@@ -288,6 +309,7 @@ class PlainNumerics:
     def heads(
         self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads
     ) -> None:
+        """out = RoPE(RMSNorm(x)), split into heads; keys are not smoothed."""
         cos, sin = rope or (None, None)
         for part in _parts(x.shape[0]):
             angles = (None, None) if cos is None or sin is None else (cos[part], sin[part])
@@ -296,14 +318,17 @@ class PlainNumerics:
             )
 
     def queries(self, num_queries: int) -> Heads:
+        """Buffers for the queries of one chunk, in `compute`."""
         shape = (self._shapes.num_heads, num_queries, self._shapes.head_dim)
         return Heads(self._arena.view("attend.queries", shape, self.compute), None)
 
     def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
+        """Store v, split into heads."""
         heads = v.view(v.shape[0], self._shapes.num_heads, -1).transpose(0, 1)
         memory.values[:, start : start + v.shape[0]].copy_(heads)
 
     def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
+        """out = softmax(q k^T / sqrt(head_dim)) v, by torch's scaled_dot_product_attention."""
         keys, values = memory.keys.values[None], memory.values[None]
         for part in _parts(out.shape[0]):
             mixed = F.scaled_dot_product_attention(queries.values[None, :, part], keys, values)[0]
@@ -311,22 +336,20 @@ class PlainNumerics:
 
 
 def _parts(count: int) -> Iterator[slice]:
-    """0 .. `count` in slices of `PLAIN_ROWS`."""
+    """Slices of at most `PLAIN_ROWS` that cover 0 .. `count`."""
     for start in range(0, count, PLAIN_ROWS):
         yield slice(start, min(start + PLAIN_ROWS, count))
 
 
 def _scale(scale: Tensor | None) -> Tensor:
-    """The scale of what is quantized."""
+    """Return the scale. Raises `UnsupportedError` when there is none."""
     if scale is None:
-        raise UnsupportedError(
-            "quantized arithmetic was given a tensor without scales: quantize the model again"
-        )
+        raise UnsupportedError("a quantized tensor has no scales: quantize the model again")
     return scale
 
 
 def make_numerics(format: str, num_heads: int, head_dim: int, eps: float, arena: Arena) -> Numerics:
-    """The arithmetic of one of `FORMATS`."""
+    """The arithmetic of a format of `FORMATS`."""
     if FORMATS[format].quantized:
         return QuantizedNumerics(format, num_heads, head_dim, eps, arena)
     return PlainNumerics(TORCH_DTYPES[FORMATS[format].weights], num_heads, head_dim, eps, arena)

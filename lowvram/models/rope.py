@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class RopeTable:
-    """cos and sin per axis; a chunk's rows are gathered from them, so no table spans all tokens.
+    """Tables of cos and sin per axis, from which `at` gathers the angles of a chunk of tokens.
 
-    grid: (frames, rows, columns) of tokens, columns fastest. Angles are fp64, cos and sin are
-    stored as fp32.
+    grid: (frames, rows, columns) of tokens, columns fastest. Angles are computed in fp64; cos and
+    sin are stored in fp32.
     """
 
     def __init__(self, grid: tuple[int, int, int], head_dim: int, device: torch.device) -> None:
@@ -25,9 +25,7 @@ class RopeTable:
             self._tables.append((angles.cos().float().to(device), angles.sin().float().to(device)))
 
     def at(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [M, head_dim / 2] float32, of the tokens with these numbers; tokens: [M]
-        int64.
-        """
+        """(cos, sin) of tokens, each [M, head_dim / 2] float32; tokens: [M] int64 indices."""
         _, rows, columns = self._grid
         positions = (tokens // (rows * columns), tokens // columns % rows, tokens % columns)
         cos, sin = (

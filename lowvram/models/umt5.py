@@ -14,8 +14,7 @@ from torch import Tensor
 from lowvram.errors import CheckpointError
 from lowvram.models.linear import dequantized
 from lowvram.planner.umt5 import HEADS_AT_ONCE
-from lowvram.streaming.block import BlockView
-from lowvram.streaming.streamer import Streamer
+from lowvram.streaming.block import Blocks, BlockView
 from lowvram.variants import TextEncoderConfig
 
 
@@ -56,7 +55,7 @@ class TextEncoder:
         prompts: Sequence[Sequence[int]],
         embed: Callable[[Sequence[int]], Tensor],
         final_norm: Tensor,
-        streamer: Streamer,
+        streamer: Blocks,
         after_block: Callable[[int], None] = lambda done: None,
     ) -> list[Tensor]:
         """Token ids without padding -> features, one [L, d_model] per prompt; padding would change

@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     pixels: Tensor
 
 
-Progress = Callable[[int, int], None]
+OnTile = Callable[[int, int], None]  # (tiles done, tiles in all)
 
 
 class WanVAE:
@@ -88,7 +88,7 @@ class WanVAE:
         )
 
     def decode(
-        self, latents: Tensor, tile_pixels: int, progress: Progress = lambda done, total: None
+        self, latents: Tensor, tile_pixels: int, progress: OnTile = lambda done, total: None
     ) -> Iterator[Piece]:
         """latents: [C, T, h, w] float32, normalised -> pieces on the host that together are [3, F,
         H, W], each pixel once.
@@ -123,9 +123,7 @@ class WanVAE:
             )
             yield pixels[0].float().clamp_(-1, 1).cpu()
 
-    def _decode_tiles(
-        self, latents: Tensor, tile_pixels: int, progress: Progress
-    ) -> Iterator[Piece]:
+    def _decode_tiles(self, latents: Tensor, tile_pixels: int, progress: OnTile) -> Iterator[Piece]:
         """Tiles overlap and fade into one another in the middle of the overlap; the weights of all
         tiles over a pixel are divided out.
 

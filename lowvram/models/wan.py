@@ -18,14 +18,14 @@ from lowvram.memory.arena import Arena
 from lowvram.models.linear import fixed_rows_linear
 from lowvram.models.numerics import AttentionMemory, Heads, Rope, make_numerics, mean_key
 from lowvram.models.rope import RopeTable
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.planner.workspace import SMOOTHING_TOKENS
-from lowvram.request import LatentShape
+from lowvram.request import Workload
 from lowvram.streaming.block import Blocks, BlockView
 from lowvram.variants import DiTConfig
 
 
-class Reader(Protocol):
+class ReadTensor(Protocol):
     """Reads one tensor of an expert's file by its official name."""
 
     def __call__(self, name: str) -> Tensor: ...
@@ -71,7 +71,7 @@ def timestep_features(timesteps: Tensor, freq_dim: int) -> Tensor:
 
 
 def condition(
-    read: Reader,
+    read: ReadTensor,
     config: DiTConfig,
     format: str,
     timesteps: Tensor,
@@ -110,7 +110,9 @@ def condition(
     return Conditioning(time, modulation, contexts)
 
 
-def load_embeddings_and_head(read: Reader, format: str, device: torch.device) -> EmbeddingsAndHead:
+def load_embeddings_and_head(
+    read: ReadTensor, format: str, device: torch.device
+) -> EmbeddingsAndHead:
     compute = compute_dtype(format)
     return EmbeddingsAndHead(
         read("patch_embedding.weight").flatten(1).to(device, compute),
@@ -128,22 +130,22 @@ class WanTransformer:
 
     def __init__(
         self,
-        config: DiTConfig,
-        format: str,
-        latents: LatentShape,
+        workload: Workload,
         choice: PlanChoice,
         arena: Arena,
         device: torch.device,
     ) -> None:
-        self._config = config
-        self._latents = latents
+        config, format, latents = workload.config.dit, workload.format, workload.latents
+        self._config, self._latents = config, latents
         self._tokens = latents.num_tokens
         self._chunk = choice.chunk_tokens
         self._joint = choice.joint_guidance
         self._arena = arena
         self._device = device
-        self._numerics = make_numerics(format, config.num_heads, config.head_dim, config.eps, arena)
-        self._smoothed = FORMATS[format].quantized
+        self._numerics = make_numerics(
+            format.name, config.num_heads, config.head_dim, config.eps, arena
+        )
+        self._smoothed = format.quantized
         self._rope = RopeTable(latents.grid, config.head_dim, device)
         count = min(self._tokens, SMOOTHING_TOKENS)
         self._smoothing_tokens = torch.arange(count, device=device) * self._tokens // count

@@ -1,1 +1,1 @@
-"""Bytes of a run before it starts: arithmetic without torch."""
+"""Memory planning: peak memory of a run, computed without torch."""

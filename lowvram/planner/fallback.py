@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from lowvram.planner.plan import CHUNK_TOKENS, MemoryPlan, PlanChoice
+from lowvram.planner.phases import PlanChoice
+from lowvram.planner.plan import CHUNK_TOKENS, MemoryPlan
 
 VRAM, RAM = "VRAM", "RAM"
 Describe = Callable[[PlanChoice], MemoryPlan]
@@ -75,7 +76,7 @@ class FallbackPlans:
 
 def _needs(plan: MemoryPlan, budget: str) -> int:
     """What the denoising phase takes of a budget."""
-    denoise = next(phase for phase in plan.phases if phase.phase == "denoise")
+    denoise = plan.peak("denoise")
     return denoise.vram_bytes if budget == VRAM else denoise.ram_bytes
 
 

@@ -1,8 +1,8 @@
-"""The byte layout of the denoising loop's one allocation: names, offsets and sizes, no torch.
+"""Byte layout of the denoising loop's workspace: names, offsets and sizes. No torch.
 
-What spans all tokens (residual stream, keys, values) stays; what a chunk of tokens needs is laid
-over itself, once per stage of a block, because no two stages live at the same time (design section
-5).
+Buffers for all tokens (residual stream, keys, values) have their own bytes. Buffers for a chunk of
+tokens share theirs between the stages of a block, because the stages run one after the other
+(design section 5).
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ from dataclasses import dataclass
 
 from lowvram_kernels.sizes import KEY_TILE
 
-from lowvram.formats import FORMATS
+from lowvram.formats import Format
 from lowvram.variants import DiTConfig
 
 ALIGNMENT_BYTES = 256
-# Reads past the page cache start, end and land on whole pages of this size; a buffer for them needs
-# room at both ends and for its start.
+# Direct reads (O_DIRECT) start and end at pages of this size, in the file and in memory; their
+# buffers need room for that at both ends and for the alignment of their start.
 PAGE_BYTES = 4096
 READ_SLACK_BYTES = 3 * PAGE_BYTES
-# Keys are smoothed by the mean of this many tokens, evenly spaced over the clip: a set that no
-# budget changes.
+# Keys are smoothed by the mean of this many tokens, evenly spaced over the clip, independent of the
+# budgets.
 SMOOTHING_TOKENS = 256
 
 
 def aligned(nbytes: int) -> int:
-    """The next multiple of 256 bytes."""
+    """Round up to a multiple of `ALIGNMENT_BYTES`."""
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Regions of one allocation: name -> (offset, bytes). Regions of different stages overlap on
-    purpose.
+    """Regions of one allocation, as name -> (offset, bytes); regions of different stages overlap.
+
+    nbytes: size of the allocation; persistent_bytes: the part that all stages share.
     """
 
     nbytes: int
@@ -42,28 +43,19 @@ class Workspace:
     persistent_bytes: int
 
 
-def element_bytes(format: str) -> tuple[int, int]:
-    """(bytes of a float in flight, bytes of a quantized activation) for a format of the expert's
-    linears.
-    """
-    return FORMATS[format].float_bytes, FORMATS[format].code_bytes
-
-
 def value_bytes(code: int) -> int:
-    """Bytes of a value as quantized attention keeps it: a code's, or two where `LOWVRAM_PV=fp16`
-    multiplies values in fp16.
-    """
+    """Bytes of one stored value of quantized attention: `code`, or 2 with `LOWVRAM_PV=fp16`."""
     return 2 if os.environ.get("LOWVRAM_PV") == "fp16" else code
 
 
 def dit_workspace(
-    config: DiTConfig, format: str, num_tokens: int, chunk_tokens: int, branches: int
+    config: DiTConfig, format: Format, num_tokens: int, chunk_tokens: int, branches: int
 ) -> Workspace:
-    """The arena of one expert's forward; `branches`: guidance branches that share a visit of a
-    block (1 or 2).
+    """Workspace of one expert's forward pass.
+
+    branches: guidance branches that share a visit of a block (1 or 2).
     """
-    compute, code = element_bytes(format)
-    quantized = FORMATS[format].quantized
+    compute, code, quantized = format.float_bytes, format.code_bytes, format.quantized
     dim, ffn, heads, text = config.dim, config.ffn_dim, config.num_heads, config.text_len
     rows = max(chunk_tokens, min(num_tokens, SMOOTHING_TOKENS))
     padded, text_padded = _tiles(num_tokens) * KEY_TILE, _tiles(text) * KEY_TILE
@@ -81,7 +73,7 @@ def dit_workspace(
             "text_value_scales": _tiles(text) * dim * 4,
         }
     scales = {"row_scales": rows * 4} if quantized else {}
-    wide = max(rows, text)  # the text's keys and values pass through the same regions
+    wide = max(rows, text)  # the text's keys and values use the same regions
     text_scales = {"row_scales": wide * 4} if quantized else {}
     stages = {
         "project": {

@@ -1,1 +1,1 @@
-"""`lowvram plan`: plans of a store, a variant or a card, and the table of what fits."""
+"""`lowvram plan`: memory plans of a store, a variant or a card, and the matrix of what fits."""

@@ -1,5 +1,8 @@
-"""Plans without a run and without torch: `lowvram plan` for a store or a variant, on this machine
-or on a card of the table.
+"""Memory plans and predicted times for a store or a variant, on this machine or on a card of the
+table, without a GPU.
+
+Importing this module does not import torch; functions import it where they must open a store or
+ask for this machine's budgets.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from lowvram.errors import BudgetError, UsageError
 from lowvram.hardware.budgets import AUTO_SHARE, amount_bytes, resolve_budgets
 from lowvram.hardware.cgroups import free_ram_bytes
 from lowvram.hardware.profile import GIVEN, MachineProfile
-from lowvram.planner.plan import Host, MemoryPlan, choose_plan
+from lowvram.planner.choose import choose_plan
+from lowvram.planner.phases import Host
+from lowvram.planner.plan import MemoryPlan
 from lowvram.plans.table import Cell, Matrix
-from lowvram.request import check_clip
+from lowvram.request import Workload, check_clip
 from lowvram.timing.cards import Card, card_with, find_card, parse_link, parse_speed
 from lowvram.timing.forecast import Forecast
 from lowvram.units import clip_size, format_bytes, shown
@@ -43,54 +48,45 @@ def plan(
     link: str | None = None,
     disk: str | None = None,
 ) -> MemoryPlan:
-    """Peak memory of a run and its predicted time, computed without a GPU. model: a store, or a
-    variant such as `t2v-a14b` (then `format` counts). vram: by default what `auto` would take of
-    the card, or 8 GiB (or all that this machine has) where none is named.
+    """Compute peak memory and predicted time of a run, without a GPU.
 
-    vram, ram: bytes, text like `8GiB`, or `auto`: of VRAM a share of `gpu`, else what a run on this
-    machine would take, on the device that it would take; of RAM a share of what is free here.
+    model: folder of a store, or a variant such as `t2v-a14b`. format: used for a variant only.
+    size: (width, height) in pixels or text like `832x480`; size, frames and steps default to the
+    model's.
+
+    vram, ram: bytes, text like `8GiB`, or `auto`. VRAM `auto` is a share of the card's memory with
+    `gpu`, else the budget and device that a run on this machine would get. VRAM None is `auto` with
+    `gpu`, else 8 GiB or all of a measured machine that has less. RAM `auto` is a share of the RAM
+    free on this machine.
     device: cuda or cpu.
 
-    gpu: a card of the table; without one the prediction is of this machine, if `lowvram doctor`
-    measured it, else there is none. link: such as "PCIe 4.0 x8" or "12GB" a second; disk: bytes a
-    second such as "3.5GB"; both only where there is a prediction to change.
+    gpu: a card of the table. Without one, times are predicted for this machine if `lowvram doctor`
+    has measured it, and not at all otherwise. link: such as "PCIe 4.0 x8", or bytes per second such
+    as "12GB"; disk: bytes per second such as "3.5GB". Both replace a speed of the prediction.
 
-    Raises `BudgetError` naming the smallest budgets that would do, or the memory of a card that has
-    less VRAM than was asked for, `UsageError` for an unknown model or card and for what no run
-    takes.
+    Raises `BudgetError` that names the smallest sufficient budgets, or the memory of a card with
+    less VRAM than requested, and `UsageError` for an unknown model or card, an invalid setting, or
+    `link` and `disk` without a prediction.
     """
     config, format = describe(model, format)
-    defaults = config.sampling
-    width, height = (defaults.width, defaults.height) if size is None else clip_size(size)
-    frames = defaults.num_frames if frames is None else frames
-    steps = defaults.steps if steps is None else steps
-    check_clip(width, height, frames, steps)
+    pixels = None if size is None else clip_size(size)
+    workload = Workload.of(config, format, pixels, frames, steps)
     device, vram_bytes, ram_bytes = _budgets(vram, ram, gpu, device)
     machine = planned_machine(model, gpu, link, disk, ram_bytes, device)
     if machine is None and (link or disk):
         raise UsageError(
-            "a link or a disk changes predicted times, and there are none: name a card with "
-            "--gpu, or run `lowvram doctor`"
+            "a link or a disk changes predicted times, and no times are predicted: name a card "
+            "with --gpu, or run `lowvram doctor`"
         )
     if machine is None:
         vram_bytes = vram_bytes or DEFAULT_VRAM_BYTES
     elif vram_bytes is None:
         vram_bytes = (
-            _share_of(machine) if gpu else min(DEFAULT_VRAM_BYTES, machine.vram_total_bytes)
+            _auto_vram_bytes(machine) if gpu else min(DEFAULT_VRAM_BYTES, machine.vram_total_bytes)
         )
     elif vram != "auto":
         _check_vram(machine, vram_bytes)
-    return _choose(
-        config,
-        format,
-        (width, height),
-        frames,
-        steps,
-        vram_bytes,
-        ram_bytes,
-        _host(device, gpu, machine),
-        machine,
-    )
+    return _choose(workload, _host(device, gpu, machine), vram_bytes, ram_bytes, machine)
 
 
 def plan_matrix(
@@ -106,12 +102,15 @@ def plan_matrix(
     disk: str | None = None,
     sizes: Sequence[tuple[int, int]] = MATRIX_SIZES,
 ) -> Matrix:
-    """`plan` over sizes and lengths (or `frames` alone) against VRAM budgets: `vram`, else what the
-    card has, else those of 24 to 6 GB that this machine has.
+    """Compute `plan` for every size, number of frames and VRAM budget.
 
-    Without a card and without a measured machine the plans and times are those of `cards.card_with`
-    the VRAM. Raises `UsageError`, and `BudgetError` where the card or the machine has less than
-    `vram`; what does not fit is a cell without a plan.
+    frames: one number instead of `MATRIX_FRAMES`. vram: one budget; by default a share of the
+    memory of `gpu`, or those of `MATRIX_VRAM_GB` that the machine has. sizes: (width, height) in
+    pixels. Other arguments as in `plan`.
+
+    Without `gpu` and without a measured machine, the card is `cards.card_with` the VRAM budget. A
+    combination that does not fit gives a cell without a plan. Raises `UsageError`, and
+    `BudgetError` if the card or the machine has less VRAM than `vram`.
     """
     config, format = describe(model, format)
     lengths: Sequence[int] = MATRIX_FRAMES if frames is None else [frames]
@@ -123,7 +122,7 @@ def plan_matrix(
     host = _host(machine.device if machine else "cuda", gpu, machine)
     if machine is None:
         machine = _card_profile(card_with(vram_bytes or 0), link, disk, ram_bytes)
-        # of this machine, which may be a host with more memory than any card
+        # `auto` without a GPU is a share of this machine's RAM, which may exceed any card's VRAM.
         if vram == "auto" and vram_bytes is not None:
             vram_bytes = min(vram_bytes, machine.vram_total_bytes)
     if vram_bytes is not None:
@@ -133,18 +132,17 @@ def plan_matrix(
     else:
         listed = [] if gpu else [gigabytes * 10**9 for gigabytes in MATRIX_VRAM_GB]
         budgets = [budget for budget in listed if budget <= machine.vram_total_bytes] or [
-            _share_of(machine)
+            _auto_vram_bytes(machine)
         ]
     cells = []
     for (width, height), length, budget in product(sizes, lengths, budgets):
-        made, refusal = None, ""
+        single, refusal = None, ""
         try:
-            made = _choose(
-                config, format, (width, height), length, steps, budget, ram_bytes, host, machine
-            )
+            workload = Workload.of(config, format, (width, height), length, steps)
+            single = _choose(workload, host, budget, ram_bytes, machine)
         except BudgetError as error:
             refusal = str(error)
-        cells.append(Cell(width, height, length, budget, made, refusal))
+        cells.append(Cell(width, height, length, budget, single, refusal))
     return Matrix(config.variant, format, machine.name, machine.basis, ram_bytes, tuple(cells))
 
 
@@ -156,10 +154,12 @@ def planned_machine(
     ram_bytes: int,
     device: str,
 ) -> MachineProfile | None:
-    """The card of the table, else what `lowvram doctor` measured here, else None; link and disk
-    replace what either says.
+    """Speeds for the prediction: those of card `gpu`, else this machine's profile, else None.
 
-    A measured disk counts for a store on that disk alone, and for a variant.
+    link, disk: replace the speed of the link and the disk; None keeps it. ram_bytes: RAM of a
+    machine with the card. device: cuda or cpu. A measured disk speed is used for variants and for
+    stores on that disk; a store on another disk gets the speed of the table of cards. Raises
+    `UsageError` for an unknown card or speed.
     """
     if gpu is not None:
         return _card_profile(find_card(gpu), link, disk, ram_bytes)
@@ -187,43 +187,26 @@ def _card_profile(card: Card, link: str | None, disk: str | None, ram_bytes: int
 
 
 def _speeds(link: str | None, disk: str | None) -> tuple[float | None, float | None]:
-    """Bytes per second of both, None where they are not named."""
+    """Bytes per second of both; None for one that is not given."""
     return parse_link(link) if link else None, parse_speed(disk) if disk else None
 
 
 def _choose(
-    config: ModelConfig,
-    format: str,
-    size: tuple[int, int],
-    frames: int,
-    steps: int,
+    workload: Workload,
+    host: Host,
     vram_bytes: int,
     ram_bytes: int,
-    host: Host,
     machine: MachineProfile | None,
 ) -> MemoryPlan:
-    sampling = config.sampling
     if machine is None:
-        return choose_plan(config, format, size, frames, steps, host, vram_bytes, ram_bytes)
-    clock = Forecast(config, format, machine, steps, sampling.shift, sampling.boundary)
-    limit = machine.pinned_limit_bytes
-    return choose_plan(
-        config,
-        format,
-        size,
-        frames,
-        steps,
-        host,
-        vram_bytes,
-        ram_bytes,
-        clock=clock,
-        pinned_limit_bytes=limit,
-    )
+        return choose_plan(workload, host, vram_bytes, ram_bytes)
+    clock, limit = Forecast(workload, machine), machine.pinned_limit_bytes
+    return choose_plan(workload, host, vram_bytes, ram_bytes, clock, limit)
 
 
 def _host(device: str, gpu: str | None, machine: MachineProfile | None) -> Host:
-    """The references' temporaries count, too, where the machine is this one and a check of its
-    kernels is known to have failed.
+    """The planner's `Host`. On this machine (no `gpu`), failed kernel checks add the temporaries of
+    the reference implementations.
     """
     host = Host.of(device)
     if device != "cuda" or gpu is not None or machine is None:
@@ -236,8 +219,9 @@ def _host(device: str, gpu: str | None, machine: MachineProfile | None) -> Host:
 def _budgets(
     vram: str | int | None, ram: str | int, gpu: str | None, device: str
 ) -> tuple[str, int | None, int]:
-    """(device, VRAM, RAM); VRAM None is for the caller to choose. Torch is loaded only by `auto`
-    VRAM without a card.
+    """Resolve (device, VRAM bytes, RAM bytes); VRAM None leaves the default to the caller.
+
+    Loads torch only for `auto` VRAM without a card. Raises `UsageError`.
     """
     if device not in ("cuda", "cpu"):
         raise UsageError(f"cannot plan for device {shown(device)}: use cuda or cpu")
@@ -252,32 +236,33 @@ def _budgets(
     return device, None if vram is None or vram == "auto" else amount_bytes("VRAM", vram), ram_bytes
 
 
-def _share_of(machine: MachineProfile) -> int:
+def _auto_vram_bytes(machine: MachineProfile) -> int:
     return int(machine.vram_total_bytes * AUTO_SHARE)
 
 
 def _check_vram(machine: MachineProfile, vram_bytes: int) -> None:
-    """Raises `BudgetError` where a run on the machine would: a budget is no more than what there
-    is.
-    """
+    """Raise `BudgetError` if the machine has less VRAM than the budget."""
     if vram_bytes > machine.vram_total_bytes:
-        wanted, has = format_bytes(vram_bytes), format_bytes(machine.vram_total_bytes)
+        wanted, total = format_bytes(vram_bytes), format_bytes(machine.vram_total_bytes)
         raise BudgetError(
-            f"VRAM of {wanted} was asked for, {machine.name} has {has}: ask for less or for "
+            f"VRAM of {wanted} was asked for, {machine.name} has {total}: ask for less or for "
             f"auto, or name another --gpu"
         )
 
 
 def describe(model: str | Path, format: str) -> tuple[ModelConfig, str]:
-    """(configuration, format) of a variant's name or of a store on disk."""
+    """Return (configuration, format) of a variant by name, or of a store on disk.
+
+    Raises `UsageError` for an unknown model, `CheckpointError` for a damaged store.
+    """
     if str(model) in VARIANTS:
         return VARIANTS[str(model)].config, format
     if not Path(model).exists():
         raise UsageError(
-            f"{model} is neither a folder nor a variant: use {', '.join(VARIANTS)} or the "
+            f"{model} is neither a folder nor a variant: use {', '.join(VARIANTS)}, or the "
             f"folder of a quantized model"
         )
-    from lowvram.store.reader import open_store  # loads torch
+    from lowvram.store.reader import open_store  # imports torch
 
     with open_store(Path(model)) as store:
         return store.config, store.format

@@ -1,4 +1,4 @@
-"""What fits, and how long it is predicted to take: sizes and lengths of a video against budgets."""
+"""The matrix of `lowvram plan`: plans for sizes and lengths of a video against VRAM budgets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from lowvram.planner.plan import MemoryPlan
 
 @dataclass(frozen=True)
 class Cell:
-    """One size, length and VRAM budget: the plan, or why there is none."""
+    """The plan for one size, length and VRAM budget.
+
+    width, height: pixels. plan: None if nothing fits the budget; refusal: then the reason, else "".
+    """
 
     width: int
     height: int
@@ -20,7 +23,7 @@ class Cell:
     refusal: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Sizes, whether it fits, and of the plan what a table shows."""
+        """The cell as JSON values, with peaks, choice and prediction of its plan or the refusal."""
         facts = {
             "width": self.width,
             "height": self.height,
@@ -43,8 +46,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """What fits: sizes and lengths against VRAM budgets, with times that are predictions for
-    `machine`.
+    """Cells for one model and RAM budget, with times predicted for `machine`.
+
+    basis: source of the rates, one of `MachineProfile.sources`.
     """
 
     variant: str
@@ -55,6 +59,7 @@ class Matrix:
     cells: tuple[Cell, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """The matrix as JSON values."""
         facts = {
             name: getattr(self, name)
             for name in ("variant", "format", "machine", "basis", "ram_bytes")

@@ -1,6 +1,4 @@
-"""Prompts' features on disk, by the hash of everything they follow from, so that a repeated prompt
-loads no text encoder.
-"""
+"""Disk cache of encoded prompts, so that a repeated prompt does not load the text encoder."""
 
 from __future__ import annotations
 
@@ -21,15 +19,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lowvram.checkpoint.readers.safetensors import TensorFile
-from lowvram.errors import CheckpointError
+from lowvram.errors import CheckpointError, OutputError
 from lowvram.files.cache import cache_folder
-from lowvram.files.io import write_all
+from lowvram.files.io import PARTIAL, replacing, write_all
 from lowvram.variants import TextEncoderConfig
 
 FORMAT_VERSION = 1
 LIMIT_BYTES = 256 * 10**6
-HEADER_BYTES = 4096  # a file of ours has less than this around its tensor
-LEFTOVER_S = 3600.0  # an unfinished file of this age belongs to a process that died
+HEADER_BYTES = 4096  # upper bound of the safetensors header of a cached file
+LEFTOVER_S = 3600.0  # a partial file older than this was left by a process that died
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _log = logging.getLogger(__name__)
 
@@ -41,10 +39,12 @@ def features_key(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str:
-    """sha256 over what features follow from: weights, dimensions, token ids, dtype, and what
-    computes them, since devices round apart.
+    """The cache key: sha256 (hex) of everything that determines the bits of the features.
+
+    tensor_hashes: sha256 of every tensor of the text encoder, by name. The device counts, because
+    devices round differently.
     """
-    computes = (
+    processor = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type}, {torch.get_num_threads()} threads"
@@ -55,28 +55,30 @@ def features_key(
         "config": asdict(config),
         "token_ids": list(token_ids),
         "dtype": str(dtype),
-        "device": computes,
+        "device": processor,
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class PromptCache:
-    """One safetensors file per prompt in `folder`, at most `limit_bytes` in all; the one unused for
-    longest goes first.
+    """A folder with one safetensors file per prompt. Beyond `limit_bytes` in total, the least
+    recently used files are removed.
 
-    Never a reason for a run to fail: what cannot be read or is damaged is not there, what cannot be
-    written is not kept.
+    I/O errors never fail a run: an unreadable or damaged file is a cache miss, and features that
+    cannot be written are not cached.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = LIMIT_BYTES) -> None:
-        """folder: the user's cache folder by default."""
+        """folder: default `prompts` in the user's cache folder; limit_bytes: size of all files."""
         self.folder = folder or cache_folder() / "prompts"
         self.limit_bytes = limit_bytes
 
     def load(self, key: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-        """The features [L, d_model] kept under `key`; None where there are none of this shape and
-        dtype with their own hash.
+        """The cached features [L, d_model] of `key`, on the CPU.
+
+        shape: (L, d_model). None on a miss: no readable file with this shape, dtype and a matching
+        hash.
         """
         path = self._path(key)
         try:
@@ -87,60 +89,56 @@ class PromptCache:
                 return None
             with TensorFile(path) as file:
                 metadata = file.header.metadata
-                # in memory of torch, where all that a run holds is counted
+                # The clone is allocated by torch, whose memory is counted against the RAM budget.
                 features = file.read("features", mapped=False).clone()
         except (CheckpointError, OSError) as error:
-            _log.info("%s is not read: %s", path, error)
+            _log.info("cannot read %s: %s", path, error)
             return None
         if (tuple(features.shape), features.dtype) != (shape, dtype) or metadata != _metadata(
             key, features
         ):
-            _log.info("%s is damaged or not lowvram's: the prompt is encoded again", path)
+            _log.info("%s is damaged or of another program: encoding the prompt again", path)
             return None
         with suppress(OSError):
             os.utime(path)
         return features
 
     def save(self, key: str, features: Tensor) -> None:
-        """Keeps [L, d_model] under `key`, in place of what is there; other processes see the old
-        file or the whole new one.
+        """Cache features [L, d_model] under `key`, replacing an existing file atomically.
+
+        Features larger than `limit_bytes` are not cached.
         """
         content = save({"features": features.contiguous()}, _metadata(key, features))
         if len(content) > self.limit_bytes:
             return
-        partial: str | None = None
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(suffix=".partial", dir=self.folder)
-            try:
-                write_all(descriptor, content)
-            finally:
-                os.close(descriptor)
-            os.replace(partial, self._path(key))
+            # A unique name, because several processes may encode the same prompt.
+            descriptor, partial = tempfile.mkstemp(suffix=PARTIAL, dir=self.folder)
+            with replacing(self._path(key), Path(partial), durable=False):
+                try:
+                    write_all(descriptor, content)
+                finally:
+                    os.close(descriptor)
             self._make_room()
-        except OSError as error:
-            _log.info("the prompt's features are not kept in %s: %s", self.folder, error)
-            if partial is not None:
-                with suppress(OSError):
-                    os.unlink(partial)
+        except (OSError, OutputError) as error:
+            _log.info("cannot cache the prompt's features in %s: %s", self.folder, error)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
     def _make_room(self) -> None:
-        """Removes what was used longest ago until the rest fits, and what processes that died left
-        behind.
-        """
-        kept: list[tuple[float, int, Path]] = []
+        """Remove the least recently used files beyond the limit, and old partial files."""
+        cached: list[tuple[float, int, Path]] = []
         for path in self.folder.iterdir():
             with suppress(OSError):  # another process may have removed it meanwhile
-                found = path.stat()
+                status = path.stat()
                 if _NAME.fullmatch(path.name):
-                    kept.append((found.st_mtime, found.st_size, path))
-                elif path.suffix == ".partial" and time.time() - found.st_mtime > LEFTOVER_S:
+                    cached.append((status.st_mtime, status.st_size, path))
+                elif path.suffix == PARTIAL and time.time() - status.st_mtime > LEFTOVER_S:
                     path.unlink()
-        used = sum(nbytes for _, nbytes, _ in kept)
-        for _, nbytes, path in sorted(kept):
+        used = sum(nbytes for _, nbytes, _ in cached)
+        for _, nbytes, path in sorted(cached):
             if used <= self.limit_bytes:
                 break
             with suppress(OSError):

@@ -1,5 +1,5 @@
-"""The features of both prompts: from the cache on disk, else from the text encoder, whose blocks
-stream.
+"""Text features of the prompt and the negative prompt, from the disk cache or by running the
+streamed text encoder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ _log = logging.getLogger(__name__)
 
 
 def prompt_features(run: Run, cache: PromptCache | None) -> list[Tensor]:
-    """Features of the prompt and the negative prompt, [L, d_model] each, on the host."""
+    """Features of the prompt and the negative prompt, [L, d_model] each, on the CPU.
+
+    Prompts missing in `cache` are encoded together and added to it; None disables caching. Reports
+    the blocks of the text encoder as progress of the text phase.
+    """
     clock = PhaseClock(run.listener, "text", run.store.config.text_encoder.num_layers)
     config, dtype = run.store.config.text_encoder, compute_dtype(run.store.format)
     prompts = _token_ids(run.store, run.request)
@@ -37,11 +41,8 @@ def prompt_features(run: Run, cache: PromptCache | None) -> list[Tensor]:
     ]
     missing = [number for number, rows in enumerate(features) if rows is None]
     if missing:
-        for number, rows in zip(
-            missing,
-            _encode(run, [prompts[number] for number in missing], clock.report),
-            strict=True,
-        ):
+        encoded = _encode(run, [prompts[number] for number in missing], clock.report)
+        for number, rows in zip(missing, encoded, strict=True):
             features[number] = rows
             if cache is not None:
                 cache.save(keys[number], rows)
@@ -51,8 +52,9 @@ def prompt_features(run: Run, cache: PromptCache | None) -> list[Tensor]:
 
 
 def prompt_tokens(store: Store, request: Request) -> dict[str, dict[str, int]]:
-    """`tokens` of each prompt, its end included, and how many of them are `kept`: no model reads
-    more than its `text_len`.
+    """Token counts of both prompts, as JSON values: `{"prompt": {"tokens": n, "kept": m}, …}`.
+
+    tokens: including the end token; kept: those that the model reads, at most its `text_len`.
     """
     tokenizer, limit = Tokenizer(store.tokenizer), store.config.dit.text_len
     counts = {
@@ -66,9 +68,7 @@ def _prompts(request: Request) -> dict[str, str]:
 
 
 def _token_ids(store: Store, request: Request) -> list[list[int]]:
-    """Ids of the prompt and the negative prompt; a warning for each that is longer than the model
-    reads.
-    """
+    """Token ids of both prompts, cut to the model's `text_len`, with a warning for each one cut."""
     tokenizer, limit = Tokenizer(store.tokenizer), store.config.dit.text_len
     ids = []
     for name, text in _prompts(request).items():
@@ -76,7 +76,7 @@ def _token_ids(store: Store, request: Request) -> list[list[int]]:
         tokens = tokenizer.length(text)
         if tokens > limit:
             _log.warning(
-                "the %s has %d tokens, the model reads %d of them: what follows is cut off",
+                "the %s has %d tokens, but the model reads only %d: the rest is cut off",
                 name,
                 tokens,
                 limit,
@@ -87,6 +87,7 @@ def _token_ids(store: Store, request: Request) -> list[list[int]]:
 
 
 def _encode(run: Run, prompts: list[list[int]], after_block: Callable[[int], None]) -> list[Tensor]:
+    """Features [L, d_model] of each list of token ids, with the text encoder's blocks streamed."""
     config, file = run.store.config.text_encoder, run.store.files["text_encoder"]
     encoder = TextEncoder(config, compute_dtype(run.store.format), run.device)
     schedule = [("text_encoder", index) for index in range(config.num_layers)]
@@ -96,9 +97,12 @@ def _encode(run: Run, prompts: list[list[int]], after_block: Callable[[int], Non
         else (RING_SLOTS, run.plan.staging_buffers)
     )
     with run.stream(schedule, Buffers(run.plan.text_slot_bytes, 0, ring, 0, staging)) as streamer:
-        embed, norm = (
-            (lambda ids: file.read_rows("token_embedding.weight", ids)),
-            file.read("norm.weight"),
+        norm = file.read("norm.weight")
+        features = encoder.encode(
+            prompts,
+            lambda ids: file.read_rows("token_embedding.weight", ids),
+            norm,
+            streamer,
+            after_block,
         )
-        features = encoder.encode(prompts, embed, norm, streamer, after_block)
     return [rows.cpu() for rows in features]

@@ -1,4 +1,4 @@
-"""From a prompt to token ids, as the official code does it (spec section 3.2)."""
+"""Prompt cleaning and tokenization, as in the official code (spec section 3.2)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ END = "</s>"
 
 
 def clean_prompt(text: str) -> str:
-    """ftfy, HTML entities unescaped twice, every run of white space one space, none at the ends;
-    case and punctuation stay.
+    """Clean a prompt: ftfy, unescape HTML entities twice, collapse and strip white space.
+
+    Case and punctuation are kept.
     """
     import ftfy
 
@@ -19,8 +20,9 @@ def clean_prompt(text: str) -> str:
 
 
 class Tokenizer:
-    """The model's own `tokenizer.json`. Raises `CheckpointError` where the bytes are not one, or
-    know no `</s>`.
+    """UMT5 tokenizer from the bytes of the model's `tokenizer.json`.
+
+    The constructor raises `CheckpointError` for invalid bytes or a tokenizer without `</s>`.
     """
 
     def __init__(self, tokenizer_json: bytes) -> None:
@@ -30,29 +32,26 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode("utf-8"))
         except Exception as error:  # the library raises bare `Exception`
             raise CheckpointError(
-                f"cannot read tokenizer.json ({_one_line(error)}): take the file of the model again"
+                f"cannot read tokenizer.json ({_one_line(error)}): copy it again from the model"
             ) from error
         end = self._tokenizer.token_to_id(END)
         if end is None:
             raise CheckpointError(
-                f"tokenizer.json has no token {END}, so it is not the one of UMT5: take the file "
-                f"of the model again"
+                f"tokenizer.json has no token {END}, so it is not UMT5's: copy it again from the "
+                f"model"
             )
         self.end_id = int(end)
-        self._tokenizer.no_padding()  # both would come from the file, with lengths of its own
+        # Ignore the padding and truncation settings of the file.
+        self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
     def encode(self, prompt: str, text_len: int) -> list[int]:
-        """Ids of the cleaned prompt and then of `</s>`, at most `text_len` in all; an empty prompt
-        gives `</s>` alone.
-        """
+        """Token ids of the cleaned prompt and `</s>`, truncated to `text_len` in total."""
         ids = self._tokenizer.encode(clean_prompt(prompt), add_special_tokens=False).ids
         return [*ids[: text_len - 1], self.end_id]
 
     def length(self, prompt: str) -> int:
-        """Tokens of the whole prompt with its `</s>`; more than `text_len` means that `encode`
-        cuts.
-        """
+        """Number of tokens of the cleaned prompt and `</s>`, without truncation."""
         return len(self._tokenizer.encode(clean_prompt(prompt), add_special_tokens=False).ids) + 1
 
 

@@ -1,1 +1,1 @@
-"""From noise to latents: the grid of sigmas, the solvers, the guided loop over both experts."""
+"""Sampling: sigmas and timesteps, solvers, and the denoising loop over both experts."""

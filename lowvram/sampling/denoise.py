@@ -1,4 +1,4 @@
-"""The denoising loop: expert by timestep, guidance, solver (spec 5.4)."""
+"""The denoising loop: expert by timestep, classifier-free guidance, solver step (spec 5.4)."""
 
 from __future__ import annotations
 
@@ -17,43 +17,38 @@ from lowvram.sigmas import expert_of
 from lowvram.streaming.block import Blocks
 from lowvram.streaming.schedule import BlockId
 
-# The residual stream is watched at this many tokens per block: attention spreads a NaN to all of
-# them.
+# Tokens of the residual stream checked for NaN after each block; attention spreads a NaN to all.
 WATCHED_TOKENS = 64
 
 
 class Expert(NamedTuple):
-    """What one expert needs beside its blocks."""
+    """Tensors of one expert besides its blocks: its conditioning, embeddings and head."""
 
     conditioning: Conditioning
     ends: EmbeddingsAndHead
 
 
-def guidance_of(expert: str, request: Request) -> float:
-    return request.guidance_high if expert == "high_noise" else request.guidance_low
-
-
-def branches_of(expert: str, request: Request) -> int:
-    """Guidance 1 is the positive prompt alone."""
-    return 1 if guidance_of(expert, request) == 1 else 2
-
-
 def block_schedule(
     schedule: Schedule, request: Request, num_layers: int, joint: bool, first_step: int
 ) -> list[BlockId]:
-    """Every block that the loop will visit from `first_step` on, through the expert switch, in
-    order.
+    """Block visits of the loop from `first_step` on, in order, across the expert switch.
+
+    joint: both guidance branches share one visit of a block; otherwise each branch visits all
+    blocks of a step.
     """
     visits: list[BlockId] = []
     for timestep in schedule.timesteps.tolist()[first_step:]:
         expert = expert_of(timestep, request.boundary)
-        rounds = 1 if joint else branches_of(expert, request)
+        rounds = 1 if joint else request.branches(expert)
         visits += [(expert, index) for _ in range(rounds) for index in range(num_layers)]
     return visits
 
 
 def guided(velocities: list[Tensor], scale: float) -> Tensor:
-    """v_uncond + scale (v_cond - v_uncond), fp32; velocities: [v_cond, v_uncond] or [v_cond]."""
+    """Classifier-free guidance: v_uncond + scale (v_cond - v_uncond), in fp32 (spec 5.4).
+
+    velocities: [v_cond, v_uncond], or [v_cond] alone, which is returned unchanged.
+    """
     if len(velocities) == 1:
         return velocities[0]
     positive, negative = velocities
@@ -71,35 +66,33 @@ def denoise(
     latents: Tensor,
     on_step: Callable[[int, Tensor], None],
 ) -> Tensor:
-    """From noise (or the latents of `solver.index` finished steps) to clean latents;
-    `on_step(finished, latents)` after each step.
+    """Denoise latents [C, T, h, w] float32, from step `solver.index` to the last.
 
-    Raises `NumericsError` naming step, expert and block where the latents stop being finite.
+    latents: noise, or the result of the first `solver.index` steps. on_step: called as
+    `on_step(finished_steps, latents)` after each step. Returns the clean latents. Raises
+    `NumericsError` that names step, expert and block if the latents become NaN or infinite.
     """
     for step in range(solver.index, schedule.steps):
         timestep = int(schedule.timesteps[step])
         name = expert_of(timestep, request.boundary)
-        watch = _Watch()
+        finite = _FiniteCheck()
         expert = experts[name]
         velocities = model.velocities(
-            latents, step, expert.conditioning, expert.ends, streamer, name, watch
+            latents, step, expert.conditioning, expert.ends, streamer, name, finite
         )
-        latents = solver.step(latents, guided(velocities, guidance_of(name, request)))
+        latents = solver.step(latents, guided(velocities, request.guidance(name)))
         if not bool(torch.isfinite(latents).all()):
             raise NumericsError(
                 f"step {step + 1} of {schedule.steps} (timestep {timestep}, expert {name}, "
-                f"{watch.describe()}): the latents hold NaN or "
-                "infinity; run `lowvram inspect MODEL --verify`, then try another format or a "
-                "lower guidance"
+                f"{finite.describe()}): the latents contain NaN or infinity; run `lowvram inspect "
+                f"MODEL --verify`, then try another format or a lower guidance"
             )
         on_step(step + 1, latents)
     return latents
 
 
-class _Watch:
-    """Remembers, without waiting for the device, behind which blocks the residual stream was
-    finite.
-    """
+class _FiniteCheck:
+    """Records after each block whether the residual stream is finite, without a device sync."""
 
     def __init__(self) -> None:
         self._finite: list[tuple[int, Tensor]] = []
@@ -110,5 +103,6 @@ class _Watch:
         )
 
     def describe(self) -> str:
+        """The first block with a non-finite residual stream, in words."""
         bad = [block for block, finite in self._finite if not bool(finite)]
-        return f"block {min(bad)}" if bad else "behind the last block"
+        return f"block {min(bad)}" if bad else "after the last block"

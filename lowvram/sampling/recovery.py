@@ -1,5 +1,5 @@
-"""The denoising loop under a plan and, where memory that the plan counts on is gone, from the last
-finished step on under a smaller one.
+"""The denoising loop with fallback plans: after an out-of-memory error it continues from the last
+finished step with less memory.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from time import monotonic
 
 from torch import Tensor
 
-from lowvram.errors import OutOfMemoryError
 from lowvram.hardware.cgroups import host_memory
 from lowvram.memory.arena import Arena
-from lowvram.memory.out_of_memory import as_out_of_memory, release_cached_memory
+from lowvram.memory.out_of_memory import release_cached_memory, retry_out_of_memory
 from lowvram.models.wan import WanTransformer
 from lowvram.planner.fallback import FallbackPlans
 from lowvram.run import Run
@@ -26,10 +25,10 @@ from lowvram.streaming.schedule import BlockId
 from lowvram.streaming.stream import Buffers
 from lowvram.units import format_bytes
 
-# with less than this free on the machine, a run hands back the blocks that it keeps in RAM
+# With less free RAM on the machine, a run releases blocks that it caches in RAM.
 LOW_RAM_BYTES = 256 * 2**20
-# how often that is looked at, between two blocks: at 720p a block of A14B takes about as long on a
-# small card
+# Minimum time between two checks of free RAM, which happen between blocks; about the predicted time
+# of an A14B block at 720p on a small card.
 FREE_RAM_PERIOD_S = 2.0
 OnStep = Callable[[int, Tensor], None]
 _log = logging.getLogger(__name__)
@@ -43,50 +42,48 @@ def denoise_within_budgets(
     latents: Tensor,
     on_step: OnStep,
 ) -> Tensor:
-    """The loop's remaining steps, under the next fallback plan as often as memory is short; the
-    latents are the same by every way.
+    """Run `denoise`, with the next fallback plan after each out-of-memory error.
 
-    A step that does not fit the last of them is tried once more; then `OutOfMemoryError` names it.
-    `on_step` that runs out of memory is asked again, and its step is not computed again.
+    Arguments and result as in `denoise`; in the quantized formats no fallback changes a bit of the
+    result (`planner.fallback`). With the last fallback plan a step is retried once, then
+    `OutOfMemoryError` names it. If `on_step` itself runs out of memory, it is called again and its
+    step is not recomputed.
     """
     fallbacks = FallbackPlans(run.plan, run.describe, shared=run.device.type == "cpu")
-    state, told, again = solver.state_dict(), solver.index, ""
-    release_cached_memory(run.device)
+    state, reported, retried = solver.state_dict(), solver.index, ""
 
     def keep(finished: int, current: Tensor) -> None:
         nonlocal latents, state
         latents, state = current, solver.state_dict()
-        tell()
+        report()
 
-    def tell() -> None:
-        nonlocal told
+    def report() -> None:
+        nonlocal reported
         on_step(solver.index, latents)
-        told = solver.index
+        reported = solver.index
 
-    while True:
-        try:
-            with as_out_of_memory():
-                if told < solver.index:
-                    tell()
-                return (
-                    _attempt(run, fallbacks, experts, schedule, solver, latents, keep)
-                    if solver.index < schedule.steps
-                    else latents
-                )
-        except OutOfMemoryError as error:
-            short, failure = error.budget, str(error)
-        release_cached_memory(run.device)
+    def work() -> Tensor:
+        if reported < solver.index:
+            report()
+        if solver.index == schedule.steps:
+            return latents
+        return _attempt(run, fallbacks, experts, schedule, solver, latents, keep)
+
+    def recover(short: str, failure: str) -> None:
+        nonlocal retried
         solver.load_state_dict(state)
         where = (
-            f"step {solver.index + 1}" if told == solver.index else f"saving step {solver.index}"
+            f"step {solver.index + 1}"
+            if reported == solver.index
+            else f"saving step {solver.index}"
         )
         fallback = fallbacks.down(short)
-        if fallback is None and again == where:
+        if fallback is None and retried == where:
             raise run.exhausted("denoise", f"{where} of {schedule.steps}", short, failure)
         if fallback is None:
-            again = where  # whoever took the memory may have given it back
+            retried = where  # another program may have released its memory meanwhile
         _log.warning(
-            "out of %s in %s of %d (%s): going on from step %d with %s; the video stays the same",
+            "out of %s in %s of %d (%s): continuing from step %d with %s; the video stays the same",
             short,
             where,
             schedule.steps,
@@ -96,6 +93,8 @@ def denoise_within_budgets(
         )
         if fallback is not None:
             run.go_on_with(fallback.plan)
+
+    return retry_out_of_memory(run.device, work, recover)
 
 
 def _attempt(
@@ -107,45 +106,46 @@ def _attempt(
     latents: Tensor,
     on_step: OnStep,
 ) -> Tensor:
-    """The remaining steps under the run's plan; its memory is handed back however it ends."""
-    plan, choice, config = run.plan, run.plan.choice, run.store.config.dit
+    """Run the remaining steps under the run's current plan; its memory is released at the end."""
+    plan, choice = run.plan, run.plan.choice
     blocks = block_schedule(
         schedule, run.request, plan.num_blocks, choice.joint_guidance, solver.index
     )
     with (
-        closing(_RelievedBlocks(run, fallbacks, blocks)) as streamer,
+        closing(_ReleasingBlocks(run, fallbacks, blocks)) as streamer,
         closing(Arena(plan.workspace, run.vram, run.device)) as arena,
     ):
-        model = WanTransformer(config, run.store.format, run.shape, choice, arena, run.device)
+        model = WanTransformer(run.workload, choice, arena, run.device)
         return denoise(model, experts, streamer, schedule, solver, run.request, latents, on_step)
 
 
-class _RelievedBlocks:
-    """The blocks of `schedule`. Where the machine runs out of RAM, those kept there are handed back
-    between two visits.
+class _ReleasingBlocks:
+    """Streams the blocks of `schedule`, and releases blocks cached in RAM between two visits if the
+    machine's free RAM is low.
 
-    The arena stays, so nothing that a step has computed is lost or computed again: the blocks on
-    the device and on their way are read from the disk once more.
+    To release them the stream is reopened under a smaller plan: blocks on the device and in flight
+    are read from disk again. The arena is kept, so no computed value is lost.
     """
 
     def __init__(self, run: Run, fallbacks: FallbackPlans, schedule: Sequence[BlockId]) -> None:
         self._run, self._fallbacks, self._schedule = run, fallbacks, schedule
         self._visited = 0
-        self._looked = monotonic()
+        self._checked_s = monotonic()
         self._open()
 
     @contextmanager
     def block(self, component: str, index: int) -> Iterator[BlockView]:
-        if self._run.plan.choice.host_blocks and monotonic() - self._looked >= FREE_RAM_PERIOD_S:
-            self._relieve()
+        """The next block of the schedule, valid until the context ends."""
+        if self._run.plan.choice.host_blocks and monotonic() - self._checked_s >= FREE_RAM_PERIOD_S:
+            self._release_if_low()
         with self._streamer.block(component, index) as view:
             yield view
-        # the computation's frame still names it when the next block is asked for, and the slots may
-        # be handed back there
+        # The caller may still hold the view when the next visit releases the slots.
         view.close()
         self._visited += 1
 
     def close(self) -> None:
+        """Close the stream and release its buffers."""
         self._stream.close()
 
     def _open(self) -> None:
@@ -162,26 +162,24 @@ class _RelievedBlocks:
             self._run.stream(self._schedule[self._visited :], Buffers(plan.slot_bytes, *slots))
         )
 
-    def _relieve(self) -> None:
-        """Goes on with fewer blocks in RAM where other programs have left too little of it."""
+    def _release_if_low(self) -> None:
+        """Continue with fewer blocks in RAM if the machine's free RAM is low."""
         free_bytes = host_memory().free_bytes
-        self._looked = monotonic()
+        self._checked_s = monotonic()
         if free_bytes >= LOW_RAM_BYTES:
             return
         fallback = self._fallbacks.less_cache()
         if fallback is None:
             return
         _log.warning(
-            "%s of RAM is free on this machine, less than %s: going on with %s; "
-            "nothing is "
-            "computed again, "
-            "the video stays the same",
+            "%s of RAM is free on this machine, less than %s: continuing with %s; nothing is "
+            "computed again, the video stays the same",
             format_bytes(free_bytes),
             format_bytes(LOW_RAM_BYTES),
             fallback.gives_up,
         )
         self._stream.close()
-        del self._streamer  # it holds on to the slots
+        del self._streamer  # it references the slots
         release_cached_memory(self._run.device)
         self._run.go_on_with(fallback.plan)
         self._open()

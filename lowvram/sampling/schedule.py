@@ -1,4 +1,4 @@
-"""The official grid of sigmas and timesteps as tensors (spec section 5.1)."""
+"""Official grid of sigmas and timesteps, as tensors (spec section 5.1)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from lowvram.sigmas import sigmas, timesteps
 
 @dataclass(frozen=True)
 class Schedule:
-    """sigmas: [N + 1] fp32, strictly falling, the last one 0.  timesteps: [N] int64, what the model
-    is told.
+    """Sigmas and timesteps of N steps.
+
+    sigmas: [N + 1] fp32, strictly decreasing, the last one 0; timesteps: [N] int64, the model's
+    input.
     """
 
     sigmas: Tensor
@@ -24,15 +26,16 @@ class Schedule:
 
     @property
     def steps(self) -> int:
+        """Number of steps."""
         return len(self.timesteps)
 
 
 def unipc_grid(steps: int, shift: float) -> Schedule:
-    """sigma_i = shifted(FIRST_SIGMA * (1 - i / N)), in fp64, stored in fp32; t_i = trunc(1000 *
-    sigma_i) from the unrounded sigma.
+    """The official grid of UniPC.
 
-    Raises `UsageError` where fp32 cannot tell the sigmas apart: too many steps, or a shift that no
-    schedule survives.
+    sigma_i = shifted(FIRST_SIGMA * (1 - i / N)), computed in fp64 and stored in fp32;
+    t_i = trunc(1000 * sigma_i), from the fp64 sigma.
+    Raises `UsageError` when sigmas are equal in fp32: too many steps, or too extreme a shift.
     """
     if steps < 1:
         raise UsageError(f"steps {steps} is less than 1")
@@ -40,8 +43,8 @@ def unipc_grid(steps: int, shift: float) -> Schedule:
     stored = [1.0, *(_as_fp32(sigma) for sigma in exact), 0.0]
     if any(after >= before for before, after in pairwise(stored)):
         raise UsageError(
-            f"shift {shift} with {steps} steps gives sigmas equal in fp32: use fewer steps or "
-            f"a shift nearer to 1"
+            f"shift {shift} with {steps} steps gives equal sigmas in fp32: use fewer steps or "
+            f"a shift closer to 1"
         )
     return Schedule(
         torch.tensor(stored[1:], dtype=torch.float32),
@@ -50,8 +53,8 @@ def unipc_grid(steps: int, shift: float) -> Schedule:
 
 
 def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
-    """The grid that goes with a solver of `solvers.make_solver`. Raises `UsageError`."""
-    grids = {"unipc": unipc_grid, "euler": unipc_grid}  # both integrate between the same points
+    """The grid for a solver of `solvers.make_solver`. Raises `UsageError`."""
+    grids = {"unipc": unipc_grid, "euler": unipc_grid}
     if solver not in grids:
         raise UsageError(f"unknown solver {solver!r}: use one of {', '.join(grids)}")
     return grids[solver](steps, shift)

@@ -1,8 +1,7 @@
-"""Solvers of the flow ODE: the closed form of UniPC (spec section 5.1) and Euler.
+"""Solvers of the flow ODE: UniPC in closed form (spec section 5.1) and Euler.
 
-Weights are fp64 numbers from the fp32 sigmas; the samples are fp32, touched only elementwise, so a
-step's bits do not depend on how the latents are laid out or where they live. A solver's state is
-what an interrupted run has to keep.
+Weights are computed in fp64 from the fp32 sigmas. Samples are fp32 and only used element-wise, so
+the results do not depend on layout or device. The state of a solver is saved with a resumable run.
 """
 
 from __future__ import annotations
@@ -21,54 +20,63 @@ ORDER = 2
 
 
 class Solver(Protocol):
-    """Advances its own index at each step; `index` is the number of finished steps."""
+    """A solver; `index` is the number of finished steps."""
 
     index: int
 
-    def step(self, x: Tensor, velocity: Tensor) -> Tensor: ...
+    def step(self, x: Tensor, velocity: Tensor) -> Tensor:
+        """Advance the latents x by one step; velocity: the model's output at x, same shape."""
+        ...
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Tensor]:
+        """State from which `load_state_dict` continues."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+        """Restore a state of `state_dict`. Raises `ResumeError`."""
+        ...
 
 
 class Euler:
-    """x <- x + (sigma_next - sigma) * velocity, in fp32"""
+    """Euler's method: x <- x + (sigma_next - sigma) * velocity, in fp32."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.sigmas: list[float] = schedule.sigmas.tolist()
         self.index = 0
 
     def step(self, x: Tensor, velocity: Tensor) -> Tensor:
+        """Advance x by one step. Raises `UsageError` after the last step."""
         _check_unfinished(self.index, self.sigmas)
         here, after = self.sigmas[self.index : self.index + 2]
         self.index += 1
         return _combine([(1.0, x), (after - here, velocity)])
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The index."""
         return {"index": torch.tensor(self.index)}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Continues after the step at which `state_dict` was taken. Raises `ResumeError`."""
+        """Restore a state of `state_dict`. Raises `ResumeError`."""
         self.index = _loaded_index(state, self.sigmas, lambda index: {"index"})
 
 
 class UniPC:
-    """Second order, bh2, predicts the clean sample, corrects at every step but the first, first
-    order at both ends.
+    """UniPC of second order: bh2, clean-sample prediction, corrector at all steps but the first.
 
-    Starts at index 0 always. The official scheduler looks its first index up by the integer
-    timestep, so where the first two are equal (shift 12: 92 steps and more) it starts at 1 and
-    fails its own assertion at the last step: there is no result to match.
+    The first and the last step are of first order. Always starts at index 0. The official scheduler
+    finds its first index by the integer timestep: if the first two are equal (shift 12: 92 steps
+    and more), it starts at 1 and fails an assertion at the last step, so there is no result to
+    match.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self.sigmas: list[float] = schedule.sigmas.tolist()
         self.index = 0
-        self.sample: Tensor | None = None  # corrected sample of the step before
+        self.sample: Tensor | None = None  # corrected sample of the previous step
         self.clean: list[Tensor] = []  # clean samples predicted at the last two steps, newest first
 
     def step(self, x: Tensor, velocity: Tensor) -> Tensor:
+        """Correct x, then advance it by one step. Raises `UsageError` after the last step."""
         _check_unfinished(self.index, self.sigmas)
         i = self.index
         clean = _combine([(1.0, x), (-self.sigmas[i], velocity)])
@@ -90,15 +98,14 @@ class UniPC:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Index, sample and clean samples; a restored run gives the same bits."""
         state = {"index": torch.tensor(self.index)}
         if self.sample is not None:
             state["sample"] = self.sample
         return state | {f"clean.{age}": tensor for age, tensor in enumerate(self.clean)}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Continues after the step at which `state_dict` was taken, with the same bits. Raises
-        `ResumeError`.
-        """
+        """Restore a state of `state_dict`. Raises `ResumeError`."""
 
         def keys(index: int) -> set[str]:
             return {
@@ -114,7 +121,7 @@ class UniPC:
 
 
 def make_solver(name: str, schedule: Schedule) -> Solver:
-    """Raises `UsageError` for a name that is not in `request.SOLVERS`."""
+    """Make a solver by name. Raises `UsageError` for a name that is not in `request.SOLVERS`."""
     solvers: dict[str, type[UniPC] | type[Euler]] = {"unipc": UniPC, "euler": Euler}
     if name not in solvers:
         raise UsageError(f"unknown solver {name!r}: use one of {', '.join(solvers)}")
@@ -122,16 +129,16 @@ def make_solver(name: str, schedule: Schedule) -> Solver:
 
 
 def predictor_order(index: int) -> int:
-    """As many clean samples as there are, at most 2; the official min with N - i changes only the
-    last step, which ends in m_i anyway.
+    """Order of the predictor: the number of clean samples, at most 2.
+
+    The official code also takes the minimum with N - i. That changes only the last step, whose
+    result is m_i in any order.
     """
     return min(ORDER, index + 1)
 
 
 def predictor_weights(sigmas: Sequence[float], i: int) -> list[float]:
-    """Weights of (x_i, m_i, m_(i-1)) in x_(i+1), where m_j is the clean sample predicted at step
-    j.
-    """
+    """Weights of (x_i, m_i, m_(i-1)) in x_(i+1); m_j is the clean sample predicted at step j."""
     here, after = sigmas[i], sigmas[i + 1]
     if after == 0:
         return [0.0, 1.0]
@@ -144,8 +151,9 @@ def predictor_weights(sigmas: Sequence[float], i: int) -> list[float]:
 
 
 def corrector_weights(sigmas: Sequence[float], i: int) -> list[float]:
-    """Weights of (x_(i-1), m_i, m_(i-1), m_(i-2)) in the corrected x_i, at the order that predicted
-    x_i.
+    """Weights of (x_(i-1), m_i, m_(i-1), m_(i-2)) in the corrected x_i.
+
+    The order is that of the predictor of x_i.
     """
     before, here = sigmas[i - 1], sigmas[i]
     h = _log_snr(here) - _log_snr(before)
@@ -165,7 +173,7 @@ def _log_snr(sigma: float) -> float:
 
 
 def _combine(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """sum of weight * tensor in fp32, from left to right"""
+    """Sum of weight * tensor in fp32, from left to right."""
     (weight, tensor), *rest = terms
     total = tensor.float() * weight
     for weight, tensor in rest:
@@ -175,7 +183,7 @@ def _combine(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
 
 def _check_unfinished(index: int, sigmas: Sequence[float]) -> None:
     if index >= len(sigmas) - 1:
-        raise UsageError(f"the solver has finished all its {len(sigmas) - 1} steps: make a new one")
+        raise UsageError(f"the solver has finished all {len(sigmas) - 1} steps: make a new one")
 
 
 def _loaded_index(
@@ -185,13 +193,13 @@ def _loaded_index(
     steps = len(sigmas) - 1
     if not 0 <= index <= steps:
         raise ResumeError(
-            f"the saved solver stands at step {index} but this run has {steps}: start again "
+            f"the saved solver is at step {index}, but this run has {steps} steps: start again "
             f"with the same number of steps"
         )
     if set(state) != keys_at(index):
         expected = ", ".join(sorted(keys_at(index)))
         raise ResumeError(
-            f"the saved solver holds {', '.join(sorted(state))} where {expected} is needed: "
-            f"start again with the same solver"
+            f"the saved solver has {', '.join(sorted(state))}, expected {expected}: start again "
+            f"with the same solver"
         )
     return index

@@ -1,16 +1,19 @@
-"""What an interrupted run continues from: one file, replaced atomically after every step."""
+"""The state file of an interrupted run, replaced atomically after every denoising step."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 from safetensors.torch import save
 from torch import Tensor
 
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.errors import CheckpointError, OutOfMemoryError, ResumeError
+from lowvram.files.checked import checked
 from lowvram.files.io import replace_file
 from lowvram.memory.out_of_memory import as_out_of_memory
 from lowvram.request import Request
@@ -20,8 +23,10 @@ FORMAT_VERSION = "2"
 
 @dataclass(frozen=True)
 class RunState:
-    """The latents after `step` finished steps. solver: its `state_dict`; model: fingerprint of the
-    store; attention_values: the dtype that attention multiplies values in.
+    """State of a run after `step` finished denoising steps.
+
+    model: fingerprint of the store; attention_values: dtype of the values in attention's second
+    product; latents: [C, T, h, w] float32; solver: the solver's `state_dict`.
     """
 
     request: Request
@@ -32,14 +37,25 @@ class RunState:
     solver: dict[str, Tensor]
 
 
+class StateHeader(msgspec.Struct, frozen=True):
+    """Metadata of a state file. request: the `Request` as JSON."""
+
+    lowvram_state: str
+    request: str
+    model: str
+    attention_values: str
+    step: Annotated[int, msgspec.Meta(ge=0)]
+
+
 def state_path(output: Path) -> Path:
-    """`clip.mp4` -> `clip.mp4.resume`, beside the output."""
+    """Path of the state file for an output: `clip.mp4` -> `clip.mp4.resume`."""
     return output.with_name(output.name + ".resume")
 
 
 def save_state(path: Path, state: RunState) -> None:
-    """Writes beside `path`, flushes to the disk, renames: after a kill there is the old state or
-    the new one.
+    """Write a state file atomically and sync it; a crash leaves the old file or the new one.
+
+    Raises `OutputError`.
     """
     tensors = {"latents": state.latents.contiguous()} | {
         f"solver.{name}": value.contiguous() for name, value in state.solver.items()
@@ -55,33 +71,39 @@ def save_state(path: Path, state: RunState) -> None:
 
 
 def load_state(path: Path, request: Request, model: str, attention_values: str) -> RunState:
-    """Raises `ResumeError` where there is nothing to resume, or where it was begun with another
-    request, model or arithmetic: the message names both values. `OutOfMemoryError` and a file that
-    the disk does not give say nothing about the state, which stays as it is.
+    """Read the state file of a run with the same request, model and attention dtype.
+
+    Raises `ResumeError` if there is no file, it cannot be read or is damaged, or belongs to another
+    run (the message names both values); `OutOfMemoryError` if it does not fit into memory. The file
+    itself is never changed.
     """
     if not path.is_file():
         raise ResumeError(f"nothing to resume: {path} does not exist; run without --resume")
     try:
         with as_out_of_memory():
             metadata, tensors = _read(path)
-        version = metadata["lowvram_state"]
+        # Before the other fields, which differ between versions.
+        version = metadata.get("lowvram_state", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise ResumeError(
-                f"{path} is of state version {version}, this is version {FORMAT_VERSION}: remove "
-                f"it and run without --resume"
+                f"{path} is of state version {version[:40]}, this is version {FORMAT_VERSION}: "
+                f"remove it and run without --resume"
             )
-        saved = {name: metadata[name] for name in ("model", "attention_values")} | asdict(
-            Request(**json.loads(metadata["request"]))
-        )
-        step, latents = int(metadata["step"]), tensors.pop("latents")
+        header = checked(metadata, StateHeader, strict=False)
+        saved: dict[str, object] = {
+            "model": header.model,
+            "attention_values": header.attention_values,
+        }
+        saved |= asdict(msgspec.json.decode(header.request, type=Request))
+        step, latents = header.step, tensors.pop("latents")
     except (ResumeError, OutOfMemoryError):
         raise
     except OSError as error:
         raise ResumeError(
-            f"{path} cannot be read ({error.strerror or error}): it stays as it is; check the "
-            f"disk, then --resume"
+            f"{path} cannot be read ({error.strerror or error}): it was not changed; check the "
+            f"disk, then use --resume again"
         ) from error
-    except Exception as error:  # whatever a damaged file makes of its numbers and its JSON
+    except Exception as error:  # a damaged file can fail in any parser
         raise ResumeError(
             f"{path} is not the state of an interrupted run ({error}): remove it and run "
             f"without --resume"
@@ -94,12 +116,12 @@ def load_state(path: Path, request: Request, model: str, attention_values: str) 
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors. Raises `OSError` where the disk does not give them, `CheckpointError`
-    where it is no such file.
+    """Read metadata and tensors. Raises `OSError` if the disk fails, `CheckpointError` if the file
+    is not safetensors.
     """
     try:
         with TensorFile(path) as file:
-            # Clones lie in torch's own memory, where all that a run holds is counted.
+            # Clones are allocated by torch, whose memory is counted against the RAM budget.
             return file.header.metadata, {
                 name: file.read(name, mapped=False).clone() for name in file.header.tensors
             }
@@ -110,6 +132,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _require_equal(path: Path, saved: dict[str, object], wanted: dict[str, object]) -> None:
+    """Raise `ResumeError` that names every saved value differing from the wanted one."""
     differing = [
         f"{name} was {saved[name]!r}, now {wanted[name]!r}"
         for name in wanted
@@ -117,6 +140,6 @@ def _require_equal(path: Path, saved: dict[str, object], wanted: dict[str, objec
     ]
     if differing:
         raise ResumeError(
-            f"{path} belongs to another run: {'; '.join(differing)}; ask for the same, or "
+            f"{path} belongs to another run: {'; '.join(differing)}; use the same settings, or "
             f"remove it and run without --resume"
         )

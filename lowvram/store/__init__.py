@@ -1,1 +1,1 @@
-"""The files that `lowvram quantize` writes."""
+"""The store: the folder of quantized weights that `lowvram quantize` writes."""

@@ -1,6 +1,4 @@
-"""What `lowvram inspect` shows of a file, a model to be quantized, or a store, and the check of a
-store against its hashes.
-"""
+"""`lowvram inspect`: describe a file, a checkpoint or a store, and verify a store's hashes."""
 
 from __future__ import annotations
 
@@ -12,34 +10,32 @@ from typing import Any
 
 import torch
 
+from lowvram.checkpoint.dialects.table import dialect_of
 from lowvram.checkpoint.layouts.official import FOLDERS, STEMS, looks_official
 from lowvram.checkpoint.readers.safetensors_header import Header, TensorInfo, read_header
 from lowvram.checkpoint.readers.shards import RawTensors, named, open_folder, open_one
 from lowvram.checkpoint.source import Source, open_source
-from lowvram.checkpoint.validate import SCALE_NAME
 from lowvram.errors import CheckpointError, IntegrityError, UsageError
 from lowvram.store.manifest import MANIFEST_NAME
 from lowvram.store.reader import Store, StoreFile, open_store
 
-Progress = Callable[[int, int], None]
+OnBytes = Callable[[int, int], None]  # (bytes done, bytes in all)
 READ_BYTES = 8 * 2**20
-# A tensor that only one component has, under its official name or that of diffusers and
-# transformers.
+# Tensors that only one component has, by official, diffusers or transformers name.
 _COMPONENTS = {
     "expert": r"(^|\.)(patch_embedding\.weight|head\.modulation)$|attn1\.to_q\.weight$",
     "text_encoder": r"token_embedding\.weight$|(^|\.)shared\.weight$|wi_0\.weight$",
     "vae": r"decoder\.(conv1|conv_in)\.weight$",
     "lora": r"lora_(down|up|A|B)\b",
 }
-_OFFICIAL = re.compile(r"self_attn\.q\.weight|attn\.q\.weight|decoder\.conv1\.weight")
 
 
-def inspect_path(path: Path, verify: bool, progress: Progress | None = None) -> dict[str, Any]:
+def inspect_path(path: Path, verify: bool, progress: OnBytes | None = None) -> dict[str, Any]:
     """Describes a safetensors file, a source folder or a store, as data for JSON.
 
-    `verify` reads a store whole: `IntegrityError` names every tensor whose bytes differ from the
-    manifest or whose scales are not finite. `progress(done_bytes, total_bytes)` is called as it
-    goes. Raises `CheckpointError`, `UsageError` for `verify` without hashes.
+    verify: also read all data of a store and check them with `verify_store`.
+    progress: called with (done_bytes, total_bytes) during verification.
+    Raises `CheckpointError`, and `UsageError` for `verify` on anything but a store.
     """
     if not path.exists():
         raise CheckpointError(
@@ -47,27 +43,26 @@ def inspect_path(path: Path, verify: bool, progress: Progress | None = None) -> 
             f"quantized model"
         )
     if (path / MANIFEST_NAME).exists():
-        with open_store(path, sample=not verify) as store:  # which would hide what else differs
+        # A failed sample check would prevent the complete list of differences.
+        with open_store(path, sample=not verify) as store:
             if verify:
                 verify_store(store, progress)
             return _describe_store(store, verify)
     if verify:
         raise UsageError(
-            f"{path} is not a store that lowvram wrote, so there are no hashes to verify it "
-            f"with: leave out --verify"
+            f"{path} is not a quantized store and has no hashes to verify: leave out --verify"
         )
     if path.is_dir():
         return _describe_folder(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        raise CheckpointError(
-            f"{path} is a pickle, which inspect does not open: give the folder that it lies in"
-        )
+        raise CheckpointError(f"{path} is a pickle, which inspect does not open: give its folder")
     return _describe_file(read_header(path))
 
 
-def verify_store(store: Store, progress: Progress | None = None) -> None:
-    """Compares every header and tensor with its hash in the manifest. Raises `IntegrityError`
-    naming all that differ.
+def verify_store(store: Store, progress: OnBytes | None = None) -> None:
+    """Compare every header and tensor with its hash in the manifest; scales must be finite.
+
+    Raises `IntegrityError` that lists all differences.
     """
     total = sum(file.header.file_bytes for file in store.files.values())
     done, damaged = 0, []
@@ -162,7 +157,7 @@ def _describe_source(source: Source) -> dict[str, Any]:
 
 
 def _describe_pickled(path: Path) -> dict[str, Any]:
-    """An official folder as it is downloaded: its pickles are listed and not opened."""
+    """Describe an official folder that contains pickles; they are listed but not opened."""
     components: dict[str, Any] = {}
     for name, folder in FOLDERS.items():
         components[name] = _describe_raw(path, open_folder(path, path / folder))
@@ -210,34 +205,14 @@ def _describe_file(header: Header) -> dict[str, Any]:
         "component": "lora" if "lora" in found else (found[0] if len(found) == 1 else "unknown"),
     }
     about |= {
-        "dialect": _dialect(header),
+        "dialect": dialect_of(header.tensors, header.metadata).name,
         "metadata": {key: value[:1000] for key, value in header.metadata.items()},
     }
     return about | _contents(header.tensors.values())
 
 
-def _dialect(header: Header) -> str:
-    """How the file's weights are stored, from the marks that each dialect leaves (formats.md 1)."""
-    names = list(header.tensors)
-    if header.metadata.get("quantization_format") == "quanto" or any(
-        name.endswith("._data") for name in names
-    ):
-        return "quanto"
-    if "_quantization_metadata" in header.metadata or any(
-        name.endswith(".comfy_quant") for name in names
-    ):
-        return "comfy_quant"
-    if any(name.endswith(("scaled_fp8", ".scale_weight")) for name in names):
-        return "comfy scaled_fp8"
-    if any(name.endswith(".weight_scale") for name in names):
-        return "weight_scale without markers"
-    if any(SCALE_NAME.search(name) and "scale_shift_table" not in name for name in names):
-        return "quantized, unknown"
-    return "official" if any(_OFFICIAL.search(name) for name in names) else "plain"
-
-
 def _contents(tensors: Iterable[TensorInfo]) -> dict[str, Any]:
-    """Number and bytes of tensors, in all and per dtype."""
+    """Number and bytes of tensors, in total and per dtype."""
     dtypes: dict[str, dict[str, int]] = {}
     for info in tensors:
         entry = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})

@@ -1,6 +1,4 @@
-"""Which tensors of an unfinished file are safely on disk: one JSON line each, appended after their
-data was synced.
-"""
+"""Journal of an unfinished file: one JSON line per tensor, appended after its data is synced."""
 
 from __future__ import annotations
 
@@ -16,7 +14,11 @@ from lowvram.files.io import BINARY, write_all
 
 @dataclass
 class Journal:
-    """An open journal; `hashes` holds what its lines say, in order."""
+    """An open journal.
+
+    fd: file descriptor; hashes: SHA-256 by tensor name, in the order of the lines; length: bytes of
+    the complete lines.
+    """
 
     path: Path
     fd: int
@@ -25,6 +27,7 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, identity: dict[str, str]) -> Journal:
+        """Create or overwrite the journal; its first line is `identity`. Raises `OSError`."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
         journal = cls(path, fd, {})
         journal._write([{"identity": identity}])
@@ -32,10 +35,9 @@ class Journal:
 
     @classmethod
     def reopen(cls, path: Path, identity: dict[str, str]) -> Journal | None:
-        """The journal at `path` without a line that was cut off; None where there is none that can
-        be used.
+        """Open the journal at `path`, dropping a truncated last line; None without a usable one.
 
-        Raises `ResumeError` where it was begun with another identity.
+        Raises `ResumeError` when its identity differs from `identity`.
         """
         if not path.exists():
             return None
@@ -47,7 +49,7 @@ class Journal:
         return cls(path, fd, {line["name"]: line["sha256"] for line in lines[1:]}, length)
 
     def append(self, hashes: dict[str, str]) -> None:
-        """Durable when it returns. The tensors' data must be so already."""
+        """Append and sync the hashes of tensors whose data are already synced. Raises `OSError`."""
         self._write([{"name": name, "sha256": digest} for name, digest in hashes.items()])
         self.hashes |= hashes
 
@@ -55,18 +57,19 @@ class Journal:
         if not lines:
             return
         text = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        os.ftruncate(self.fd, self.length)  # drops what an interrupted write left
+        os.ftruncate(self.fd, self.length)  # drop the remains of an interrupted write
         os.lseek(self.fd, self.length, os.SEEK_SET)
         write_all(self.fd, text)
         os.fsync(self.fd)
         self.length += len(text)
 
     def close(self) -> None:
+        """Close the file descriptor."""
         os.close(self.fd)
 
 
 def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines up to the first that was cut or is not ours, and their length in bytes."""
+    """The lines before the first truncated or invalid one, and their length in bytes."""
     lines: list[dict[str, Any]] = []
     length = 0
     for raw in path.read_bytes().splitlines(keepends=True):
@@ -83,6 +86,7 @@ def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _check_identity(path: Path, found: Any, wanted: dict[str, str]) -> None:
+    """Raise `ResumeError` that names every difference between the identities."""
     if not isinstance(found, dict):
         raise ResumeError(f"{path} is damaged: start again without --resume")
     differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
@@ -92,6 +96,6 @@ def _check_identity(path: Path, found: Any, wanted: dict[str, str]) -> None:
         ]
         name = path.name.removesuffix(".partial.journal")
         raise ResumeError(
-            f"cannot resume {name}: {'; '.join(texts)}: use the same, or start again without "
-            f"--resume"
+            f"cannot resume {name}: {'; '.join(texts)}: use the same values, or start again "
+            f"without --resume"
         )

@@ -1,9 +1,9 @@
-"""Which tensors a store file holds, in which order, dtype and shape: pure arithmetic on names.
+"""Layout of store files: names, order, dtypes and shapes of their tensors.
 
-A file is `rest`, then block 0, block 1, ...: each block is one byte range. Inside a block the
-matrices come first, those that are multiplied together side by side, then their scales, their
-biases, the small tensors and the `comfy_quant` markers, every one on a multiple of 256 bytes from
-the block's start (design section 4).
+A file contains the tensors outside the blocks (`rest`), then block 0, block 1, ...; each block is
+one byte range. A block contains the matrices, then their scales, their biases, the small tensors
+and the `comfy_quant` markers. Matrices that are multiplied together are adjacent. Every tensor
+starts at a multiple of 256 bytes from the block's start (design section 4).
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from lowvram.variants import EXPERTS, ModelConfig
 ALIGNMENT_BYTES = 256
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 
-# Linears of a block in the order of their matrices: q, k, v of the same input are one fused
-# product.
+# Linears of a block, in the order of their matrices: q, k and v are adjacent for a fused product.
 DIT_LINEARS = (
     *(f"self_attn.{part}" for part in "qkvo"),
     *(f"cross_attn.{part}" for part in "qkvo"),
@@ -31,15 +30,17 @@ DIT_LINEARS = (
     "ffn.2",
 )
 TEXT_LINEARS = (*(f"attn.{part}" for part in "qkvo"), "ffn.gate.0", "ffn.fc1", "ffn.fc2")
-# Outside the blocks everything is fp32 but these, which the official code multiplies in bf16 (spec
-# section 7).
+# Tensors outside the blocks are fp32, except those that the official code multiplies in bf16
+# (spec section 7).
 BF16_REST = ("patch_embedding.", "text_embedding.", "token_embedding.")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a store file. `role`: weight (quantized), scale, marker (`comfy_quant` JSON) or
-    copy; `source`: what it is made of.
+    """One tensor of a store file.
+
+    role: `weight` (quantized), `scale`, `marker` (`comfy_quant` JSON) or `copy`.
+    source: official name of the tensor that it is made from.
     """
 
     name: str
@@ -50,12 +51,13 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class ComponentLayout:
-    """All tensors of one component's file. `format`: what its block linears are stored as."""
+    """All tensors of one component's file; `format` is the format of its block linears."""
 
     component: str
     format: str
@@ -64,26 +66,26 @@ class ComponentLayout:
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
-        """File order."""
+        """All tensors in file order."""
         return (*self.rest, *chain.from_iterable(self.blocks))
 
     @property
     def rest_bytes(self) -> int:
+        """Bytes of the tensors outside the blocks."""
         return sum(tensor.nbytes for tensor in self.rest)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block; all blocks are alike."""
+        """Bytes of one block; all blocks have the same size."""
         return sum(tensor.nbytes for tensor in self.blocks[0]) if self.blocks else 0
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all tensors of the file."""
         return self.rest_bytes + self.block_bytes * len(self.blocks)
 
     def metadata(self) -> dict[str, str]:
-        """The header metadata that ComfyUI reads: `_quantization_metadata`, where anything is
-        quantized.
-        """
+        """Header metadata for ComfyUI: `_quantization_metadata`, or nothing if not quantized."""
         marker = FORMATS[self.format].marker
         if marker is None:
             return {}
@@ -94,13 +96,14 @@ class ComponentLayout:
 
 
 def marker_bytes(format: str) -> bytes:
-    """The `comfy_quant` JSON of one layer, padded with spaces to `ALIGNMENT_BYTES`."""
+    """`comfy_quant` JSON of one layer, padded with spaces to `ALIGNMENT_BYTES`."""
     return json.dumps(FORMATS[format].marker).encode().ljust(ALIGNMENT_BYTES)
 
 
 def component_format(component: str, format: str) -> str:
-    """What a recipe of `format` makes of a component: the text encoder is int8 without rotation,
-    the VAE stays fp32.
+    """Format of a component in a store of `format`.
+
+    The VAE is always fp32; the text encoder of a quantized store is int8 without rotation.
     """
     if component == "vae":
         return "fp32"
@@ -111,8 +114,9 @@ def component_format(component: str, format: str) -> str:
 
 @cache
 def component_layout(component: str, config: ModelConfig, format: str) -> ComponentLayout:
-    """The file of `component` in a store of `format`. Raises `UsageError` where widths do not allow
-    the format.
+    """Layout of the file of `component` in a store of `format`.
+
+    Raises `UsageError` for an unknown format, or widths that the format does not support.
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
@@ -150,7 +154,7 @@ def _blocked(
         _copy(name, shapes[name], rest_dtype if name.startswith(BF16_REST) else "F32")
         for name in rest
     ]
-    # large first, so that no odd size misaligns another
+    # Largest first, so that a small tensor of odd size does not misalign a larger one.
     stored_rest.sort(key=lambda tensor: -tensor.nbytes)
     own: dict[str, list[str]] = {f"blocks.{index}.": [] for index in range(num_layers)}
     for name in shapes:
@@ -160,8 +164,8 @@ def _blocked(
     for tensor in blocks[0]:
         if tensor.nbytes % ALIGNMENT_BYTES:
             raise UsageError(
-                f"{component} {tensor.name} {list(tensor.shape)}: a store needs widths that are "
-                f"multiples of 64"
+                f"{component} {tensor.name} {list(tensor.shape)}: widths must be multiples of 64 "
+                f"in a store"
             )
     return ComponentLayout(component, format, tuple(stored_rest), blocks)
 
@@ -173,7 +177,7 @@ def _block(
     shapes: dict[str, tuple[int, ...]],
     linears: tuple[str, ...],
 ) -> tuple[StoredTensor, ...]:
-    """own: the names of all tensors of the block."""
+    """Tensors of one block in file order; own: official names of all tensors of the block."""
     weights = [f"{prefix}{linear}.weight" for linear in linears]
     biases = [name for linear in linears if (name := f"{prefix}{linear}.bias") in shapes]
     small = [name for name in own if name not in {*weights, *biases}]

@@ -1,6 +1,4 @@
-"""Opens the store that `lowvram quantize` writes: block-contiguous files whose blocks are all
-alike.
-"""
+"""Open and validate a store, whose files consist of equal, contiguous blocks."""
 
 from __future__ import annotations
 
@@ -23,8 +21,7 @@ from lowvram.store.layout import StoredTensor, component_layout
 from lowvram.store.manifest import TOKENIZER_NAME, Manifest, component_file, read_manifest
 from lowvram.variants import COMPONENTS, ModelConfig
 
-# A small tensor of each file that no two trained models share: reading it tells cheaply whether the
-# file lies in its own place.
+# A small trained tensor of each file: its hash detects swapped files at little cost.
 _SAMPLES = {
     "high_noise": "head.modulation",
     "low_noise": "head.modulation",
@@ -35,14 +32,14 @@ _BLOCK_NAME = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 
 class BlockRange(NamedTuple):
-    """The bytes of one block; `start` is an offset from the beginning of the file."""
+    """Byte range of one block; `start` is an offset from the beginning of the file."""
 
     start: int
     nbytes: int
 
 
 class BlockTensor(NamedTuple):
-    """A tensor of every block; `offset` is counted from the block's start."""
+    """One tensor of each block; `offset` is in bytes from the start of the block."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,11 +47,11 @@ class BlockTensor(NamedTuple):
 
 
 class StoreFile:
-    """One component: what belongs to no block in `rest`, and blocks that hold the same tensors at
-    the same offsets.
+    """The open file of one component.
 
-    `block_tensors` has the names without `blocks.i.`. Raises `CheckpointError` where the file is
-    not block-contiguous.
+    rest: tensors outside the blocks; blocks: byte range of each block; block_tensors: the tensors
+    of every block, by name without `blocks.i.`.
+    The constructor raises `CheckpointError` for a file that is not block-contiguous.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,17 +75,18 @@ class StoreFile:
         self.close()
 
     def close(self) -> None:
-        """Tensors that were read stay valid."""
+        """Close the file; tensors that were read stay valid."""
         self._file.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor with the full `name`, copied: what runs work with stays theirs, whatever the
-        disk does (see `TensorFile.read`).
+        """Copy the tensor with the full `name`, so that later disk failures do not affect it.
+
+        See `TensorFile.read`. Raises `CheckpointError`.
         """
         return self._file.read(name, mapped=False)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Rows of the tensor with the full `name`, copied (see `TensorFile.read_rows`)."""
+        """Copy rows of the tensor with the full `name`; see `TensorFile.read_rows`."""
         return self._file.read_rows(name, rows)
 
     def _read_blocks(self) -> None:
@@ -97,7 +95,7 @@ class StoreFile:
         for name, info in self.header.tensors.items():
             if info.start != position:
                 raise self._foreign(
-                    f"tensor {quoted(name)} lies elsewhere than the order of the header says"
+                    f"the offset of tensor {quoted(name)} does not match its position in the header"
                 )
             position = info.end
             match = _BLOCK_NAME.fullmatch(name)
@@ -121,19 +119,19 @@ class StoreFile:
         if index == 0:
             self.block_tensors = tensors
         elif list(tensors.items()) != list(self.block_tensors.items()):
-            raise self._foreign(f"block {index} is laid out unlike block 0")
+            raise self._foreign(f"the layout of block {index} differs from block 0")
         self.blocks.append(BlockRange(start, group[-1].end - start))
 
     def _foreign(self, what: str) -> CheckpointError:
         self.close()
         return CheckpointError(
-            f"{self.path}: {what}: not a file that lowvram wrote, quantize again"
+            f"{self.path}: {what}: not a file of a quantized store, quantize again"
         )
 
 
 @dataclass(frozen=True)
 class Store:
-    """A complete store: every file has exactly the tensors that config and format call for."""
+    """An open store; each file has exactly the tensors of the layout for its config and format."""
 
     path: Path
     manifest: Manifest
@@ -154,22 +152,23 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Tensors that were read stay valid."""
+        """Close all files; tensors that were read stay valid."""
         for file in self.files.values():
             file.close()
 
 
 def open_store(path: Path, sample: bool = True) -> Store:
-    """The store in the folder `path`. Reads headers and, with `sample`, one small tensor per file,
-    to notice a file in another's place; `inspect --verify` checks all data.
+    """Open the store in the folder `path` and check its headers against the manifest.
 
-    Raises `CheckpointError`; `MissingTensorsError` names what differs from the layout of config and
-    format, in all files at once, and `IntegrityError` the files whose sample has another hash than
-    the manifest says.
+    sample: also check the hash of one small tensor per file, which detects swapped files;
+    `lowvram inspect --verify` checks all data.
+    Raises `MissingTensorsError`, listing the differences from the layout in all files;
+    `IntegrityError` for samples that differ from the manifest; `CheckpointError` for any other
+    defect.
     """
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is not a folder: give the folder that lowvram quantize wrote"
+            f"{path} is not a folder: give the output folder of `lowvram quantize`"
         )
     manifest = read_manifest(path)
     missing = [
@@ -216,7 +215,7 @@ def _check_samples(store: Store) -> None:
                 for other in COMPONENTS
                 if store.manifest.components[other].tensors.get(name) == digest
             ]
-            origin = f" (it is that of {owners[0]})" if owners else ""
+            origin = f" (it is the tensor of {owners[0]})" if owners else ""
             texts.append(
                 f"{store.files[component].path}: {name} differs from its hash in the "
                 f"manifest{origin}"
@@ -224,15 +223,13 @@ def _check_samples(store: Store) -> None:
     if texts:
         advice = (
             f"quantize again or restore the file; `lowvram inspect {store.path} --verify` "
-            f"tells more"
+            f"lists all differences"
         )
         raise IntegrityError(f"{'; '.join(texts)}: {advice}")
 
 
 def _differences(component: str, file: StoreFile, manifest: Manifest) -> list[str]:
-    """One text per kind of difference between a file and its layout, and between a file and the
-    hashes in the manifest.
-    """
+    """Compare a file with its layout and with the manifest; one text per kind of difference."""
     try:
         wanted = {
             tensor.name: tensor
@@ -240,7 +237,7 @@ def _differences(component: str, file: StoreFile, manifest: Manifest) -> list[st
         }
     except UsageError as error:
         raise CheckpointError(
-            f"{file.path.parent}: config and format of the manifest do not fit: {error}: "
+            f"{file.path.parent}: config and format of the manifest are incompatible: {error}: "
             f"quantize again"
         ) from error
     found, hashes = file.header.tensors, manifest.components[component].tensors

@@ -1,5 +1,5 @@
-"""Writes one safetensors file tensor by tensor, such that a final name exists only when complete
-and a killed run can go on.
+"""Writer of one safetensors file, tensor by tensor: resumable, renamed to its final name when
+complete.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 def header_bytes(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors header in data order, metadata first, padded with spaces so that data starts on
-    a multiple of 256.
+    """Build a safetensors header: metadata first, tensors in data order, padded with spaces so that
+    the data starts at a multiple of `ALIGNMENT_BYTES`.
     """
     entries: dict[str, object] = (
         {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -47,28 +47,18 @@ def header_bytes(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def remove_leftovers(folder: Path) -> list[str]:
-    """Removes the journals of `StoreWriter` in `folder` and the partial files beside them, and
-    returns the names.
-
-    A `*.partial` without a journal is not a writer's and stays. Only while the folder's
-    `OutputLock` is held.
-    """
-    journals = sorted(path for path in folder.glob(f"*{JOURNAL}") if path.is_file())
-    pairs = [(path.with_name(path.name.removesuffix(JOURNAL) + PARTIAL), path) for path in journals]
-    files = [path for pair in pairs for path in pair if path.is_file()]
-    for path in files:
-        path.unlink()
-    return [path.name for path in files]
-
-
 class StoreWriter:
-    """Appends `tensors` in order to `path.partial`; `finish` gives it its name.
+    """Appends `tensors` in order to `path.partial`; `finish` renames the file to `path`.
 
-    `identity` says what the bytes depend on (recipe, source, version): a run can be resumed only
-    with the same. The journal stays beside the finished file, so that resuming a longer run finds
-    it done, until the manifest is written (`remove_leftovers`). Raises `DiskFullError` before it
-    writes where there is too little room, `ResumeError` where it cannot go on.
+    identity: everything that the bytes depend on (recipe, source, version); a run is resumed only
+    with an equal identity. hashes: sha256 (hex) of every tensor written so far.
+    resume: continue the partial file, if there is one; otherwise it is overwritten.
+    sync_bytes: data written between two syncs.
+
+    The journal remains beside the finished file, so that a resumed run over several files finds
+    this one complete; the code that writes the manifest removes it. Raises `DiskFullError` before
+    writing if there is too little space, `ResumeError` if the run cannot be resumed, `OutputError`
+    if the file cannot be written.
     """
 
     def __init__(
@@ -106,20 +96,21 @@ class StoreWriter:
 
     @property
     def header_sha256(self) -> str:
-        """Hash of the file's bytes before its data."""
+        """Hash (hex) of the file's bytes before the tensor data."""
         return self._identity["header"]
 
     @property
     def remaining(self) -> list[StoredTensor]:
-        """The tensors that are still to be written, in order."""
+        """Tensors that are not written yet, in order."""
         return list(self.tensors[len(self.hashes) :])
 
     @property
     def written_bytes(self) -> int:
-        """Bytes of tensor data written, those of an interrupted run included."""
+        """Bytes of tensor data written, including those of a resumed run."""
         return sum(tensor.nbytes for tensor in self.tensors[: len(self.hashes)])
 
     def __enter__(self) -> StoreWriter:
+        """Return the writer; leaving the context aborts unless it is finished."""
         return self
 
     def __exit__(
@@ -131,8 +122,9 @@ class StoreWriter:
         self.abort()
 
     def write(self, tensor: torch.Tensor) -> str:
-        """Appends the next tensor and returns the sha256 of its bytes. Raises `CheckpointError`
-        where it is not the one expected.
+        """Append the next tensor and return the sha256 (hex) of its bytes.
+
+        Raises `CheckpointError` if its dtype or shape is not the expected one, and `OutputError`.
         """
         wanted = self._next(tensor)
         fd = self._open_fd()
@@ -148,12 +140,13 @@ class StoreWriter:
             if self._unsynced_bytes >= self._sync_bytes:
                 self._sync()
         except OSError as error:
-            raise output_error(self.path, error, "make room and go on with --resume") from error
+            raise output_error(self.path, error, "make room and continue with --resume") from error
         return digest.hexdigest()
 
     def finish(self) -> dict[str, str]:
-        """Syncs, renames and returns name -> sha256. Raises `CheckpointError` where tensors are
-        missing.
+        """Sync the file, rename it and return the sha256 (hex) of each tensor.
+
+        Raises `CheckpointError` if tensors are missing, and `OutputError`.
         """
         if self.remaining:
             raise CheckpointError(
@@ -165,22 +158,23 @@ class StoreWriter:
                 os.replace(self._partial, self.path)
                 sync_folder(self.path.parent)
             except OSError as error:
-                raise output_error(self.path, error, "make room and go on with --resume") from error
+                raise output_error(
+                    self.path, error, "make room and continue with --resume"
+                ) from error
             self._finished = True
         self._close()
         return dict(self.hashes)
 
     def abort(self) -> None:
-        """Leaves the partial file and its journal, with all that is known to be written, for a
-        later resume.
-        """
+        """Close the partial file and its journal for a later resume, after a last sync."""
         if self._fd is not None:
-            # what cannot be synced is not journalled, and will be written again
+            # Data that cannot be synced is not journalled, so a resumed run writes it again.
             with contextlib.suppress(OSError):
                 self._sync()
         self._close()
 
     def _next(self, tensor: torch.Tensor) -> StoredTensor:
+        """The next entry of the header, which `tensor` must match."""
         remaining = self.remaining
         if not remaining:
             raise CheckpointError(
@@ -188,29 +182,31 @@ class StoreWriter:
             )
         wanted = remaining[0]
         if tensor.dtype != TORCH_DTYPES[wanted.dtype] or tuple(tensor.shape) != wanted.shape:
-            found = f"{tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(
                 f"{self.path}: {wanted.name} must be {wanted.dtype} {list(wanted.shape)}, not "
-                f"{found}"
+                f"{tensor.dtype} {list(tensor.shape)}"
             )
         return wanted
 
     def _open_fd(self) -> int:
+        """The file descriptor, positioned after the last complete tensor."""
         if self._fd is None:
             raise CheckpointError(f"{self.path}: the writer is closed")
         end = len(self._header) + self.written_bytes
-        if os.lseek(self._fd, 0, os.SEEK_CUR) != end:  # bytes of a tensor whose write failed
+        if os.lseek(self._fd, 0, os.SEEK_CUR) != end:  # a write of a tensor failed halfway
             os.ftruncate(self._fd, end)
             os.lseek(self._fd, end, os.SEEK_SET)
         return self._fd
 
     def _sync(self) -> None:
+        """Sync the data, then add its tensors to the journal."""
         if self._fd is not None and self._journal is not None:
             os.fsync(self._fd)
             self._journal.append(self._pending)
             self._pending, self._unsynced_bytes = {}, 0
 
     def _begin(self) -> None:
+        """Start a new partial file and journal."""
         for old in (self._partial, self._journal_path):
             if old.exists():
                 _log.warning("removing %s, left by a run that did not finish", old)
@@ -224,7 +220,7 @@ class StoreWriter:
         sync_folder(self.path.parent)
 
     def _continue(self) -> bool:
-        """Takes up what an earlier run left; False where that is nothing."""
+        """Continue the file of an earlier run; False if there is none."""
         if not self._partial.exists() and not self.path.exists():
             return False
         self._journal = Journal.reopen(self._journal_path, self._identity)
@@ -238,35 +234,34 @@ class StoreWriter:
         end = len(self._header) + self.written_bytes
         size = os.fstat(self._fd).st_size
         if size < end or not self._has_header(self._fd):
-            text = (
-                f"{self._partial} does not hold the {end} bytes that its journal lists "
-                f"({size} found)"
+            raise ResumeError(
+                f"{self._partial} does not contain the {end} bytes that its journal lists "
+                f"({size} found): start again without --resume"
             )
-            raise ResumeError(f"{text}: start again without --resume")
         check_room(self.path, sum(tensor.nbytes for tensor in self.remaining) - (size - end))
         os.ftruncate(self._fd, end)
         os.lseek(self._fd, end, os.SEEK_SET)
         return True
 
     def _continue_finished(self, journal: Journal) -> bool:
-        """The file has its name already: it is the journal's where header, length and number of
-        tensors agree.
+        """Accept a file that already has its final name, if header, length and number of tensors
+        match the journal.
         """
         fd = os.open(self.path, os.O_RDONLY | BINARY)
         try:
             total = len(self._header) + sum(tensor.nbytes for tensor in self.tensors)
-            done = (
+            complete = (
                 len(journal.hashes) == len(self.tensors)
                 and os.fstat(fd).st_size == total
                 and self._has_header(fd)
             )
         finally:
             os.close(fd)
-        if done:
+        if complete:
             self.hashes, self._finished = dict(journal.hashes), True
         else:
             self._close()
-        return done
+        return complete
 
     def _has_header(self, fd: int) -> bool:
         os.lseek(fd, 0, os.SEEK_SET)
@@ -275,7 +270,7 @@ class StoreWriter:
     def _check_order(self, journal: Journal) -> None:
         if list(journal.hashes) != [tensor.name for tensor in self.tensors[: len(journal.hashes)]]:
             raise ResumeError(
-                f"{journal.path} lists tensors that the file does not begin with: start again "
+                f"{journal.path} lists other tensors than the file begins with: start again "
                 f"without --resume"
             )
 

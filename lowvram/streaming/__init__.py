@@ -1,3 +1,1 @@
-"""Blocks of weights on their way from disk and RAM into the device, ahead of the computation that
-needs them.
-"""
+"""Streaming: load blocks of weights from disk and RAM to the device ahead of their computation."""

@@ -1,6 +1,4 @@
-"""A block of weights as it lies in its slot: typed views, and one view over neighbours that are
-multiplied together.
-"""
+"""Typed views of a block of weights in its slot, also of adjacent tensors as one."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ BlockTensors = Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]
 
 
 class Adapter(NamedTuple):
-    """A low-rank change of a linear: weight + strength * up @ down. down: [R, K]; up: [N, R]."""
+    """Low-rank adapter of a linear: weight + strength * up @ down. down: [R, K]; up: [N, R]."""
 
     down: Tensor
     up: Tensor
@@ -27,9 +25,10 @@ class Adapter(NamedTuple):
 
 
 class LinearWeights(NamedTuple):
-    """One linear, or several that read the same input, stacked along their outputs.
+    """One linear, or several with the same input, stacked along their outputs.
 
-    weight: [N, K] as stored; scale: [N, 1] float32 of a quantized weight; bias: [N] float32.
+    weight: [N, K] as stored; scale: [N, 1] float32 of a quantized weight, else None; bias: [N]
+    float32.
     """
 
     weight: Tensor
@@ -39,28 +38,32 @@ class LinearWeights(NamedTuple):
 
 
 class BlockView:
-    """Views into one slot, valid until the streamer moves on."""
+    """Views of the tensors of one block in its slot, valid until the slot is released.
+
+    data: the slot, uint8; tensors: dtype, shape and offset of each tensor.
+    """
 
     def __init__(self, data: Tensor, tensors: BlockTensors) -> None:
         self._data = data
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor `name` (without its `blocks.i.` prefix), no copy."""
+        """The tensor `name` (without `blocks.i.`), not copied."""
         return self._span(name, (name,))
 
     def get(self, name: str) -> Tensor | None:
-        """The tensor `name`, or None where the format has none."""
+        """The tensor `name`, or None if the format has no such tensor."""
         return self[name] if name in self._tensors else None
 
     def fused(self, names: Sequence[str]) -> Tensor:
-        """Neighbouring tensors of equal trailing shape as one, stacked along their first dimension,
-        no copy.
+        """Adjacent tensors as one, stacked along their first dimension, not copied.
+
+        Raises `CheckpointError` unless they are adjacent, of one dtype and equal trailing shape.
         """
         return self._span(names[0], names)
 
     def linear(self, *names: str) -> LinearWeights:
-        """The linears `names`, neighbours in the store, as one; no copy."""
+        """Adjacent linears as one, not copied. Raises `CheckpointError` as `fused` does."""
 
         def part(suffix: str) -> Tensor | None:
             parts = [f"{name}.{suffix}" for name in names]
@@ -71,7 +74,7 @@ class BlockView:
         )
 
     def close(self) -> None:
-        """Lets go of the slot, whoever still holds this view."""
+        """Drop the reference to the slot, so that this view no longer keeps it alive."""
         self._data = self._data.new_empty(0)
 
     def _span(self, first: str, names: Sequence[str]) -> Tensor:
@@ -81,8 +84,7 @@ class BlockView:
             other_dtype, other_shape, other_offset = self._tensors[name]
             if (other_dtype, other_shape[1:], other_offset) != (dtype, shape[1:], end):
                 raise CheckpointError(
-                    f"{', '.join(names)} do not lie side by side in the store: quantize the "
-                    f"model again"
+                    f"{', '.join(names)} are not adjacent in the store: quantize the model again"
                 )
             rows += other_shape[0]
             end += math.prod(other_shape) * dtype.itemsize
@@ -90,7 +92,7 @@ class BlockView:
 
 
 class Blocks(Protocol):
-    """What gives the blocks of a schedule, one after the other."""
+    """Source of the blocks of a schedule, in its order."""
 
     def block(self, component: str, index: int) -> AbstractContextManager[BlockView]:
-        """The next block of the schedule, ready to compute with until the context ends."""
+        """The next block of the schedule, ready for computation until the context ends."""

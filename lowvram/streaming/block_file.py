@@ -1,6 +1,4 @@
-"""Where a block's bytes come from: the store's file, read in parts by a few threads, past the page
-cache where the system allows.
-"""
+"""Read blocks from a store file in parallel parts, bypassing the page cache where possible."""
 
 from __future__ import annotations
 
@@ -28,22 +26,23 @@ _log = logging.getLogger(__name__)
 
 
 class DirectReadRefused(Exception):
-    """The file system took O_DIRECT when the file was opened, and refuses it when it is read."""
+    """The file system accepts O_DIRECT when opening a file but not when reading it."""
 
 
 class Readers:
-    """A few threads that run tasks in turn. Daemons, unlike those of `concurrent.futures`: a read
-    that never returns may not keep the process from ending.
+    """A pool of daemon threads.
+
+    Unlike with `concurrent.futures`, a read that never returns does not block the end of the
+    process. Threads start with the first tasks.
     """
 
     def __init__(self, count: int) -> None:
-        """Starts no thread before its first task."""
         self._count = count
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def submit(self, task: Callable[[], None]) -> None:
-        """task: keeps its errors to itself."""
+        """Queue a task, which must not raise."""
         if len(self._threads) < self._count:
             thread = threading.Thread(
                 target=self._work, name=f"lowvram-reader-{len(self._threads)}", daemon=True
@@ -53,14 +52,12 @@ class Readers:
         self._tasks.put(task)
 
     def end(self) -> None:
-        """Each thread ends after the tasks that it finds."""
+        """Let the threads end after the queued tasks; does not wait."""
         for _ in self._threads:
             self._tasks.put(None)
 
     def close(self, patience_s: float) -> bool:
-        """Waits until the threads have ended; False where one is still at work after
-        `patience_s`.
-        """
+        """End the threads and wait for them; False if one still runs after `patience_s` seconds."""
         self.end()
         until_s = time.monotonic() + patience_s
         for thread in self._threads:
@@ -70,22 +67,23 @@ class Readers:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
-            del task  # it holds a buffer
+            del task  # it references a buffer
 
 
 class BlockFile:
-    """Reads byte ranges of one store file straight into buffers; one open file, no mapping, so
-    nothing counts as resident.
+    """Reads the blocks of one store file into buffers, without memory-mapping the file.
 
-    `direct`: reads go past the page cache (O_DIRECT). Elsewhere they are buffered, and the cache is
-    told to drop what was read.
+    direct: reads bypass the page cache (O_DIRECT). Otherwise they are buffered, and the cache is
+    advised to drop the data.
     """
 
     def __init__(
         self, path: Path, ranges: list[tuple[int, int]], part_bytes: int = PART_BYTES
     ) -> None:
-        """ranges: (start, bytes) of each block in the file; part_bytes: what one thread reads at a
-        time, a multiple of a page.
+        """Open the file.
+
+        ranges: (start, bytes) of each block; part_bytes: size of one thread's read, a multiple of
+        `PAGE_BYTES`. Raises `CheckpointError`, and `OSError` when the system is out of memory.
         """
         self.path = path
         self.ranges = ranges
@@ -95,17 +93,16 @@ class BlockFile:
         self._stopped = threading.Event()
         self._hangs = False
         self._readers = Readers(READ_THREADS)
-        weakref.finalize(self, self._readers.end)  # where nobody closes it
+        weakref.finalize(self, self._readers.end)  # if the file is not closed
         self._fd, self.direct = _open(path)
 
     def read_into(self, block: int, buffer: Tensor) -> Tensor:
-        """The block as a view [nbytes] into `buffer`: [>= nbytes + READ_SLACK_BYTES] uint8 on the
-        CPU.
+        """Read a block; returns a view [nbytes] into `buffer`.
 
-        A part that fails or comes short is tried again after short growing delays. Raises
-        `CheckpointError` naming file, block and byte; the same where no byte comes for
-        `HANGING_READ_S`, and such a read may still write into `buffer`. `OSError` is about memory
-        alone.
+        buffer: [>= nbytes + READ_SLACK_BYTES] uint8 on the CPU.
+        Failed and short reads are retried after short, growing delays. Raises `CheckpointError`,
+        naming file, block and byte, also when no data arrive for `HANGING_READ_S`; such a read may
+        still write to `buffer` later. Raises `OSError` only when the system is out of memory.
         """
         with self._one_block:
             if self.direct:
@@ -115,17 +112,15 @@ class BlockFile:
                     os.close(self._fd)
                     self._fd, self.direct = -1, False
                     self._fd = _opened(self.path, os.O_RDONLY | BINARY)
-                    _log.info("%s: the file system reads through its cache only", self.path)
+                    _log.info("%s: the file system does not support direct reads", self.path)
             return self._read(block, buffer)
 
     def stop(self) -> None:
-        """Ends a read that is under way in another thread, at its next part or pause,
-        or after `STOP_GRACE_S`.
-        """
+        """Stop a read in another thread at its next part or pause, or after `STOP_GRACE_S`."""
         self._stopped.set()
 
     def close(self) -> None:
-        """Leaves the file open to a read that does not come back."""
+        """Stop reading and close the file; it stays open if a read hangs."""
         self.stop()
         idle = self._readers.close(0.0 if self._hangs else STOP_GRACE_S)
         if idle and self._fd >= 0:
@@ -140,8 +135,8 @@ class BlockFile:
         length = -(-(lead + nbytes) // page) * page
         if at + length > buffer.numel():
             raise InternalLimitError(
-                f"a buffer of {buffer.numel()} bytes has no room for block {block} of {nbytes} "
-                f"and the slack of its read"
+                f"a buffer of {buffer.numel()} bytes is too small for block {block} of {nbytes} "
+                f"and page alignment"
             )
         target = buffer.numpy().data[at : at + length]
         parts = []
@@ -153,9 +148,8 @@ class BlockFile:
                 )
         self._read_parts(block, parts)
         if not self.direct and hasattr(os, "posix_fadvise"):
-            # advice: where it is refused, the cache keeps what it likes
-            with contextlib.suppress(OSError):
-                # the whole file: what was read ahead, too
+            with contextlib.suppress(OSError):  # only advice
+                # for the whole file, to include data that were read ahead
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return buffer[at + lead : at + lead + nbytes]
 
@@ -163,7 +157,7 @@ class BlockFile:
         """parts: (target, offset, bytes needed)."""
         if self._hangs:
             raise CheckpointError(
-                f"{self.path}: block {block} is not read: the disk hangs: {CHECK_DISK}"
+                f"{self.path}: block {block} cannot be read: the disk hangs: {CHECK_DISK}"
             )
         reading = Reading(f"{self.path}: block {block}", len(parts), self._stopped)
         for number, part in enumerate(parts):
@@ -178,9 +172,7 @@ class BlockFile:
     def _read_part(
         self, reading: Reading, block: int, target: memoryview, offset: int, needed: int
     ) -> None:
-        """Fills target[:needed] from `offset`; what lies behind `needed` only makes the read a
-        whole number of pages.
-        """
+        """Read target[:needed] from `offset`; the rest of `target` pads the read to whole pages."""
         page = PAGE_BYTES if self.direct else 1
         done = failures = 0
         while done < needed:
@@ -211,9 +203,7 @@ class BlockFile:
         return read_at(self._fd, target, offset, self._seek)
 
     def _shortage(self, block: int, count: int) -> OSError:
-        """What it means that fewer bytes came than were asked for. Raises `CheckpointError` where
-        the file ends too early.
-        """
+        """The error of a short read. Raises `CheckpointError` when the file is truncated."""
         start, nbytes = self.ranges[block]
         size = os.fstat(self._fd).st_size
         if size < start + nbytes:
@@ -221,11 +211,11 @@ class BlockFile:
                 f"{self.path}: block {block} ends at byte {size}, expected {start + nbytes}: "
                 f"truncated; quantize again or restore it"
             )
-        return OSError(errno.EIO, f"only {count} bytes came")
+        return OSError(errno.EIO, f"only {count} bytes were read")
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """A file descriptor, and whether it reads past the page cache. Raises as `_opened` does."""
+    """A file descriptor, and whether it bypasses the page cache. Raises as `_opened` does."""
     direct = getattr(os, "O_DIRECT", 0) if hasattr(os, "preadv") else 0
     if direct:
         try:
@@ -237,7 +227,7 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _opened(path: Path, flags: int) -> int:
-    """Raises `CheckpointError`, and `OSError` where the system lacks memory."""
+    """Raises `CheckpointError`, and `OSError` when the system is out of memory."""
     try:
         return os.open(path, flags)
     except OSError as error:
@@ -248,6 +238,6 @@ def _cannot_open(path: Path, error: OSError) -> Exception:
     if error.errno == errno.ENOMEM:
         return error
     return CheckpointError(
-        f"{path} cannot be opened: {error.strerror or error}: check the disk, and that "
-        f"the model is still there"
+        f"cannot open {path}: {error.strerror or error}: check the disk, and that the model still "
+        f"exists"
     )

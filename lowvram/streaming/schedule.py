@@ -1,6 +1,4 @@
-"""The order in which blocks are visited and the buffers each one passes: pure arithmetic, so that
-it can be checked by itself.
-"""
+"""Assign device slots, RAM buffers and staging buffers to the visits of blocks. No torch."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ NEVER = -1
 
 @dataclass(frozen=True)
 class Visit:
-    """One use of one block. `slot`: where on the device; `load`: whether bytes must be brought
-    there first; `after`: the earlier visit that must be over before this slot may be overwritten
-    (-1: none).
+    """One use of one block. Visits are numbered by their place in the schedule; `NEVER` is none.
 
-    `host`: the RAM buffer that keeps the block (None: none does); `read`: whether the disk must be
-    read; `host_after`: the earlier visit that was the last to load what the RAM buffer held before.
-    `stage`: the staging buffer that the load passes (None: it goes straight from the RAM buffer, or
-    from the disk into the slot); `stage_after`: the earlier visit whose copy must have left it.
+    slot: device slot of the block; load: whether it must be copied there first; after: the visit
+    that must end before the slot may be overwritten.
+    host: RAM buffer that keeps the block, or None; read: whether it must be read from disk;
+    host_after: the last visit that copied the previous content of the RAM buffer.
+    stage: staging buffer of the copy, or None for a copy from the RAM buffer, or a read from disk
+    into the slot; stage_after: the visit whose copy out of the staging buffer must be complete.
     """
 
     block: BlockId
@@ -35,35 +33,33 @@ class Visit:
 
 
 def spread(count: int, total: int) -> list[int]:
-    """`count` of the numbers 0 .. total - 1, evenly apart; the last number is always one of
-    them.
-    """
+    """`count` evenly spaced numbers from 0 .. total - 1, always including the last one."""
     return [
         number for number in range(total) if (number + 1) * count // total > number * count // total
     ]
 
 
 def tiers(num_blocks: int, resident_blocks: int, host_blocks: int) -> tuple[list[int], list[int]]:
-    """(blocks that stay on the device, blocks that are kept in RAM), of one component.
+    """Blocks of a component that stay on the device, and blocks that stay in RAM.
 
-    Both are fixed sets, because a cyclic scan defeats any least-recently-used cache, and both are
-    spread: what travels has the time of the blocks between to arrive, and what comes from the disk
-    that of the ones from RAM.
+    Both sets are fixed, because a least-recently-used cache never hits in a cyclic scan. Both are
+    evenly spaced, so that the copies of streamed blocks overlap with the computation of resident
+    ones, and disk reads with copies from RAM.
     """
-    travelling = spread(num_blocks - resident_blocks, num_blocks)
+    streamed = spread(num_blocks - resident_blocks, num_blocks)
     from_disk = {
-        travelling[place]
-        for place in spread(max(0, len(travelling) - host_blocks), len(travelling))
+        streamed[place] for place in spread(max(0, len(streamed) - host_blocks), len(streamed))
     }
-    away = set(travelling)
-    return [block for block in range(num_blocks) if block not in away], [
-        block for block in travelling if block not in from_disk
+    not_resident = set(streamed)
+    return [block for block in range(num_blocks) if block not in not_resident], [
+        block for block in streamed if block not in from_disk
     ]
 
 
 def _locked_first(kept: list[int], pinned: int) -> list[int]:
-    """`kept` with those first that get page-locked buffers: spread as well, since the others take a
-    copy more on their way.
+    """Order the blocks in RAM: those with page-locked buffers first.
+
+    These are evenly spaced, too, because a block in a pageable buffer needs one more copy.
     """
     locked = {kept[place] for place in spread(min(pinned, len(kept)), len(kept))}
     return sorted(kept, key=lambda block: block not in locked)
@@ -77,12 +73,15 @@ def assign_slots(
     staging_buffers: int = 0,
     pinned: Collection[int] = (),
 ) -> list[Visit]:
-    """Slots 0 .. resident-1 keep blocks of the component at work, host buffers others, as `tiers`
-    says; the ring is for all that travel.
+    """Turn a schedule of blocks into visits with assigned buffers.
 
-    schedule: whole passes through a component's blocks. When the component changes (the expert
-    switch), its blocks take the same slots over as they are first visited. Loads take turns at the
-    staging buffers, but for those whose host buffer is one of `pinned`; without staging none does.
+    schedule: whole passes through a component's blocks.
+    resident_blocks, host_blocks: number of blocks that stay on the device and in RAM, by `tiers`.
+    ring_slots: number of slots for streamed blocks, used in turn.
+    staging_buffers: number of staging buffers, used in turn by loads without a pinned RAM buffer.
+    pinned: indices of the pinned RAM buffers.
+    When the component changes (the expert switch), its blocks take over the same slots at their
+    first visit.
     """
     in_slot: dict[int, BlockId] = {}
     in_host: dict[int, BlockId] = {}

@@ -1,6 +1,4 @@
-"""The device memory that blocks land in, and the host memory that they pass through: equal buffers,
-made and handed back together.
-"""
+"""Buffers of equal size for blocks, on the device and on the host."""
 
 from __future__ import annotations
 
@@ -17,18 +15,23 @@ _log = logging.getLogger(__name__)
 
 
 class Pinner(Protocol):
-    """Locks and unlocks the pages of host memory."""
+    """Pins and unpins host memory."""
 
-    def pin(self, buffer: Tensor) -> bool: ...
+    def pin(self, buffer: Tensor) -> bool:
+        """Page-lock a buffer; False when the driver refuses."""
+        ...
 
-    def unpin(self, buffer: Tensor) -> None: ...
+    def unpin(self, buffer: Tensor) -> None:
+        """Unlock a buffer that `pin` has locked."""
+        ...
 
 
 class Slots:
-    """`count` buffers of `slot_bytes` each, taken from one budget at once and handed back together.
+    """`count` buffers of `slot_bytes` each, allocated and freed together.
 
-    `pinned`: numbers of the buffers that are page-locked. Raises `OutOfMemoryError` and keeps
-    nothing where one cannot be had.
+    pinned: indices of the page-locked buffers.
+    The constructor raises `OutOfMemoryError` when a buffer cannot be allocated, and frees the
+    others.
     """
 
     def __init__(
@@ -52,20 +55,17 @@ class Slots:
         return self._buffers[number]
 
     def pin(self, count: int, pinner: Pinner) -> None:
-        """Page-locks the first `count` buffers; where the driver refuses one, it and those after it
-        stay pageable.
-        """
+        """Page-lock the first `count` buffers, up to the first that the driver refuses."""
         self._pinner = pinner
         for number, buffer in enumerate(self._buffers[:count]):
             try:
-                locked, reason = pinner.pin(buffer), "the driver's limit is reached"
+                locked, reason = pinner.pin(buffer), "driver limit reached"
             except (RuntimeError, OSError) as error:
                 locked, reason = False, str(error)
             if not locked:
                 refused = f"{self._label} {number} to {count - 1}"
                 _log.warning(
-                    "page-locking %s was refused (%s): pageable now, slower and with the "
-                    "same result",
+                    "could not page-lock %s (%s): their copies are slower, results do not change",
                     refused,
                     reason,
                 )
@@ -73,6 +73,7 @@ class Slots:
             self.pinned.add(number)
 
     def close(self) -> None:
+        """Unpin and free all buffers."""
         for number in sorted(self.pinned):
             if self._pinner is not None:
                 self._pinner.unpin(self._buffers[number])

@@ -1,1 +1,1 @@
-"""Seconds of a run before it starts: arithmetic without torch."""
+"""Predicted times of a run, computed without torch."""

@@ -1,10 +1,8 @@
-"""Cards that people have, from their data sheets, and what is predicted of their peaks from the
-machine code of lowvram's kernels.
+"""Table of GPUs: peak rates from data sheets, and the shares that lowvram is expected to reach.
 
-Data sheets give peaks; nothing here was measured by lowvram. Peaks of GeForce cards follow from
-cores and boost clock, as in NVIDIA's
-architecture papers: dense tensor rates with exact accumulation are 2 (bf16), 4 (fp8) and 8 (int8)
-times the fp32 rate of 2 operations per core and clock, which gives the peaks of
+Nothing here was measured by lowvram. Peaks of GeForce cards follow from cores and boost clock, as
+in NVIDIA's architecture papers: dense tensor rates with exact accumulation are 2 (bf16), 4 (fp8)
+and 8 (int8) times the fp32 rate of 2 operations per core and clock, which gives the peaks of
 `docs/facts/kernels.md` section 5 (3090: 71 and 284; 4090: 165, 330 and 660; 5090: 209 and 838).
 """
 
@@ -19,32 +17,30 @@ from lowvram.hardware.profile import GIVEN, PINNED_SHARE, PREDICTED, TABLE, Mach
 from lowvram.units import parse_bytes
 
 GIB = 2**30
-# Whose times are predicted where nobody names a card and none was measured (`card_with`).
+# Card for predictions when none is named or measured (`card_with`).
 REFERENCE_CARD = "RTX 4090"
-# Host to device, bytes per second and lane from pinned memory: 12, 25 and 50 GB/s over 16 lanes
-# (kernels 5).
+# Host to device from pinned memory, in bytes/s per lane, by PCIe generation; generations 3 to 5
+# give 12, 25 and 50 GB/s over 16 lanes (kernels 5).
 LANE_BYTES_S = {2: 0.375e9, 3: 0.75e9, 4: 1.5625e9, 5: 3.125e9}
-# An NVMe disk of 3.5 GB/s (design section 1), a copy within host memory by one thread, and the
-# host's memory where nobody names it.
-DISK_BYTES_S = 3.5e9
-HOST_COPY_BYTES_S = 10e9
-RAM_BYTES = 32 * GIB
+DISK_BYTES_S = 3.5e9  # an NVMe disk (design section 1)
+HOST_COPY_BYTES_S = 10e9  # a copy within host memory by one thread
+RAM_BYTES = 32 * GIB  # default RAM of a machine with a card of the table
 ELEMENTWISE_SHARE = 0.9  # of the memory bandwidth (kernels 5)
-# cuDNN's 3-D convolutions run in TF32, whose peak is half of bf16's, and reach half of that: an
-# assumption without a source.
+# Of the bf16 peak: cuDNN's 3-D convolutions run in TF32, whose peak is half of bf16's, and are
+# assumed to reach half of that, without a source.
 CONV_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Achievable:
-    """Shares of a card's dense peaks that lowvram's kernels and the libraries' are expected to
-    reach. Nothing here was measured.
+    """Expected shares of a card's dense peak rates, not measured by lowvram.
 
-    gemm_int8, gemm_fp8: linears, each of its own peak; attention: of the int8 peak; bf16,
-    attention_bf16: the libraries' kernels, of the bf16 peak. basis: of the first three, `PREDICTED`
-    where they follow from the machine code (docs/benchmarks/kernels.md, "Bounds from machine
-    code"), `TABLE` where they are assumed; source: of the rest, by section of
-    docs/facts/kernels.md.
+    gemm_int8, gemm_fp8: linears, as a share of the peak of the same type.
+    attention: lowvram's attention, as a share of the int8 peak.
+    bf16, attention_bf16: kernels of the libraries, as a share of the bf16 peak.
+    basis: origin of the first three: `PREDICTED` from machine code (docs/benchmarks/kernels.md,
+    "Bounds from machine code"), or `TABLE` if assumed.
+    source: origin of the other two, by section of docs/facts/kernels.md.
     """
 
     gemm_int8: float
@@ -56,7 +52,7 @@ class Achievable:
     source: str
 
 
-# The first three of each row are `scripts/static_bound.py`'s `shares`; a test holds them together.
+# The first three of each row are the `shares` of `scripts/static_bound.py`; a test compares them.
 ACHIEVABLE = {
     "ampere": Achievable(
         0.644, None, 0.524, 0.85, 0.95, PREDICTED, "2.7: FA2 68-71 of 71 on a 3090"
@@ -77,8 +73,9 @@ ACHIEVABLE = {
 
 @dataclass(frozen=True)
 class Card:
-    """One card by its data sheet: dense peaks with exact accumulation; fp8_ops_s is None where its
-    tensor cores have no fp8.
+    """Data sheet of one card: dense peak rates with exact accumulation.
+
+    fp8_ops_s: None if the tensor cores have no fp8.
     """
 
     name: str
@@ -93,6 +90,7 @@ class Card:
 
     @property
     def link_bytes_s(self) -> float:
+        """Speed of copies from pinned host memory to the card, in bytes/s."""
         return LANE_BYTES_S[self.pcie_generation] * self.pcie_lanes
 
     def profile(
@@ -101,8 +99,9 @@ class Card:
         link_bytes_s: float | None = None,
         disk_bytes_s: float | None = None,
     ) -> MachineProfile:
-        """What a machine with this card is predicted to do; the last two replace the table's own
-        where the user names them.
+        """Predicted speeds of a machine with this card.
+
+        link_bytes_s, disk_bytes_s: given by the user instead of the table's values.
         """
         share = ACHIEVABLE[self.architecture]
         profile = MachineProfile(
@@ -197,11 +196,10 @@ CARDS = (
 
 
 def find_card(name: str) -> Card:
-    """The card of this name; case, spaces, hyphens, makers' names and a memory size that need not
-    be told apart do not matter.
+    """Find a card by name; case, spaces, hyphens and makers' names are ignored.
 
-    Raises `UsageError` with close names where there is none, and with all that it may mean where
-    there are several.
+    The memory size may be left out if only one card has the name. Raises `UsageError` for an
+    unknown name, listing similar names, and for an ambiguous one, listing all matches.
     """
     wanted = _plain(name)
     for of in (_plain, _family):
@@ -209,7 +207,7 @@ def find_card(name: str) -> Card:
         if len(found) == 1:
             return found[0]
         if found:
-            raise UsageError(f"{name!r} may be {_listed(found)}: name its memory too")
+            raise UsageError(f"{name!r} may be {_listed(found)}: add the memory size")
     close = difflib.get_close_matches(
         wanted, [_plain(card.name) for card in CARDS], n=4, cutoff=0.5
     )
@@ -218,23 +216,25 @@ def find_card(name: str) -> Card:
 
 
 def card_with(vram_bytes: int) -> Card:
-    """`REFERENCE_CARD` where it has this much VRAM, else the smallest card that has, else the
-    largest of the table.
+    """Card of the table with at least `vram_bytes` of VRAM.
+
+    `REFERENCE_CARD` if it is large enough, else the smallest that is, else the largest card.
     """
-    having = [card for card in CARDS if card.vram_bytes >= vram_bytes]
+    large_enough = [card for card in CARDS if card.vram_bytes >= vram_bytes]
     reference = find_card(REFERENCE_CARD)
-    if reference in having:
+    if reference in large_enough:
         return reference
     return (
-        min(having, key=lambda card: card.vram_bytes)
-        if having
+        min(large_enough, key=lambda card: card.vram_bytes)
+        if large_enough
         else max(CARDS, key=lambda card: card.vram_bytes)
     )
 
 
 def parse_link(text: str) -> float:
-    """A link: `PCIe 4.0 x16` (or `4.0x8`, `gen3 x16`) or a speed such as `12GB` or `12GB/s` ->
-    bytes per second. Raises `UsageError`.
+    """Parse the speed of a link into bytes/s: `PCIe 4.0 x16`, `4.0x8`, `gen3 x16` or `12GB/s`.
+
+    Raises `UsageError`.
     """
     match = re.fullmatch(
         r"\s*(?:pcie|pci-e|gen)?\s*(?:gen)?\s*(\d)(?:\.0)?\s*x\s*(\d+)\s*", text.lower()
@@ -242,7 +242,7 @@ def parse_link(text: str) -> float:
     if match is None:
         return _speed(
             text,
-            'name a link like "PCIe 4.0 x8", or its speed like 12GB, what it carries in a second',
+            'write it like "PCIe 4.0 x8", or give the bytes per second like 12GB',
         )
     generation, lanes = int(match[1]), int(match[2])
     if generation not in LANE_BYTES_S or lanes not in (1, 2, 4, 8, 16):
@@ -254,8 +254,8 @@ def parse_link(text: str) -> float:
 
 
 def parse_speed(text: str) -> float:
-    """A disk: `3.5GB` or `3.5 GB/s` -> bytes per second. Raises `UsageError`."""
-    return _speed(text, "write it like 3.5GB, what the disk reads in a second")
+    """Parse the speed of a disk into bytes/s: `3.5GB` or `3.5 GB/s`. Raises `UsageError`."""
+    return _speed(text, "give the bytes that the disk reads per second, like 3.5GB")
 
 
 def _speed(text: str, advice: str) -> float:
@@ -263,9 +263,9 @@ def _speed(text: str, advice: str) -> float:
     try:
         speed = parse_bytes(amount)
     except UsageError as error:
-        raise UsageError(f"cannot read the speed {text!r}: {advice}") from error
+        raise UsageError(f"invalid speed {text!r}: {advice}") from error
     if speed < 1:
-        raise UsageError(f"a speed of {text!r} is none: {advice}")
+        raise UsageError(f"speed {text!r} is not positive: {advice}")
     return float(speed)
 
 
@@ -274,7 +274,7 @@ def _plain(name: str) -> str:
 
 
 def _family(name: str) -> str:
-    """The name without its memory: what most people say."""
+    """Name of a card without its memory size."""
     return _plain(re.sub(r"\s+\d+GB$", "", name))
 
 

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from lowvram_kernels.sizes import KEY_TILE
 
 from lowvram.hardware.profile import MachineProfile
-from lowvram.planner.plan import CHUNK_TOKENS, MemoryPlan, PlanChoice
+from lowvram.planner.phases import PlanChoice
+from lowvram.planner.plan import CHUNK_TOKENS, MemoryPlan
 from lowvram.planner.prediction import Prediction
-from lowvram.request import latent_shape
+from lowvram.request import Workload
 from lowvram.sigmas import high_noise_steps
 from lowvram.store.layout import component_layout
 from lowvram.streaming.schedule import BlockId, assign_slots
 from lowvram.timing.predict import block_seconds, decode_seconds, text_seconds
-from lowvram.timing.simulate import Speeds, Timeline, simulate
-from lowvram.variants import EXPERTS, ModelConfig
+from lowvram.timing.simulate import HopSpeeds, Timeline, simulate
+from lowvram.variants import EXPERTS
 
 # Steps of each expert that are simulated; the others repeat the last of them.
 SIMULATED_STEPS = 3
@@ -28,26 +29,17 @@ class Forecast:
     """Predicts plans of one request on one machine: `forecast(plan)` is what
     `planner.plan.choose_plan` asks.
 
-    branches: guidance branches of the high- and the low-noise expert; None where the format's rates
-    are unknown.
+    It is None where the rates of the workload's format are unknown.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        format: str,
-        profile: MachineProfile,
-        steps: int,
-        shift: float,
-        boundary: float,
-        branches: tuple[int, int] = (2, 2),
-    ) -> None:
-        high = high_noise_steps(steps, shift, boundary)
-        self._config, self._format, self._profile = config, format, profile
-        self._steps, self._branches = (high, steps - high), branches
+    def __init__(self, workload: Workload, profile: MachineProfile) -> None:
+        high = high_noise_steps(workload.steps, workload.shift, workload.boundary)
+        self._workload, self._profile = workload, profile
+        self._steps, self._branches = (high, workload.steps - high), workload.branches
         self._block_s: dict[tuple[int, int], float | None] = {}
         expert, text = (
-            component_layout(name, config, format) for name in (EXPERTS[0], "text_encoder")
+            component_layout(name, workload.config, workload.format.name)
+            for name in (EXPERTS[0], "text_encoder")
         )
         self._rest_bytes = 2 * sum(tensor.nbytes for tensor in expert.rest)
         self._text_parameters = sum(
@@ -58,15 +50,17 @@ class Forecast:
     def pinned_limit_bytes(self) -> int:
         return self._profile.pinned_limit_bytes
 
-    def speeds(self, staged: bool) -> Speeds:
+    def speeds(self, staged: bool) -> HopSpeeds:
         profile = self._profile
-        return Speeds(profile.disk_bytes_s, profile.host_copy_bytes_s, profile.link_bytes_s, staged)
+        return HopSpeeds(
+            profile.disk_bytes_s, profile.host_copy_bytes_s, profile.link_bytes_s, staged
+        )
 
     def __call__(self, plan: MemoryPlan) -> Prediction | None:
         """None where the machine's profile has no rate for the plan's format."""
-        block_s = self._block_seconds(plan.num_tokens, plan.choice.chunk_tokens)
-        longest_chunk = min(CHUNK_TOKENS[0], -(-plan.num_tokens // KEY_TILE) * KEY_TILE)
-        unbounded_s = self._block_seconds(plan.num_tokens, longest_chunk)
+        block_s = self._block_seconds(plan.workload.num_tokens, plan.choice.chunk_tokens)
+        longest_chunk = min(CHUNK_TOKENS[0], -(-plan.workload.num_tokens // KEY_TILE) * KEY_TILE)
+        unbounded_s = self._block_seconds(plan.workload.num_tokens, longest_chunk)
         if block_s is None or unbounded_s is None:
             return None
         steps = [min(count, SIMULATED_STEPS) for count in self._steps]
@@ -83,7 +77,6 @@ class Forecast:
         longest = max(range(2), key=lambda expert: self._steps[expert])
         moved = self._bytes(plan, timeline, lengths, steps, repeated)
         switch_s = max(0.0, durations[steps[0]] - steady[1]) if all(steps) else 0.0
-        latents = latent_shape(self._config, plan.width, plan.height, plan.num_frames)
         return Prediction(
             machine=self._profile.name,
             basis=self._profile.basis,
@@ -102,7 +95,7 @@ class Forecast:
             conditioning_s=self._rest_bytes
             * (1 / self._profile.disk_bytes_s + 1 / self._profile.link_bytes_s),
             denoise_s=denoise_s,
-            decode_s=decode_seconds(self._config, latents, plan.vae_tile_pixels, self._profile),
+            decode_s=decode_seconds(plan.workload, plan.vae_tile_pixels, self._profile),
             read_bytes=moved[0],
             host_copy_bytes=moved[1],
             link_bytes=moved[2],
@@ -112,7 +105,9 @@ class Forecast:
         """`predict.block_seconds`, computed once for each pair."""
         key = num_tokens, chunk_tokens
         if key not in self._block_s:
-            self._block_s[key] = block_seconds(self._config.dit, self._format, *key, self._profile)
+            self._block_s[key] = block_seconds(
+                self._workload.config.dit, self._workload.format, *key, self._profile
+            )
         return self._block_s[key]
 
     def _timeline(
@@ -165,8 +160,8 @@ class Forecast:
 
     def _text_seconds(self, plan: MemoryPlan) -> float:
         """Two prompts of full length through the encoder, whose blocks come from the disk."""
-        text = self._config.text_encoder
-        tokens = max(self._branches) * self._config.dit.text_len
+        text = self._workload.config.text_encoder
+        tokens = max(self._branches) * self._workload.config.dit.text_len
         compute_s = text_seconds(text, tokens, self._text_parameters, self._profile)
         visits = assign_slots(
             [("text_encoder", index) for index in range(text.num_layers)],
@@ -185,7 +180,7 @@ def simulate_choice(
     choice: PlanChoice,
     block_bytes: int,
     compute_s: float | Sequence[float],
-    speeds: Speeds,
+    speeds: HopSpeeds,
     staging_buffers: int = 2,
     step_lengths: Sequence[int] = (),
 ) -> Timeline:

@@ -1,55 +1,49 @@
-"""How long a plan's computations are predicted to take on a machine of known rates: pure
-arithmetic, no torch, nothing measured.
-"""
+"""Predict the computing times of a plan from the rates of a machine. No torch."""
 
 from __future__ import annotations
 
 import math
 
 from lowvram.checkpoint.names import vae_shapes
+from lowvram.formats import Format
 from lowvram.hardware.profile import MachineProfile
 from lowvram.planner.vae import VAE_TILE_OVERLAP_PIXELS
-from lowvram.planner.workspace import element_bytes
-from lowvram.request import LatentShape
-from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from lowvram.request import Workload
+from lowvram.variants import DiTConfig, TextEncoderConfig, VAEConfig
 
-# Rows of a GEMM's and queries of attention's tile: a chunk that ends inside one computes the rest
-# of it in vain.
+# Rows of a tile of GEMM and attention: a chunk is padded to a multiple of it.
 TILE_ROWS = 128
-# Kernels that a quantized block starts for every chunk of tokens, and once per visit: the ops, and
-# what torch computes between them, above all the angles of a chunk's tokens, twice. A test counts
-# them.
+# Kernel launches of a quantized block per chunk of tokens and per visit: the ops, and torch code
+# between them, mostly for the angles of a chunk's tokens, twice. A test counts them.
 LAUNCHES_PER_CHUNK = 46
 LAUNCHES_PER_VISIT = 47
 
 
 def linear_ops(config: DiTConfig, rows: int) -> int:
-    """Operations of a block's linears over `rows` tokens; those of the text's keys and values are
-    `text_ops`.
-    """
+    """Operations of a block's linears over `rows` tokens, without the text's keys and values."""
     return 2 * rows * (6 * config.dim**2 + 2 * config.dim * config.ffn_dim)
 
 
 def text_ops(config: DiTConfig) -> int:
-    """Operations of the keys and values of the text, once per visit and branch."""
+    """Operations of the linears for the text's keys and values, once per visit and branch."""
     return 4 * config.text_len * config.dim**2
 
 
 def attention_ops(config: DiTConfig, queries: int, keys: int) -> int:
+    """Operations of attention of `queries` tokens over `keys` tokens, all heads."""
     return 4 * queries * keys * config.dim
 
 
 def block_seconds(
-    config: DiTConfig, format: str, num_tokens: int, chunk_tokens: int, profile: MachineProfile
+    config: DiTConfig, format: Format, num_tokens: int, chunk_tokens: int, profile: MachineProfile
 ) -> float | None:
-    """Computing one block for one branch in chunks; None where the profile has no rate for the
-    format.
+    """Seconds to compute one block for one branch; None if the profile has no rate for the format.
 
-    Per chunk: every linear is bound by its operations or by reading its weights, attention by its
-    operations, the fused element-wise kernels by the bytes that they read and write; on a GPU the
-    launches run beside all this and bound it only where chunks are small.
+    Per chunk, each linear is bound by its operations or by its memory traffic, attention by its
+    operations, and the fused element-wise kernels by their memory traffic. On a GPU, launches
+    overlap with this and are the bound only for small chunks.
     """
-    gemm, attend = profile.gemm_ops_s(format), profile.attention_rate(format)
+    gemm, attend = profile.gemm_ops_s(format.name), profile.attention_rate(format.name)
     if gemm is None or attend is None:
         return None
     whole, rest = divmod(num_tokens, chunk_tokens)
@@ -68,19 +62,19 @@ def block_seconds(
 
 def _chunk_seconds(
     config: DiTConfig,
-    format: str,
+    format: Format,
     rows: int,
     keys: int,
     gemm: float,
     attend: float,
     bandwidth: float,
 ) -> float:
-    compute, code = element_bytes(format)
+    compute, code = format.float_bytes, format.code_bytes
     dim, ffn = config.dim, config.ffn_dim
     padded = math.ceil(rows / TILE_ROWS) * TILE_ROWS
     added = 8 * dim  # x, fp32, read and written
-    # (inputs, outputs, bytes written per row): k and v together; q and o, twice; both of the
-    # feed-forward
+    # (inputs, outputs, bytes written per row): k and v together; q and o of both attentions; both
+    # linears of the feed-forward
     linears = (
         (dim, 2 * dim, 2 * dim * compute),
         *((dim, dim, dim * compute), (dim, dim, added)) * 2,
@@ -98,13 +92,13 @@ def _chunk_seconds(
     return seconds + rows * elementwise_bytes(config, format) / bandwidth
 
 
-def elementwise_bytes(config: DiTConfig, format: str) -> int:
+def elementwise_bytes(config: DiTConfig, format: Format) -> int:
     """Bytes that a block's fused element-wise kernels read and write per token.
 
-    Four LayerNorms (x in fp32, codes out), k twice and q twice through RMSNorm and RoPE or their
-    like, v, two inputs of o, and GELU.
+    Four LayerNorms (fp32 in, codes out), RMSNorm and RoPE of q and k (counted twice each), v, the
+    inputs of both o, and GELU.
     """
-    compute, code = element_bytes(format)
+    compute, code = format.float_bytes, format.code_bytes
     norms = 4 * config.dim * (4 + code)
     heads = 4 * config.dim * (compute + code)
     rows = 2 * config.dim * (compute + code)
@@ -114,8 +108,9 @@ def elementwise_bytes(config: DiTConfig, format: str) -> int:
 def text_seconds(
     config: TextEncoderConfig, tokens: int, block_parameters: int, profile: MachineProfile
 ) -> float:
-    """Computing one block of the text encoder for `tokens` of prompts: weights become floats, then
-    bf16 products.
+    """Seconds to compute one block of the text encoder for `tokens` tokens.
+
+    The weights are dequantized, then multiplied in bf16.
     """
     rate = profile.gemm_bf16_ops_s
     attention = 4 * tokens * tokens * config.num_heads * config.head_dim
@@ -125,14 +120,15 @@ def text_seconds(
 
 
 def decode_ops(config: VAEConfig) -> float:
-    """Operations of the VAE's decoder per pixel and frame of the output (spec 4.2): every
-    convolution at its level's resolution.
+    """Operations of the VAE's decoder per output pixel and frame (spec 4.2).
+
+    Counts each convolution at the resolution of its level.
     """
     up = tuple(reversed(config.temporal_downsample))
     per_level = config.num_res_blocks + 2  # the residual blocks, then the resampler
 
     def share(level: int) -> float:
-        """Positions of a level per pixel and frame of the output."""
+        """Positions of a level per output pixel and frame."""
         return 0.25 ** (len(up) - level) * 0.5 ** sum(up[level:])
 
     total = 0.0
@@ -147,17 +143,15 @@ def decode_ops(config: VAEConfig) -> float:
         level = len(up) if parts[1] == "head" else 0
         if parts[1] == "upsamples":
             level, number = divmod(int(parts[2]), per_level)
-            # a resampler's spatial convolution comes after it has grown
+            # the spatial convolution of a resampler runs at the upsampled resolution
             level += number == per_level - 1 and "time_conv" not in parts
         total += 2 * math.prod(shape) * share(level)
     return total
 
 
-def decode_seconds(
-    config: ModelConfig, latents: LatentShape, tile_pixels: int, profile: MachineProfile
-) -> float:
-    """Decoding the clip in overlapping tiles and copying it to the host as fp32."""
-    vae = config.vae
+def decode_seconds(workload: Workload, tile_pixels: int, profile: MachineProfile) -> float:
+    """Seconds to decode the clip in overlapping tiles and to copy it to the host as fp32."""
+    vae, latents = workload.config.vae, workload.latents
     height, width = latents.height * vae.spatial_stride, latents.width * vae.spatial_stride
     frames = (latents.frames - 1) * vae.temporal_stride + 1
     pixels = frames * _tiled(height, tile_pixels) * _tiled(width, tile_pixels)
@@ -165,9 +159,7 @@ def decode_seconds(
 
 
 def _tiled(length: int, tile: int) -> int:
-    """Pixels along one side that tiles of `tile` pixels decode, overlaps counted twice; 0 is no
-    tiling.
-    """
+    """Pixels that tiles of `tile` pixels decode along one side, with overlaps; 0: no tiling."""
     if not tile or length <= tile:
         return length
     return (math.ceil((length - tile) / (tile - VAE_TILE_OVERLAP_PIXELS)) + 1) * tile

@@ -1,10 +1,10 @@
-"""A model of time: when every read, copy and computation of a schedule begins and ends, by the
-streamer's own rules. No torch.
+"""Simulate the streamer: start and end of each read, copy and computation of a schedule. No torch.
 
-Disk, copies within the host and the link each have a worker that walks the visits in order, as in
-`streaming.streamer`; the link and computing are queues of the device. What waits for what is in the
-visits: `stage_after` and `host_after` for a buffer's last copy, `after` for the computation that
-used a slot. A computation waits for its block's copy and for the one before it.
+The rules are those of `streaming.streamer`. Disk, copies within the host and the link each have a
+worker that processes the visits in order; the link and the computation are queues of the device.
+Dependencies come from the visits: `stage_after` and `host_after` for the last copy out of a buffer,
+`after` for the computation that used a slot. A computation waits for its block's copy and for the
+computation before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lowvram.streaming.schedule import NEVER, Visit
 
 
 @dataclass(frozen=True)
-class Speeds:
+class HopSpeeds:
     """Bytes per second of every hop. staged: the device's memory is not the host's (as in
     `transport.Transport`).
     """
@@ -29,11 +29,11 @@ class Speeds:
 
 
 class VisitTimes(NamedTuple):
-    """One visit, in seconds from the start. Where a hop is not used, its start equals its end.
+    """Times of one visit in seconds from the start; start and end of an unused hop are equal.
 
-    read: from the disk; stage: from pageable RAM into staging; copy: into the slot, issued at
-    `issued_s` and under way between the next two; compute; `released_s`: when the host goes on,
-    which lets the link's worker issue the next copy into the slot.
+    read: from the disk; stage: from pageable RAM into a staging buffer.
+    issued_s: when the copy into the slot is issued; copy: when it runs.
+    released_s: when the host continues, after which the next copy into the slot can be issued.
     """
 
     read_start_s: float
@@ -50,8 +50,9 @@ class VisitTimes(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """All visits in order, and what they moved. `stall_s`: how long computing stood still before
-    each visit.
+    """Simulated times of all visits in order, and the bytes moved by each hop.
+
+    stall_s: idle time of the computation before each visit.
     """
 
     visits: tuple[VisitTimes, ...]
@@ -62,6 +63,7 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
+        """End of the last computation."""
         return self.visits[-1].compute_end_s if self.visits else 0.0
 
 
@@ -69,11 +71,14 @@ def simulate(
     visits: Sequence[Visit],
     block_bytes: int,
     compute_s: float | Sequence[float],
-    speeds: Speeds,
+    speeds: HopSpeeds,
     step_starts: frozenset[int] = frozenset(),
 ) -> Timeline:
-    """Runs the schedule. compute_s: of every visit, or of each; step_starts: numbers of the visits
-    before which the host waits for the device, as it does after every denoising step.
+    """Simulate the schedule.
+
+    compute_s: computing time of each visit, or one for all.
+    step_starts: indices of visits before which the host waits for the device, as it does after each
+    denoising step.
     """
     every_s = [float(compute_s)] * len(visits) if isinstance(compute_s, (int, float)) else compute_s
     read_s, stage_s, link_s = (
@@ -104,13 +109,13 @@ def simulate(
             if visit.after != NEVER:
                 released, computed = times[visit.after].released_s, times[visit.after].compute_end_s
             issued = max(linking, ready, released)
-            if straight:  # the disk is read into the slot itself
+            if straight:  # read from the disk into the slot
                 read_start = max(issued, disk)
                 copy_start = copy_end = issued = read_end = disk = read_start + read_s
             elif speeds.staged:
                 copy_start = max(issued, link_free, computed)
                 copy_end = link_free = copy_start + link_s
-            else:  # a copy within host memory, which its worker makes
+            else:  # the worker copies within host memory
                 copy_start = issued
                 copy_end = copy_start + stage_s
             linking = issued if speeds.staged else copy_end
@@ -149,8 +154,9 @@ def simulate(
 
 
 def _host_free(visits: Sequence[Visit], times: Sequence[VisitTimes], host_after: int) -> float:
-    """When the block that a RAM buffer held before has left it: into staging where it is pageable,
-    else into its slot.
+    """When the previous block of a RAM buffer has been copied out of it.
+
+    A pageable buffer is copied to staging, a pinned one to the slot.
     """
     if host_after == NEVER:
         return 0.0

@@ -38,8 +38,8 @@ _log = logging.getLogger(__name__)
 
 
 def quantize(
-    source: Path,
-    model: Path,
+    source: str | Path,
+    model: str | Path,
     format: str = "int8",
     resume: bool = False,
     allow_pickle: bool = False,
@@ -63,7 +63,7 @@ def quantize(
     Raises `CheckpointError` (`NonFiniteError` for NaN or infinity), `DiskFullError`, `OutputError`,
     `ResumeError`, and `UsageError` for an unknown format.
     """
-    recipe = Recipe(format)
+    source, model, recipe = Path(source), Path(model), Recipe(format)
     if model.resolve() == source.resolve():
         raise OutputError(f"{model} is the checkpoint itself: choose another folder for the store")
     with open_source(source, allow_pickle) as opened, RowEngine(threads, device) as engine:

@@ -98,7 +98,7 @@ def test_p14_link_out_of_the_folder_is_refused(name: str, model: Path, tmp_path:
     path, outside = model / name, tmp_path / "outside"
     path.rename(outside)
     path.symlink_to(outside)
-    with pytest.raises(UnsafeFileError, match="leaves its model folder"):
+    with pytest.raises(UnsafeFileError, match="is a link out of its model folder"):
         open_source(model)
 
 
@@ -135,7 +135,7 @@ def test_p14_hub_cache_passes_and_only_its_own_blobs(model: Path, tmp_path: Path
     shutil.copy(snapshot / VAE, other / "file")
     (snapshot / VAE).unlink()
     (snapshot / VAE).symlink_to(other / "file")
-    with pytest.raises(UnsafeFileError, match="leaves its model folder"):
+    with pytest.raises(UnsafeFileError, match="is a link out of its model folder"):
         open_source(snapshot)
 
 
@@ -146,7 +146,7 @@ def test_p14_blobs_beside_a_plain_folder_are_outside(place: str, tmp_path: Path)
     blobs.mkdir()
     (model / VAE).rename(blobs / "file")
     (model / VAE).symlink_to(blobs / "file")
-    with pytest.raises(UnsafeFileError, match="leaves its model folder"):
+    with pytest.raises(UnsafeFileError, match="is a link out of its model folder"):
         open_source(model)
 
 
@@ -161,5 +161,5 @@ def test_p14_store_file_that_links_outside_is_refused(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", CONFIG)
     (store / "vae.safetensors").rename(tmp_path / "outside")
     (store / "vae.safetensors").symlink_to(tmp_path / "outside")
-    with pytest.raises(UnsafeFileError, match="leaves its model folder"):
+    with pytest.raises(UnsafeFileError, match="is a link out of its model folder"):
         open_store(store)

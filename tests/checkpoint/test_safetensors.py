@@ -152,7 +152,7 @@ def test_threads_read_the_same(big_file: Path) -> None:
 def test_file_cut_after_its_header_was_read_is_refused(big_file: Path) -> None:
     with TensorFile(big_file) as file:
         os.truncate(big_file, BIG)
-        with pytest.raises(HeaderError, match="changed meanwhile"):
+        with pytest.raises(HeaderError, match="has changed since it was opened"):
             file.read("first")
 
 
@@ -222,10 +222,11 @@ def test_copies_of_a_disk_that_fails_are_read_again(
 ) -> None:
     with TensorFile(big_file) as file, caplog.at_level(logging.WARNING):
         expected, rows = file.read("second"), file.read("second")[[5, 0, 5]]
-        for read, wanted in (
+        reads: tuple[tuple[Callable[[], torch.Tensor], torch.Tensor], ...] = (
             (lambda: file.read("second", mapped=False), expected),
             (lambda: file.read_rows("second", [5, 0, 5]), rows),
-        ):
+        )
+        for read, wanted in reads:
             caplog.clear()
             with monkeypatch.context() as patch:
                 faults = Faults(patch, fault)

@@ -39,7 +39,7 @@ def pair(first: list[int], second: list[int]) -> dict[str, Any]:
     }
 
 
-MALFORMED: dict[str, tuple[Any, type[HeaderError]]] = {
+MALFORMED: dict[str, tuple[Any, str]] = {
     "empty file": (b"RAW", "file_too_short"),
     "7 bytes": (b"RAW1234567", "file_too_short"),
     "length 0": (b"RAW" + bytes(8), "empty_header"),

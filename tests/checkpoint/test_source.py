@@ -15,10 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowvram.checkpoint.layouts.parts import model_config
 from lowvram.checkpoint.source import open_source
 from lowvram.checkpoint.validate import QuantizedSourceError, WrongExpertError
 from lowvram.errors import CheckpointError, MissingTensorsError
-from lowvram.variants import COMPONENTS, T2V_A14B, ModelConfig, SamplingDefaults, VAEConfig
+from lowvram.variants import (
+    COMPONENTS,
+    VARIANTS,
+    ModelConfig,
+    SamplingDefaults,
+    VAEConfig,
+    Variant,
+)
 from tests.helpers.checkpoints import (
     tiny_config,
     tiny_weights,
@@ -114,13 +122,15 @@ def test_boundary_of_diffusers_is_read(diffusers: Path) -> None:
         assert source.config.sampling == SamplingDefaults(boundary=0.9)
 
 
-def test_settings_of_the_real_model_are_recognised() -> None:
-    from lowvram.checkpoint.layouts.parts import model_config
-
-    assert (
-        model_config(T2V_A14B.dit, T2V_A14B.text_encoder, T2V_A14B.vae, SamplingDefaults())
-        == T2V_A14B
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_is_recognised_by_its_dimensions(variant: Variant, tmp_path: Path) -> None:
+    config = variant.config
+    found = model_config(tmp_path, config.dit, config.text_encoder, config.vae)
+    assert found == config
+    custom = model_config(
+        tmp_path, config.dit, replace(config.text_encoder, num_layers=2), config.vae
     )
+    assert custom.variant == "t2v-custom"
 
 
 def test_fingerprint_changes_with_the_file_and_only_then(model: Path) -> None:
@@ -173,7 +183,7 @@ def test_p12_missing_extra_and_wrong_shape_are_named_all_at_once(model: Path) ->
         assert text in message
     for text in ("blocks.0.norm3.weight is [255], expected [256]", "vae", "'decoder.head.2.bias'"):
         assert text in message
-    assert "download it again, or give the folder whose config.json belongs to it" in message
+    assert "download it again, or give the folder with the matching config.json" in message
     assert "high_noise" not in message
     assert "\n" not in message
 
@@ -204,7 +214,7 @@ def test_p12_swapped_component_is_named(model: Path) -> None:
 )
 def test_p12_unconsumed_scale_is_an_error_of_its_own(scale: str, model: Path) -> None:
     edit_tensors(model / HIGH, lambda tensors: tensors.update({scale: torch.ones(())}))
-    with pytest.raises(QuantizedSourceError, match=f"dialect that is not read yet.*{scale}"):
+    with pytest.raises(QuantizedSourceError, match=f"dialect that is not supported.*{scale}"):
         open_source(model)
 
 
@@ -290,7 +300,7 @@ def test_stray_file_beside_the_shards_is_refused(sharded: Path) -> None:
 
 def test_shards_without_index_are_refused(sharded: Path) -> None:
     (sharded / "high_noise_model" / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    with pytest.raises(CheckpointError, match=r"holds 3 \.safetensors files and no"):
+    with pytest.raises(CheckpointError, match=r"contains 3 \.safetensors files and no"):
         open_source(sharded)
 
 
@@ -300,11 +310,12 @@ def test_shards_without_index_are_refused(sharded: Path) -> None:
         ({"dim": "256"}, "dim is '256'"),
         ({"dim": True}, "dim is True"),
         ({"dim": 0}, "dim is 0"),
-        ({"num_layers": 10**9}, "num_layers is 1000000000"),
+        ({"num_layers": 10**9}, "num_layers is 1000000000, expected int <= 1024"),
         ({"num_heads": 3}, "does not split into 3 heads"),
         ({"model_type": "i2v"}, "model_type is 'i2v'"),
-        ({"eps": None}, "lacks the key 'eps'"),
+        ({"eps": None}, "eps is None, expected float"),
         ({"eps": float("inf")}, "eps is inf"),
+        ({"qk_norm": False}, "qk_norm is False"),
         ({"patch_size": [1, 2]}, "patch_size"),
         ({"num_layers": 3}, "differ"),
     ],
@@ -324,7 +335,7 @@ def test_wrong_settings_are_refused_with_file_and_key(
         ("vae/config.json", {"is_residual": True}, "is_residual is True"),
         ("vae/config.json", {"temperal_downsample": [True]}, "temperal_downsample"),
         ("vae/config.json", {"z_dim": 48}, "VAE has 48"),
-        ("text_encoder/config.json", {"d_model": 512}, "text of width 256"),
+        ("text_encoder/config.json", {"d_model": 512}, "text features of width 256"),
         ("model_index.json", {"boundary_ratio": 2}, "boundary_ratio"),
     ],
 )
@@ -361,7 +372,7 @@ def test_wrong_folders_are_refused_with_what_was_looked_for(tmp_path: Path, mode
     with pytest.raises(CheckpointError, match="mixes"):
         open_source(model)
     (model / "lowvram.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is a store"):
+    with pytest.raises(CheckpointError, match="is a quantized store"):
         open_source(model)
 
 

@@ -22,14 +22,10 @@ def drawn(scene: Scene, seed: int | None = None) -> np.ndarray:
 
 def blurred(frames: np.ndarray, noise: float = 6) -> np.ndarray:
     """What a small VAE does to a clip: soft edges and some noise."""
-    soft = (
-        sum(
-            np.roll(frames.astype(np.float64), (y, x), (1, 2))
-            for y in (-1, 0, 1)
-            for x in (-1, 0, 1)
-        )
-        / 9
-    )
+    shifted = [
+        np.roll(frames.astype(np.float64), (y, x), (1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)
+    ]
+    soft: np.ndarray = np.sum(shifted, axis=0) / 9
     return (
         (soft + np.random.default_rng(0).normal(0, noise, soft.shape)).clip(0, 255).astype(np.uint8)
     )

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import av
-import judge_demo
 import numpy as np
 import pytest
 import torch
@@ -18,10 +17,11 @@ from typer.testing import CliRunner, Result
 from lowvram.cli.app import app
 from lowvram.demo import scenes
 from lowvram.demo.checker import matches
-from lowvram.demo.run import DemoResult
+from lowvram.demo.run import MODEL, DemoResult
 from lowvram.pipeline import Video
 from lowvram.request import Request
 from lowvram.video import read_metadata
+from scripts.demo import judge as judge_demo
 
 RECORD = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "demo.json"
 
@@ -87,7 +87,7 @@ def test_a_file_that_is_not_ours_is_kept_unless_told(
     monkeypatch.setattr("lowvram.demo.run.run_demo", demo)
     result = run_demo_command("--out", out)
     assert result.exit_code == 1
-    assert f"{out} exists already: use --overwrite" in result.stderr
+    assert f"{out} already exists: use --overwrite" in result.stderr
     assert out.read_bytes() == content
     assert made == []  # refused before any work
     for arguments in (["--overwrite"], []):  # then it is ours
@@ -136,7 +136,7 @@ def test_the_record_is_of_held_out_captions_and_quantization_costs_nothing() -> 
     """90 % in bf16, at most 2 points less in int8 and fp8, of the weights that ship."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     scores = {score["format"]: score for score in record["scores"]}
-    assert record["model_sha256"] == judge_demo.fingerprint(judge_demo.MODEL)
+    assert record["model_sha256"] == judge_demo.fingerprint(MODEL)
     assert record["split"] == "test"
     assert set(scores) == {"bf16", "int8", "fp8"}
     assert all(score["pairs"] == 50 for score in scores.values())

@@ -24,7 +24,7 @@ from lowvram.doctor import kernel_check
 from lowvram.doctor.kernel_check import KernelKey, KernelReport
 from lowvram.doctor.report import checked_kernels, doctor_report
 from lowvram.hardware.machine import Gpu, Machine
-from lowvram.planner.plan import Host
+from lowvram.planner.phases import Host
 
 GPU = torch.device("cuda", 0)
 KEY = KernelKey("RTX 4090", "8.9", "driver 1", "2.13.0", "3.7.1", "0123456789abcdef")
@@ -63,8 +63,8 @@ def test_a_gpu_is_checked_once(
     assert second == KernelReport(tuple(GOOD), False)
     assert first.summary == "7 of 7 agree with their references"
     assert caplog.messages == [
-        "checking the kernels on RTX 4090, once: some seconds, up to a minute where they "
-        "must be compiled"
+        "checking the kernels on RTX 4090: takes seconds, or up to a minute if they must be "
+        "compiled; done once"
     ]
     assert dispatch.distrusted() == ()
     checked.append(WRONG)
@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
     checked.append(GOOD)
     report = kernel_check.trust_kernels(GPU)
     assert report is not None
-    assert "is not remembered" in caplog.messages[-1]
+    assert "could not cache the check of the kernels" in caplog.messages[-1]
 
 
 def test_a_wrong_kernel_runs_on_its_reference_by_name(
@@ -131,7 +131,7 @@ def test_a_wrong_kernel_runs_on_its_reference_by_name(
         assert report is not None
         assert report.problems == {"attention_int8": "int8: out: relative error 3.1e-02"}
         assert dispatch.distrusted() == ("attention_int8",)
-        assert "attention_int8 runs on its torch reference, slower" in caplog.messages[-1]
+        assert "attention_int8 runs as its slower torch reference" in caplog.messages[-1]
     monkeypatch.setattr(constraints, "wrong_device", lambda tensor: None)
     monkeypatch.setattr(constraints, "scattered", lambda tensors: None)
     on_gpu = SimpleNamespace(is_cuda=True)
@@ -234,9 +234,9 @@ def machine(**changes: Any) -> Machine:
             KernelReport((*GOOD[:6], Check("attention_int8", "", unchecked="busy")), True),
             "warn",
             "was not checked (busy)",
-            "close what",
+            "close other programs that use the GPU",
         ),
-        (None, "ok", "not needed where no kernel runs", ""),
+        (None, "ok", "not needed because no kernel can run", ""),
     ],
 )
 def test_the_doctor_says_how_many_agree(
@@ -346,7 +346,7 @@ def run_stub(ops: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> l
     monkeypatch.setattr(kernel_check, "TIMEOUT_S", 1.0)
     monkeypatch.setattr(kernel_check, "MOST_PROCESSES", 1)
     monkeypatch.setattr(
-        kernel_check.subprocess,
+        subprocess,
         "run",
         lambda command, **more: run([command[0], str(folder / "stub.py"), *command[3:]], **more),
     )

@@ -8,7 +8,9 @@ import errno
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.errors import CheckpointError, LowvramError, OutOfMemoryError, ResumeError
 from lowvram.files import io as disk_module
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.progress import Progress
+from lowvram.sampling.state import RunState, load_state
 from lowvram.store.reader import Store
 from lowvram.streaming.block_file import BlockFile
 from tests.helpers.runs import digest, pipeline_of, plan_of, request_of
@@ -71,6 +74,10 @@ def frames_of(pipeline: Pipeline) -> str:
     return digest(pipeline.generate(request, plan=plan).frames)
 
 
+def every_37th(first: int, number: int, path: Path, offset: int) -> bool:
+    return number >= first and (number - first) % 37 == 0
+
+
 def test_p16_reads_that_fail_now_and_then_change_no_bit(
     pipelines: list[Pipeline], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -82,12 +89,7 @@ def test_p16_reads_that_fail_now_and_then_change_no_bit(
         for first in (0, 5, disk.reads // 2, disk.reads - 1):
             caplog.clear()
             with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-                faulty = Disk(
-                    patch,
-                    lambda number, path, offset, first=first: (
-                        number >= first and (number - first) % 37 == 0
-                    ),
-                )
+                faulty = Disk(patch, partial(every_37th, first))
                 assert frames_of(pipeline) == expected
             assert faulty.failures
             assert (
@@ -380,10 +382,9 @@ def opening_raises(error: Callable[[], OSError]) -> Fault:
 
 def device_is_full(patch: pytest.MonkeyPatch, state: Path) -> None:
     """Where the tensors of the state go to the device."""
-    load = pipeline_module.load_state
 
-    def loaded(*arguments: object) -> object:
-        result = load(*arguments)  # type: ignore[arg-type]
+    def loaded(*arguments: Any) -> RunState:
+        result = load_state(*arguments)
 
         def to(*_: object, **__: object) -> torch.Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -427,13 +428,13 @@ STATE_FAULTS: dict[str, tuple[Fault, type[LowvramError], str]] = {
     "EIO": (
         disk_raises(io_error),
         ResumeError,
-        r"clip\.mp4\.resume cannot be read \(Input/output error\): it stays as it is; "
+        r"clip\.mp4\.resume cannot be read \(Input/output error\): it was not changed; "
         r"check the disk",
     ),
     "EIO when opened": (
         opening_raises(io_error),
         ResumeError,
-        r"clip\.mp4\.resume cannot be read \(Input/output error\): it stays",
+        r"clip\.mp4\.resume cannot be read \(Input/output error\): it was not changed",
     ),
 }
 

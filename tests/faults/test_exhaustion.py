@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,8 +33,8 @@ from lowvram.models.umt5 import TextEncoder
 from lowvram.models.vae import WanVAE
 from lowvram.pipeline import Pipeline
 from lowvram.planner.fallback import VRAM, FallbackPlans
-from lowvram.planner.plan import MemoryPlan, PlanChoice
-from lowvram.progress import PHASES
+from lowvram.planner.phases import PHASES, PlanChoice
+from lowvram.planner.plan import MemoryPlan
 from lowvram.request import Request
 from lowvram.sampling import recovery, state
 from lowvram.sampling.denoise import block_schedule
@@ -70,10 +71,9 @@ def pipeline(store: Store) -> StagedPipeline:
     return StagedPipeline(store)
 
 
-def request(pipeline: Pipeline, **changes: object) -> Request:
-    return request_of(
-        pipeline, **({"shift": 8.0, "num_frames": 5, "negative_prompt": "blue"} | changes)
-    )
+def request(pipeline: Pipeline, **changes: Any) -> Request:
+    usual: dict[str, Any] = {"shift": 8.0, "num_frames": 5, "negative_prompt": "blue"}
+    return request_of(pipeline, **(usual | changes))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ class Living(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
         self.made = 0
         self._alive: dict[int, int] = {}  # number -> bytes
         self._numbers: dict[int, int] = {}  # where a storage lies -> its number
@@ -228,7 +228,7 @@ def in_second_expert(
     """Where its text embedding is read: the first expert and this one's time are in hand."""
     real, calls = wan.condition, [0]
 
-    def condition(read: wan.Reader, *arguments: Any) -> wan.Conditioning:
+    def condition(read: wan.ReadTensor, *arguments: Any) -> wan.Conditioning:
         calls[0] += 1
         failing = calls[0] == 2 or (ever and calls[0] % 2 == 0)
 
@@ -307,10 +307,10 @@ def in_save(
     ever: bool,
 ) -> None:
     """While the second step's state is made into a file's bytes, which are in hand."""
-    real, calls = state.save, [0]
+    calls = [0]
 
     def save(*arguments: Any) -> bytes:
-        content = real(*arguments)
+        content: bytes = safetensors.torch.save(*arguments)
         calls[0] += 1
         if calls[0] == 2 or (ever and calls[0] > 2):
             attempts.fault(error)
@@ -442,7 +442,8 @@ def test_p16_staging_that_never_works_again_ends_in_the_video(
 
 
 def needs(plan: MemoryPlan, phase: str, budget: str = "vram_bytes") -> int:
-    return next(getattr(peak, budget) for peak in plan.phases if peak.phase == phase)
+    (nbytes,) = (getattr(peak, budget) for peak in plan.phases if peak.phase == phase)
+    return int(nbytes)
 
 
 def foot_of(pipeline: Pipeline, request: Request, plan: MemoryPlan) -> MemoryPlan:

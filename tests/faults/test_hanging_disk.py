@@ -18,7 +18,7 @@ import pytest
 from lowvram.errors import CheckpointError
 from lowvram.files import io as disk
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.store.reader import Store
 from lowvram.streaming.streamer import Hops
 from tests.helpers.hanging import HangingReads

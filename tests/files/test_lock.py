@@ -4,6 +4,7 @@ taken over.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -15,7 +16,6 @@ import psutil
 import pytest
 
 from lowvram.errors import OutputError
-from lowvram.files import lock
 from lowvram.files.lock import LOCK_NAME, OutputLock
 
 
@@ -71,7 +71,7 @@ def test_p07_folder_is_made_and_output_of_others_is_independent(tmp_path: Path) 
 def test_p07_living_holder_is_believed_where_locks_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock.fcntl, "flock", lambda fd, mode: None)
+    monkeypatch.setattr(fcntl, "flock", lambda fd, mode: None)
     with OutputLock(tmp_path), pytest.raises(OutputError, match=f"process {os.getpid()}:"):
         OutputLock(tmp_path)
 
@@ -79,7 +79,8 @@ def test_p07_living_holder_is_believed_where_locks_lie(
 def test_p07_lock_file_removed_by_its_holder_in_between_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = lock.fcntl.flock, []
+    real = fcntl.flock
+    calls: list[int] = []
 
     def flock(fd: int, mode: int) -> None:
         if not calls:
@@ -87,7 +88,7 @@ def test_p07_lock_file_removed_by_its_holder_in_between_is_made_again(
         calls.append(fd)
         real(fd, mode)
 
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with OutputLock(tmp_path):
         assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
         with pytest.raises(OutputError):

@@ -1,5 +1,5 @@
 """On a GPU: what torch takes of it in each phase stays under the plan, and the frames are those of
-any other plan (promises 15, 17).
+any other plan (promise 17).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import MemoryPlan, PlanChoice, describe_plan
+from lowvram.planner.phases import PlanChoice
+from lowvram.planner.plan import MemoryPlan, describe_plan
 from lowvram.progress import Progress
+from lowvram.request import Workload
 from lowvram.store.reader import open_store
 from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 from tests.helpers.checkpoints import write_store
@@ -92,7 +94,9 @@ def run(pipeline: Pipeline, choice: PlanChoice) -> tuple[MemoryPlan, Peaks, str]
         "a ball " * 300, width=SIZE[0], height=SIZE[1], num_frames=FRAMES, steps=STEPS
     )
     plan = describe_plan(
-        pipeline.store.config, pipeline.store.format, SIZE, FRAMES, STEPS, choice, pipeline.host
+        Workload.of(pipeline.store.config, pipeline.store.format, SIZE, FRAMES, STEPS),
+        choice,
+        pipeline.host,
     )
     torch.cuda.empty_cache()
     before, peaks = torch.cuda.memory_allocated(), Peaks()
@@ -105,7 +109,7 @@ def run(pipeline: Pipeline, choice: PlanChoice) -> tuple[MemoryPlan, Peaks, str]
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_p15_no_phase_takes_more_of_the_gpu_than_the_plan_says(
+def test_p17_no_phase_takes_more_of_the_gpu_than_the_plan_says(
     pipeline: Pipeline, name: str
 ) -> None:
     """Allocated: within 5 % in the loop. Reserved, with the driver's own: what other programs see,
@@ -132,7 +136,7 @@ def test_p15_no_phase_takes_more_of_the_gpu_than_the_plan_says(
     )
 
 
-def test_p15_a_run_lives_in_what_the_plan_grants(pipeline: Pipeline) -> None:
+def test_p17_a_run_lives_in_what_the_plan_grants(pipeline: Pipeline) -> None:
     """With torch itself refusing any more."""
     choice = CHOICES["two slots, separate branches"]
     plan, _, expected = run(pipeline, choice)

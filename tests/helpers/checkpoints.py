@@ -19,7 +19,7 @@ from lowvram.checkpoint import names
 from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
 from lowvram.store.layout import StoredTensor, component_layout, marker_bytes
 from lowvram.store.manifest import ComponentManifest, Manifest, component_file
-from lowvram.store.writer import StoreWriter, remove_leftovers
+from lowvram.store.writer import JOURNAL, StoreWriter
 from lowvram.variants import (
     COMPONENTS,
     DiTConfig,
@@ -89,8 +89,8 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
     if "embedding.embedding" in name or name.startswith("token_embedding"):
         return value
     if "modulation" in name:
-        return value * shape[-1] ** -0.5
-    return value * value[0].numel() ** -0.5
+        return value * float(shape[-1] ** -0.5)
+    return value * float(value[0].numel() ** -0.5)
 
 
 def write_official(
@@ -180,7 +180,8 @@ def write_store(path: Path, config: ModelConfig, format: str = "int8-plain", see
     Manifest(config, format, {"format": format}, {"layout": "test"}, components, digest, "0").write(
         path
     )
-    remove_leftovers(path)
+    for journal in path.glob(f"*{JOURNAL}"):
+        journal.unlink()
     return path
 
 
@@ -218,7 +219,7 @@ def write_shards(folder: Path, stem: str, weights: Weights, shards: int) -> None
     for name, tensor in weights.items():
         parts[min(shards - 1, written * shards // total)][name] = tensor
         written += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         file_name = f"{stem}-{number:05d}-of-{shards:05d}.safetensors"
         save_file(part, folder / file_name)

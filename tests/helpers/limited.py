@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from memory_group import NoGroupError, memory_group
 
 from lowvram.memory.malloc import return_freed_memory
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.store.reader import open_store
+from scripts.bench.memory_group import NoGroupError, memory_group
 from tests.helpers.runs import CPU, plan_of
 
 # Small objects, the libraries' own buffers and the stacks of threads.

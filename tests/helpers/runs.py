@@ -13,8 +13,9 @@ from lowvram_quantize.convert import quantize
 from lowvram.memory.arena import Arena, Ledger
 from lowvram.models.wan import WanTransformer, condition, load_embeddings_and_head
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, describe_plan
-from lowvram.request import Request, latent_shape
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan, describe_plan
+from lowvram.request import Request, Workload
 from lowvram.store.reader import Store, open_store
 from lowvram.streaming.stream import Buffers, open_stream
 from lowvram.streaming.transport import make_transport
@@ -44,11 +45,7 @@ def request_of(pipeline: Pipeline, prompt: str = "a red circle", **changes: obje
 
 
 def plan_of(pipeline: Pipeline, request: Request, choice: PlanChoice) -> MemoryPlan:
-    store = pipeline.store
-    size = (request.width, request.height)
-    return describe_plan(
-        store.config, store.format, size, request.num_frames, request.steps, choice, pipeline.host
-    )
+    return describe_plan(pipeline.workload(request), choice, pipeline.host)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -68,9 +65,8 @@ def expert_velocities(
 ) -> list[torch.Tensor]:
     """One forward of one expert for each branch's text features."""
     config = store.config
-    plan = describe_plan(config, store.format, size, frames, 1, choice, Host.of("cpu"))
+    plan = describe_plan(Workload.of(config, store.format, size, frames, 1), choice, Host.of("cpu"))
     ledger = Ledger("VRAM", plan.peak_vram_bytes)
-    shape = latent_shape(config, *size, frames)
     file = store.files[expert]
     conditioning = condition(
         file.read, config.dit, store.format, torch.tensor([timestep]), features, CPU
@@ -89,9 +85,7 @@ def expert_velocities(
         CPU,
         make_transport(CPU),
     ) as streamer:
-        model = WanTransformer(
-            config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU
-        )
+        model = WanTransformer(plan.workload, choice, Arena(plan.workspace, ledger, CPU), CPU)
         return model.velocities(
             latents,
             0,

@@ -84,7 +84,7 @@ class Replay(TorchDispatchMode):
     """
 
     def __init__(self, segments: Segments, device_type: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
         self.segments = segments
         self._device_type = device_type
         self._known: set[int] = set()

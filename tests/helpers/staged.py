@@ -4,10 +4,12 @@ driver that can refuse to lock.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import Host
+from lowvram.planner.phases import Host
 from lowvram.store.reader import Store
 from lowvram.streaming.transport import HostTransport, Transport
 from tests.helpers.runs import CPU
@@ -62,7 +64,7 @@ class StagedPipeline(Pipeline):
     ) -> None:
         super().__init__(store, CPU, 4 * 2**30, 8 * 2**30, PROCESS_BYTES)
         self.host = Host(staged=True, context_bytes=0, process_bytes=PROCESS_BYTES)
-        self._make = lambda: transport(locks)
+        self._make = partial(transport, locks)
         self.transport = self._make()
 
     def _transport(self) -> Transport:

@@ -257,11 +257,10 @@ def run_attention(
 
 def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     ones = torch.ones(256)
-    heads = [rms_rope(x, ones, None, None, num_heads=2, eps=0.0).double() for x in (q, k)]
+    queries, keys = (rms_rope(x, ones, None, None, num_heads=2, eps=0.0).double() for x in (q, k))
     values = v.double().view(-1, 2, 128).transpose(0, 1)
-    return (
-        torch.nn.functional.scaled_dot_product_attention(*heads, values).transpose(0, 1).flatten(1)
-    )
+    out = torch.nn.functional.scaled_dot_product_attention(queries, keys, values)
+    return out.transpose(0, 1).flatten(1)
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (33, 65), (100, 200), (64, 1000)])

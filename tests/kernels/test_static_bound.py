@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from scripts import sass, static_bound
+from scripts.static_bound import Bound
+
 ROOT = Path(__file__).parents[2]
-import sass  # noqa: E402
-import static_bound  # noqa: E402
-from static_bound import Bound  # noqa: E402
+
 
 NESTED = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -216,8 +217,10 @@ triton = pytest.mark.skipif(
 
 def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(folder / "scripts" / "static_bound.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    paths = (folder, folder / "kernels", folder / "quantize")
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    command = [sys.executable, "-m", "scripts.static_bound", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
 
 @pytest.mark.slow

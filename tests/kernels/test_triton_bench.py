@@ -7,23 +7,24 @@ import os
 import subprocess
 import sys
 import types
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from lowvram_kernels.tuning import LinearTile
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from scripts import tune
+from scripts.bench import block as bench_block
+from scripts.bench import commands as bench_commands
+from scripts.bench import kernels as bench_kernels
+from scripts.bench import plots
+from scripts.bench import timing as bench_timing
 from tests.helpers.checkpoints import tiny_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-import bench_block  # noqa: E402
-import bench_commands  # noqa: E402
-import bench_kernels  # noqa: E402
-import bench_timing  # noqa: E402
-import plots  # noqa: E402
-import tune  # noqa: E402
 
 
 def test_an_int8_block_is_close_to_fp32() -> None:
@@ -153,15 +154,30 @@ def test_installed_peers_are_measured_and_named_with_their_version(
     `int8_linear`.
     """
 
-    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None):  # type: ignore[no-untyped-def]
+    def sageattn(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tensor_layout: str = "HND",
+        is_causal: bool = False,
+        sm_scale: float | None = None,
+    ) -> Tensor:
         assert tensor_layout == "HND"
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, scale=sm_scale
         )
 
     def int8_linear(
-        x, weight, weight_scale, bias=None, out_dtype=None, convrot=False, convrot_groupsize=256
-    ):  # type: ignore[no-untyped-def]
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        convrot: bool = False,
+        convrot_groupsize: int = 256,
+    ) -> Tensor:
+        assert bias is not None
+        assert out_dtype is not None
         return torch.nn.functional.linear(
             x.float(), weight.float() * weight_scale, bias.float()
         ).to(out_dtype)
@@ -169,7 +185,7 @@ def test_installed_peers_are_measured_and_named_with_their_version(
     module = types.SimpleNamespace(sageattn=sageattn, int8_linear=int8_linear)
     monkeypatch.setattr(bench_kernels, "find_spec", lambda name: name == package)
     monkeypatch.setattr(bench_kernels, "import_module", lambda name: module)
-    monkeypatch.setattr(bench_kernels.metadata, "version", lambda name: "1.0.6")
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0.6")
     bench = (
         bench_kernels.attention_bench(4, 70, 2, "cpu")
         if op == "attention"
@@ -283,7 +299,7 @@ def test_no_speed_is_reported_where_the_gate_is_red(
         return subprocess.CompletedProcess(command, code if command[-1] == red else 0)
 
     monkeypatch.setattr(bench_commands, "require_cuda", lambda command: True)
-    monkeypatch.setattr(bench_commands.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     for name in ("kernels", "block", "streamed"):
         monkeypatch.setattr(
             bench_commands, name, lambda options: pytest.fail("measured behind a red gate")
@@ -299,7 +315,7 @@ def test_no_speed_is_reported_where_the_gate_is_red(
 def test_green_gates_let_a_command_measure(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setattr(bench_commands, "require_cuda", lambda command: True)
     monkeypatch.setattr(
-        bench_commands.subprocess,
+        subprocess,
         "run",
         lambda command, **_: subprocess.CompletedProcess(command, 0),
     )
@@ -316,10 +332,7 @@ def test_the_gates_are_files_that_exist() -> None:
 
 def without(modules: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in a process in which these modules cannot be imported."""
-    start = (
-        f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\nsys.path.insert(0, "
-        f"{str(SCRIPTS)!r})\n"
-    )
+    start = f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n"
     return subprocess.run(
         [sys.executable, "-c", start + code], capture_output=True, text=True, cwd=SCRIPTS.parent
     )
@@ -337,29 +350,31 @@ BARE = (
     "psutil",
     "typer",
     "rich",
+    "msgspec",
 )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("command", ["kernels", "block", "stream"])
 def test_on_a_bare_machine_a_command_comes_as_far_as_looking_for_a_gpu(command: str) -> None:
-    done = without(BARE, f"import bench\nsys.exit(bench.main([{command!r}]))")
+    done = without(BARE, f"from scripts.bench.__main__ import main\nsys.exit(main([{command!r}]))")
     assert done.returncode == 1, done.stderr
-    assert done.stdout.startswith(f"bench.py {command}: no CUDA device here")
+    assert done.stdout.startswith(f"bench {command}: no CUDA device here")
     assert "Traceback" not in done.stderr
 
 
 def test_on_a_bare_machine_help_is_shown() -> None:
-    done = without(BARE, "import bench\nbench.main(['--help'])")
+    done = without(BARE, "from scripts.bench.__main__ import main\nmain(['--help'])")
     assert done.returncode == 0, done.stderr
-    assert "bench.py all --seconds 540" in done.stdout
+    assert "python -m scripts.bench all --seconds 540" in done.stdout
 
 
 def test_on_a_bare_machine_kernels_are_measured_and_their_tests_are_found() -> None:
     code = f"""
-import bench_commands, bench_kernels, pytest
-assert bench_commands.installed("kernels")
-rows = list(bench_kernels.rows_of(bench_kernels.linear_bench("q", 8, 32, 64, "cpu"), {{}}, "cpu"))
+import pytest
+from scripts.bench import commands, kernels
+assert commands.installed("kernels")
+rows = list(kernels.rows_of(kernels.linear_bench("q", 8, 32, 64, "cpu"), {{}}, "cpu"))
 assert {{"lowvram int8", "torch bf16"}} <= {{row.provider for row in rows}}, rows
 sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", {KERNELS!r}]))
 """
@@ -380,16 +395,16 @@ def test_a_package_that_a_command_lacks_is_named_in_one_line(
 ) -> None:
     done = without(
         lacks,
-        f"import bench_commands as it\nit.require_cuda = lambda command: "
+        f"from scripts.bench import commands as it\nit.require_cuda = lambda command: "
         f"True\nsys.exit(it.main([{command!r}]))",
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"bench.py {command}: not installed here: {said}; ")
+    assert line.startswith(f"bench {command}: not installed here: {said}; ")
 
 
 def test_a_block_needs_little_else() -> None:
-    code = "import bench_commands, bench_block\nassert bench_commands.installed('block')"
+    code = "from scripts.bench import block, commands\nassert commands.installed('block')"
     done = without(("av", "ftfy", "psutil", "typer", "rich"), code)
     assert done.returncode == 0, done.stderr
 
@@ -460,24 +475,23 @@ def toy_task(
 
     `broken` tiles raise; `dead` ones also make the device unusable.
     """
-    out, state = torch.zeros(4), {"dead": False, "tile": None}
+    out = torch.zeros(4)
+    ran: list[LinearTile] = []
 
     def run() -> None:
-        state["tile"] = tile = present_tile()
-        state["dead"] = tile in dead
+        tile = present_tile()
+        ran.append(tile)
         if tile in broken + dead:
             raise RuntimeError("refused")
         out.fill_(2.0 if tile == WRONG else 1.0)
 
     def synchronize() -> None:
-        if state["dead"]:
+        if ran and ran[-1] in dead:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     times = {SLOW: 2.0, FAST: 1.0}
-    monkeypatch.setattr(
-        tune, "measure", lambda run, repeats, device: (0.0, times[state["tile"]], 0.0)
-    )  # type: ignore[index]
-    monkeypatch.setattr(tune.torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(tune, "measure", lambda run, repeats, device: (0.0, times[ran[-1]], 0.0))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     return tune.Task("toy", f"{__name__}.present_tile", run, out.zero_, out, 0.0)
 
 

@@ -15,7 +15,6 @@ import torch
 from lowvram_kernels import constraints, tuning
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "compile_kernels.py"
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "gfx1100")
 
 pytestmark = [
@@ -28,8 +27,7 @@ pytestmark = [
 
 BAD = """
 import dataclasses, importlib.util, pathlib, sys
-sys.path.insert(0, {scripts!r})
-import compile_kernels as check
+from scripts import compile_kernels as check
 
 def variant(name, arch):
     return next(item for item in check.variants(arch) if item.name == name)
@@ -69,8 +67,7 @@ print(check.faults(variant("attention fp16", "sm_86"), "sm_86", 0, 0, {{"int8": 
 REAL = """
 import sys
 from types import SimpleNamespace
-sys.path.insert(0, {scripts!r})
-import compile_kernels as check
+from scripts import compile_kernels as check
 import torch
 from lowvram.models import numerics
 from lowvram_kernels import adaln_quantize_triton, attention_int8_triton, quantize_rows_triton
@@ -138,7 +135,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_within_the_limits_of(target: str) -> None:
-    result = run(str(SCRIPT), "--arch", target)
+    result = run("-m", "scripts.compile_kernels", "--arch", target)
     assert result.returncode == 0, result.stdout + result.stderr
     names = [
         "adaln int8 rotated",
@@ -172,7 +169,7 @@ def test_every_kernel_compiles_within_the_limits_of(target: str) -> None:
 def test_spills_narrow_loads_fused_sums_shared_memory_and_missing_instructions_are_faults(
     tmp_path: Path,
 ) -> None:
-    result = run("-c", BAD.format(scripts=str(SCRIPT.parent), folder=str(tmp_path)))
+    result = run("-c", BAD.format(folder=str(tmp_path)))
     assert result.returncode == 0, result.stderr
     assert "bytes spilled" in result.stdout
     assert "of shared memory, the limit is 99 KB" in result.stdout
@@ -191,7 +188,7 @@ def test_spills_narrow_loads_fused_sums_shared_memory_and_missing_instructions_a
 
 
 def test_the_compiler_is_told_what_it_knows_at_the_shapes_of_a14b() -> None:
-    result = run("-c", REAL.format(scripts=str(SCRIPT.parent)))
+    result = run("-c", REAL.format())
     assert result.returncode == 0, result.stderr
     assert "6 kernels" in result.stdout
     assert "differs" not in result.stdout, result.stdout

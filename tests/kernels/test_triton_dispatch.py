@@ -17,7 +17,8 @@ from lowvram_kernels import constraints, dispatch, ops, tuning
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.tuning import ARCHITECTURES, linear_kind, linear_tile, nvidia_row
 
-from lowvram.planner.plan import PlanChoice
+from lowvram.formats import FORMATS
+from lowvram.planner.phases import PlanChoice
 from lowvram.planner.workspace import dit_workspace
 from tests.helpers.checkpoints import tiny_config
 from tests.helpers.runs import expert_velocities, make_store
@@ -273,9 +274,9 @@ def test_a_model_with_values_in_fp16_or_fp8_has_room_for_them_and_the_same_bits_
         assert not torch.equal(other, exact)
         assert float((other - exact).norm() / exact.norm()) < 0.02
     monkeypatch.setenv("LOWVRAM_PV", "fp16")
-    wide = dit_workspace(store.config.dit, "int8", 130, 64, 1).regions
+    wide = dit_workspace(store.config.dit, FORMATS["int8"], 130, 64, 1).regions
     monkeypatch.setenv("LOWVRAM_PV", "fp8")
-    narrow = dit_workspace(store.config.dit, "int8", 130, 64, 1).regions
+    narrow = dit_workspace(store.config.dit, FORMATS["int8"], 130, 64, 1).regions
     assert wide["values"][1] == 2 * narrow["values"][1]
     assert wide["keys"][1] == narrow["keys"][1]
 
@@ -347,7 +348,8 @@ def test_an_op_runs_with_the_gpu_of_its_tensors_as_the_current_one(
         "choose",
         lambda name, *args, **kwargs: lambda *args, **kwargs: events.append(name),
     )
-    ops.quantize_rows(torch.zeros(1))
+    x = torch.zeros(1)
+    ops.quantize_rows(x, x, x, rotated=False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    ops.quantize_rows(torch.zeros(1))
+    ops.quantize_rows(x, x, x, rotated=False)
     assert events == ["quantize_rows", "enter", "quantize_rows", "leave"]

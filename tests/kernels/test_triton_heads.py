@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import triton
@@ -41,7 +43,7 @@ def test_p18_rms_rope_agrees_with_the_reference(
         cases.rolled("smoothing"),
     ],
 )
-def test_p19_a_fault_in_rms_rope_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
+def test_p18_a_fault_in_rms_rope_shows(fault: Callable[[cases.Inputs], cases.Inputs]) -> None:
     assert cases.rms_rope(5, 3).mismatch(fault)
 
 
@@ -52,7 +54,7 @@ def test_p18_values_agree_with_the_reference(n: int, heads: int, head_dim: int, 
 
 
 @pytest.mark.parametrize("pv", PV_DTYPES)
-def test_p19_a_fault_in_the_values_shows(monkeypatch: pytest.MonkeyPatch, pv: str) -> None:
+def test_p18_a_fault_in_the_values_shows(monkeypatch: pytest.MonkeyPatch, pv: str) -> None:
     case = cases.values(65, 2, code=PV_DTYPES[pv])
     assert case.mismatch(cases.rolled("v"))
     assert case.mismatch(cases.rolled("v", 1))
@@ -62,7 +64,7 @@ def test_p19_a_fault_in_the_values_shows(monkeypatch: pytest.MonkeyPatch, pv: st
     assert "out_scale" in case.mismatch()
 
 
-def test_p19_truncated_values_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p18_truncated_values_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common_triton, "ROUND", tl.constexpr(0.0))
     assert cases.values(65, 2).mismatch()
 
@@ -101,14 +103,14 @@ def test_p18_attention_in_bf16(pv: str) -> None:
         cases.rolled("q", 1),
     ],
 )
-def test_p19_a_fault_in_the_inputs_of_attention_shows(
-    fault: cases.Callable[[cases.Inputs], cases.Inputs], pv: str
+def test_p18_a_fault_in_the_inputs_of_attention_shows(
+    fault: Callable[[cases.Inputs], cases.Inputs], pv: str
 ) -> None:
     assert cases.attention(40, 130, 2, pv=pv).mismatch(fault)
 
 
 @pytest.mark.parametrize("pv", PV_DTYPES)
-def test_p19_a_key_left_out_or_read_past_the_end_shows(pv: str) -> None:
+def test_p18_a_key_left_out_or_read_past_the_end_shows(pv: str) -> None:
     case = cases.attention(40, 130, 2, pv=pv)
     shorter = cases.changed(
         k=case.inputs["k"][:, :129].contiguous(),
@@ -118,7 +120,7 @@ def test_p19_a_key_left_out_or_read_past_the_end_shows(pv: str) -> None:
 
 
 @pytest.mark.parametrize("value", [12582912.0 - 127.0, 12582912.0])
-def test_p19_a_wrong_offset_of_the_probabilities_shows(
+def test_p18_a_wrong_offset_of_the_probabilities_shows(
     monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     monkeypatch.setattr(attention_int8_triton, "ROUND_LESS_128", tl.constexpr(value))
@@ -144,7 +146,7 @@ def _shrunk(x):  # type: ignore[no-untyped-def]
         ("fp8", "e4m3_bytes", _shrunk),
     ],
 )
-def test_p19_a_fault_inside_attention_shows(
+def test_p18_a_fault_inside_attention_shows(
     monkeypatch: pytest.MonkeyPatch, pv: str, name: str, fault: object
 ) -> None:
     """Scales of another tile; probabilities too large, or too small, at the maximum."""
@@ -173,7 +175,7 @@ def test_attention_of_data_with_outliers_is_close_to_exact_attention(
     assert cases.attention_error(triton_ops(), m, n, heads, dtype=PV_DTYPES[pv]) <= largest
 
 
-def test_p19_keys_that_are_not_smoothed_show() -> None:
+def test_p18_keys_that_are_not_smoothed_show() -> None:
     assert cases.attention_error(triton_ops(), 64, 200, 2, dtype=torch.int8, smoothed=False) > 0.008
 
 

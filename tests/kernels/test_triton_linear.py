@@ -6,6 +6,8 @@ faults must show.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import triton
@@ -53,14 +55,14 @@ def test_p18_e4m3_linear_with_gelu_is_close() -> None:
 @pytest.mark.parametrize(
     "fault", [cases.changed(gelu=False), cases.rolled("bias"), cases.rolled("weight_scale")]
 )
-def test_p19_a_fault_before_gelu_shows(fault: cases.Callable[[cases.Inputs], cases.Inputs]) -> None:
+def test_p18_a_fault_before_gelu_shows(fault: Callable[[cases.Inputs], cases.Inputs]) -> None:
     assert cases.linear_gelu(33, 65, 96).mismatch(fault)
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("C5", 0.00134), ("GELU_EXPONENT", -2.3022), ("ROUND", 12582911.0)]
 )
-def test_p19_a_wrong_constant_of_gelu_shows(
+def test_p18_a_wrong_constant_of_gelu_shows(
     monkeypatch: pytest.MonkeyPatch, name: str, value: float
 ) -> None:
     monkeypatch.setattr(quantized_linear_triton, name, tl.constexpr(value))
@@ -86,13 +88,13 @@ def test_int8_linear_without_bias() -> None:
         cases.changed(accumulate=False),
     ],
 )
-def test_p19_a_fault_in_the_linear_shows(
-    fault: cases.Callable[[cases.Inputs], cases.Inputs],
+def test_p18_a_fault_in_the_linear_shows(
+    fault: Callable[[cases.Inputs], cases.Inputs],
 ) -> None:
     assert cases.linear_add(33, 65, 96).mismatch(fault)
 
 
-def test_p19_a_wrong_order_of_tiles_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p18_a_wrong_order_of_tiles_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     @triton.jit
     def same_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
         return 0, tl.program_id(0) % tl.cdiv(N, BLOCK_N)
@@ -103,7 +105,7 @@ def test_p19_a_wrong_order_of_tiles_shows(monkeypatch: pytest.MonkeyPatch) -> No
     assert "unwritten" in case.mismatch()
 
 
-def test_p19_a_second_group_of_tiles_in_the_place_of_the_first_shows(
+def test_p18_a_second_group_of_tiles_in_the_place_of_the_first_shows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     @triton.jit

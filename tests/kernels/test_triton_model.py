@@ -7,10 +7,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import bench_block
 import pytest
 import torch
-import tune
 from lowvram_kernels import ops
 from lowvram_kernels.tuning import LinearTile
 from lowvram_quantize.convert import quantize
@@ -19,6 +17,8 @@ from lowvram.demo.run import MODEL
 from lowvram.pipeline import Pipeline
 from lowvram.request import Request
 from lowvram.store.reader import open_store
+from scripts import tune
+from scripts.bench import block as bench_block
 from tests.helpers.checkpoints import tiny_config
 from tests.helpers.runs import SMALL, make_store, pipeline_of, request_of
 

@@ -1,4 +1,4 @@
-"""Tests that NaN in an input reaches the output of every kernel (promises 19, 20).
+"""Tests that NaN in an input reaches the output of every kernel (promise 20).
 
 The references keep NaN, and a run stops when it finds one.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def test_p18_rows_as_wide_as_the_model(op: str, width: int) -> None:
         ("adaln_quantize", cases.changed(rotated=False)),
     ],
 )
-def test_p19_a_wrong_argument_of_a_row_kernel_shows(
-    op: str, fault: cases.Callable[[cases.Inputs], cases.Inputs]
+def test_p18_a_wrong_argument_of_a_row_kernel_shows(
+    op: str, fault: Callable[[cases.Inputs], cases.Inputs]
 ) -> None:
     assert cases.rows(op, 3, 512, code=torch.int8, rotated=True).mismatch(fault)
 
@@ -59,7 +60,7 @@ def test_p19_a_wrong_argument_of_a_row_kernel_shows(
     ("constant", "value", "code"),
     [("ROUND", 0.0, "int8"), ("INT8_MAX", 126.0, "int8"), ("E4M3_MAX", 440.0, "fp8")],
 )
-def test_p19_a_wrong_constant_of_a_row_kernel_shows(
+def test_p18_a_wrong_constant_of_a_row_kernel_shows(
     monkeypatch: pytest.MonkeyPatch, op: str, constant: str, value: float, code: str
 ) -> None:
     """Truncation instead of rounding; scales that are one step off."""
@@ -68,7 +69,7 @@ def test_p19_a_wrong_constant_of_a_row_kernel_shows(
     assert case.mismatch()
 
 
-def test_p19_halves_rounded_to_odd_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p18_halves_rounded_to_odd_show(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.rows("quantize_rows", 3, 512, code=torch.int8, rotated=False)
     halves = torch.arange(512).remainder(250) / 2 - 60.0
     halves[0] = 127  # the scale of the row becomes 1

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def test_all_documents_name_the_same_range() -> None:
 
 
 @pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """Installed packages: name -> version."""
     packages: dict[str, str] = {}
 

@@ -40,7 +40,7 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def test_p15_torch_is_held_to_the_budget_and_let_go_however_the_run_ends(
+def test_p17_torch_is_held_to_the_budget_and_let_go_however_the_run_ends(
     shares: list[float],
 ) -> None:
     with vram_cap(GPU, 250):

@@ -105,7 +105,7 @@ def test_a_failed_decode_costs_no_sampling(
 
 
 @pytest.mark.slow
-def test_seams_are_invisible_in_a_drawn_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seams_are_invisible_in_a_drawn_clip() -> None:
     """The trained VAE, four tiles against one piece: no pixel is two of 255 levels off, and no line
     of a tile's edge stands out.
 
@@ -113,8 +113,7 @@ def test_seams_are_invisible_in_a_drawn_clip(monkeypatch: pytest.MonkeyPatch) ->
     last line shows what would be seen
     where one tile simply covers the other: the measure can fail.
     """
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-    found = importlib.import_module("vae_tiles").measure()
+    found = importlib.import_module("scripts.bench.vae").measure()
     assert found["psnr_of_tiles_against_one_piece_db"] > 70
     assert (
         abs(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from lowvram import pipeline as pipeline_module
 from lowvram.errors import NumericsError, ResumeError
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.progress import Progress
 from lowvram.sampling.state import load_state
 from lowvram.store.reader import Store
@@ -24,7 +25,7 @@ from tests.helpers.staged import PROCESS_BYTES, StagedPipeline
 
 StoreOf = Callable[[str], Store]
 # 140 tokens: ragged in chunks, in key tiles and in vectors
-CLIP = {"width": 112, "height": 80, "num_frames": 13}
+CLIP: dict[str, Any] = {"width": 112, "height": 80, "num_frames": 13}
 PLANS = {
     "smallest: one slot, everything from disk": PlanChoice(64, 1, 0, 0, False),
     "two slots": PlanChoice(64, 2, 0, 0, False),
@@ -210,7 +211,7 @@ def test_p20_nan_names_step_expert_and_block(
         Pipeline.generate(pipeline, request, plan=plan)
 
 
-def test_p15_a_run_is_capped_at_its_budget(
+def test_p17_a_run_is_capped_at_its_budget(
     tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the first phase to the last; less what the driver has taken, which torch's allocator

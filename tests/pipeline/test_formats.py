@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.store.reader import Store
 from tests.helpers.runs import expert_velocities
 

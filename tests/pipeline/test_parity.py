@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from lowvram.checkpoint import names
 from lowvram.pipeline import draw_noise
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.request import latent_shape
 from lowvram.sampling.schedule import make_schedule
 from lowvram.store.reader import Store
@@ -118,7 +118,9 @@ def test_dit_equals_diffusers(
         assert relative_error(velocity, expected) <= 1e-5
 
 
-def test_text_encoder_equals_transformers(tiny_store: StoreOf) -> None:
+def test_text_encoder_equals_transformers(
+    tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = tiny_store("fp32")
     pipeline = pipeline_of(store)
     request = request_of(pipeline, "a red circle moves left", negative_prompt="blue")
@@ -129,7 +131,7 @@ def test_text_encoder_equals_transformers(tiny_store: StoreOf) -> None:
         captured.extend(encode(*args))
         return captured
 
-    pipeline._encode_prompts = capture  # type: ignore[method-assign]
+    monkeypatch.setattr(pipeline, "_encode_prompts", capture)
     pipeline.generate(request)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=FastTokenizer.from_str(store.tokenizer.decode()), pad_token="<pad>"
@@ -152,7 +154,7 @@ def test_whole_pipeline_equals_diffusers(tiny_store: StoreOf) -> None:
     )
     schedule = make_schedule("unipc", request.steps, request.shift)
 
-    class OfficialGrid(UniPCMultistepScheduler):
+    class OfficialGrid(UniPCMultistepScheduler):  # type: ignore[misc]  # diffusers has no types
         """diffusers' solver on the official sigmas and timesteps."""
 
         def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: Any) -> None:

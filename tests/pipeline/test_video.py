@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lowvram.files.io
 import lowvram.video
 from lowvram.errors import DiskFullError, OutputError, UsageError
 from lowvram.request import Request
@@ -149,7 +150,7 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
         yield from clip()
         path.write_text("precious")
 
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         write_video(path, frames(), 16, {})
     assert path.read_text() == "precious"
 
@@ -164,7 +165,7 @@ def test_bad_places_are_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(OutputError, match="folder"):
         check_output(tmp_path / "folder.mp4", overwrite=True)
-    with pytest.raises(OutputError, match="make it first"):
+    with pytest.raises(OutputError, match="create it first"):
         check_output(tmp_path / "missing" / "clip.mp4", overwrite=False)
 
 
@@ -257,7 +258,7 @@ def test_p06_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lowvram.video, "_sync_file", full)
+    monkeypatch.setattr(lowvram.files.io, "_sync_file", full)
     with pytest.raises(DiskFullError, match="make room"):
         write_video(tmp_path / "clip.mp4", clip(), 16, {})
     assert os.listdir(tmp_path) == []

@@ -1,5 +1,5 @@
 """The plan's peaks against what runs really allocate: every allocation counted phase by phase, and
-RSS under a hard limit (promise 15).
+RSS under a hard limit (promise 17).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lowvram.pipeline import Pipeline
-from lowvram.planner.plan import MemoryPlan, PlanChoice
+from lowvram.planner.phases import PlanChoice
+from lowvram.planner.plan import MemoryPlan
 from lowvram.progress import Progress
 from lowvram.store.reader import Store, StoreFile, open_store
 from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
@@ -112,7 +113,8 @@ def tracked_peaks(
     """Peaks of the last of three steps of a resumed run, which holds most: the solver's whole state
     from the start.
     """
-    size = {"width": plan.width, "height": plan.height, "num_frames": plan.num_frames}
+    clip = plan.workload
+    size = {"width": clip.width, "height": clip.height, "num_frames": clip.num_frames}
     request = pipeline.request(**PROMPTS, **size, steps=3, **changes)  # type: ignore[arg-type]
     allocations, read = Allocations(), StoreFile.read
 
@@ -157,7 +159,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_p15_every_phase_allocates_what_the_plan_says(
+def test_p17_every_phase_allocates_what_the_plan_says(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within 5 % of the plan, and never more."""
@@ -200,7 +202,7 @@ def limited_run(store: Path, kind: str, share: float = 1.0) -> subprocess.Comple
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self and limits memory")
 @pytest.mark.parametrize("kind", ["private", "group"])
-def test_p15_a_run_lives_within_a_limit_of_what_the_plan_says(kind: str, tmp_path: Path) -> None:
+def test_p17_a_run_lives_within_a_limit_of_what_the_plan_says(kind: str, tmp_path: Path) -> None:
     """Held to what the process had before and the plan's peak: the run survives, and no more was
     ever resident.
     """
@@ -216,7 +218,7 @@ def test_p15_a_run_lives_within_a_limit_of_what_the_plan_says(kind: str, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs control groups")
-def test_p15_the_kernel_kills_a_run_in_a_group_of_less_than_the_plan(tmp_path: Path) -> None:
+def test_p17_the_kernel_kills_a_run_in_a_group_of_less_than_the_plan(tmp_path: Path) -> None:
     """What makes the test above able to fail."""
     with store_of(tmp_path, medium_config(512, 128), "int8") as store:
         done = limited_run(store.path, "group", share=0.8)

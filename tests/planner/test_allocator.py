@@ -1,5 +1,5 @@
 """The plan of a device of its own against a model of torch's caching allocator: what other programs
-see (promise 15).
+see (promise 17).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from lowvram import pipeline as pipeline_module
 from lowvram import run as run_module
 from lowvram.doctor import measure
 from lowvram.hardware import budgets as budget
+from lowvram.memory import out_of_memory
 from lowvram.models.wan import Conditioning, EmbeddingsAndHead, condition, load_embeddings_and_head
 from lowvram.pipeline import Pipeline, moved
 from lowvram.planner import allocator as segment_sizes
 from lowvram.planner import wan as formulas
-from lowvram.planner.plan import CUDA_CONTEXT_BYTES, Host, PlanChoice
+from lowvram.planner.phases import CUDA_CONTEXT_BYTES, Host, PlanChoice
 from lowvram.progress import Progress
+from lowvram.request import Workload
 from lowvram.sampling import recovery
 from lowvram.sampling.denoise import Expert
 from lowvram.sampling.schedule import make_schedule
@@ -45,10 +47,11 @@ META = torch.device("meta")
 
 
 @pytest.mark.parametrize("config", [T2V_A14B, I2V_A14B])
-def test_p15_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None:
+def test_p17_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None:
     """At the real size: left where they are made, some megabytes keep segments of weights; made
     anew they take what the plan says.
     """
+    workload = Workload.of(config, "int8", steps=STEPS)
     shapes = {
         tensor.name: tensor.shape for tensor in component_layout("high_noise", config, "int8").rest
     }
@@ -63,9 +66,7 @@ def test_p15_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None
         made = condition(read, config.dit, "int8", torch.arange(STEPS), features, META)
         ends = load_embeddings_and_head(read, "int8", META)
     kept = [made.time, made.modulation, *made.contexts, *ends]
-    assert [tensor.nbytes for tensor in kept] == formulas._conditioning_tensors(
-        config, "int8", STEPS
-    )
+    assert [tensor.nbytes for tensor in kept] == formulas._conditioning_tensors(workload)
     segments.empty()
     assert segments.reserved > 5 * sum(tensor.nbytes for tensor in kept)
     together = Segments()
@@ -73,7 +74,7 @@ def test_p15_what_an_expert_keeps_is_moved_together(config: ModelConfig) -> None
         for tensor in kept:
             together.allocate(tensor.nbytes)
     assert together.reserved == segment_sizes.segments_bytes(
-        2 * formulas._conditioning_tensors(config, "int8", STEPS)
+        2 * formulas._conditioning_tensors(workload)
     )
     assert together.reserved < 2 * sum(tensor.nbytes for tensor in kept) + 40 * MIB
 
@@ -127,13 +128,13 @@ def test_moving_changes_no_bit() -> None:
 
 def follow_hand_backs(segments: Segments, monkeypatch: pytest.MonkeyPatch) -> Segments:
     """The cache is emptied wherever a run on a GPU empties it."""
-    real = run_module.release_cached_memory
+    real = out_of_memory.release_cached_memory
 
     def release_cached_memory(device: torch.device) -> None:
         real(device)
         segments.empty()
 
-    for module in (run_module, recovery, pipeline_module):
+    for module in (out_of_memory, recovery, pipeline_module):
         monkeypatch.setattr(module, "release_cached_memory", release_cached_memory)
     return segments
 
@@ -147,7 +148,7 @@ CHOICES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICES)
-def test_p15_segments_of_a_run_stay_under_the_plan(
+def test_p17_segments_of_a_run_stay_under_the_plan(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every operator of text, conditioning and loop, replayed; what the cache keeps between them
@@ -269,14 +270,12 @@ def test_a_loop_that_keeps_a_tensor_of_every_step_is_caught(
     """What makes the test above able to fail: a solver that keeps its velocities."""
     kept: list[torch.Tensor] = []
     step = Euler.step
-    monkeypatch.setattr(
-        Euler,
-        "step",
-        lambda self, x, velocity: (
-            kept.append(velocity.repeat(80, 1, 1, 1)),
-            step(self, x, velocity),
-        )[1],
-    )
+
+    def keep(self: Euler, x: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+        kept.append(velocity.repeat(80, 1, 1, 1))
+        return step(self, x, velocity)
+
+    monkeypatch.setattr(Euler, "step", keep)
     held = held_after_steps(tmp_path, "euler", CHOICES["smallest"], monkeypatch)
     assert all(after.used > before.used for before, after in pairwise(held))
     assert held[-1].reserved > held[0].reserved

@@ -10,12 +10,13 @@ import pytest
 
 from lowvram.formats import FORMATS
 from lowvram.planner import umt5, vae, wan
-from lowvram.planner.plan import Host, PlanChoice, describe_plan
-from lowvram.request import latent_shape
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import describe_plan
+from lowvram.request import Workload
 from lowvram.store.layout import component_layout
 from lowvram.variants import T2V_A14B
 
-HD = latent_shape(T2V_A14B, 1280, 720, 81)
+HD = (1280, 720)
 
 
 def test_the_text_encoder_streams_in_little_memory() -> None:
@@ -27,7 +28,7 @@ def test_the_text_encoder_streams_in_little_memory() -> None:
     assert table == 256_384 * 4096 * 2
     assert len(layout.blocks) == 24
     assert layout.block_bytes == pytest.approx(193e6, rel=0.01)
-    vram, ram = umt5.text_bytes(T2V_A14B, "int8", layout.block_bytes, 2)
+    vram, ram = umt5.text_bytes(Workload.of(T2V_A14B, "int8"), layout.block_bytes, 2)
     matrix = 4096 * 10240 * 2
     assert 2 * layout.block_bytes + matrix < vram < 0.6e9
     tokenizer = 256_384 * umt5.TOKENIZER_BYTES
@@ -37,8 +38,9 @@ def test_the_text_encoder_streams_in_little_memory() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_temporaries_stay_small_whatever_the_chunk(format: str) -> None:
+    workload = Workload.of(T2V_A14B, format, HD)
     sizes = {
-        chunk: wan.loop_temporaries_bytes(T2V_A14B, format, HD, chunk, references=True)
+        chunk: wan.loop_temporaries_bytes(workload, chunk, references=True)
         for chunk in (64, 1024, 8192, 65536)
     }
     assert sizes[8192] < 1.35 * sizes[1024], (
@@ -46,14 +48,16 @@ def test_temporaries_stay_small_whatever_the_chunk(format: str) -> None:
     )
     assert max(sizes[chunk] for chunk in (64, 1024, 8192)) < 0.4e9
     if format in ("int8", "int8-plain", "fp8"):
-        kernels = wan.loop_temporaries_bytes(T2V_A14B, format, HD, 8192, references=False)
+        kernels = wan.loop_temporaries_bytes(workload, 8192, references=False)
         assert kernels < sizes[8192]
 
 
 def test_the_plan_lists_the_references_temporaries_where_they_run() -> None:
     def items(host: Host) -> dict[str, int]:
         return describe_plan(
-            T2V_A14B, "int8", (832, 480), 81, 40, PlanChoice(1024, 2, 0, 0, False), host
+            Workload.of(T2V_A14B, "int8", (832, 480), 81, 40),
+            PlanChoice(1024, 2, 0, 0, False),
+            host,
         ).items
 
     assert (
@@ -69,8 +73,8 @@ def test_the_tile_follows_from_the_size_alone() -> None:
 
 def test_decoding_takes_a_tile_whatever_the_size_and_a_row_of_tiles_on_the_host() -> None:
     small, large = (
-        vae.decode_bytes(T2V_A14B, latent_shape(T2V_A14B, width, height, 81), 256)
-        for width, height in ((832, 480), (1280, 720))
+        vae.decode_bytes(Workload.of(T2V_A14B, "int8", size), 256)
+        for size in ((832, 480), (1280, 720))
     )
     assert large[0] == pytest.approx(small[0], rel=0.05)
     frames = 81 * 1280 * 720 * 3

@@ -1,5 +1,5 @@
-"""The planner's arithmetic: the design's table, budgets that hold, refusals that say what would
-do.
+"""The planner's arithmetic: the table of design section 5, budgets that hold, refusals that say
+what would do.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from dataclasses import replace
 import pytest
 
 from lowvram.errors import BudgetError, LowvramError, UsageError
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, choose_plan, describe_plan
-from lowvram.request import Request, latent_shape
+from lowvram.planner.choose import choose_plan
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan, describe_plan
+from lowvram.request import Request, Workload, latent_shape
 from lowvram.store.layout import component_layout
 from lowvram.timing.cards import find_card
 from lowvram.timing.forecast import Forecast
@@ -25,7 +27,7 @@ HD, GIB = (1280, 720), 2**30
 
 def plan_for(vram_gib: float, ram_gib: float, size: tuple[int, int] = HD) -> MemoryPlan:
     return choose_plan(
-        T2V_A14B, "int8", size, 81, 40, CUDA, int(vram_gib * GIB), int(ram_gib * GIB)
+        Workload.of(T2V_A14B, "int8", size, 81, 40), CUDA, int(vram_gib * GIB), int(ram_gib * GIB)
     )
 
 
@@ -33,8 +35,10 @@ def test_the_table_of_the_design_at_720p() -> None:
     """x 1.55 GB, K and V 0.77 GB of codes (and 40 MB of scales), chunk about 0.5 GB at most, two
     slots 0.71 GB: about 3.6 GB.
     """
-    plan = describe_plan(T2V_A14B, "int8", HD, 81, 40, PlanChoice(8192, 2, 0, 0, False), CUDA)
-    assert plan.num_tokens == 75_600
+    plan = describe_plan(
+        Workload.of(T2V_A14B, "int8", HD, 81, 40), PlanChoice(8192, 2, 0, 0, False), CUDA
+    )
+    assert plan.workload.num_tokens == 75_600
     assert plan.items["residual stream"] == 75_600 * 5120 * 4
     codes = 75_600 * 5120 + 75_648 * 5120  # keys; values, padded to whole tiles
     scales = (75_600 * 40 + 5120 * 1182) * 4
@@ -55,7 +59,7 @@ def test_rounding_of_the_allocator_is_an_item_where_there_is_one() -> None:
     """
 
     def plan(host: Host, choice: PlanChoice) -> MemoryPlan:
-        return describe_plan(T2V_A14B, "int8", HD, 81, 40, choice, host)
+        return describe_plan(Workload.of(T2V_A14B, "int8", HD, 81, 40), choice, host)
 
     for choice in (PlanChoice(64, 1, 0, 0, False), PlanChoice(8192, 0, 40, 0, True)):
         made, on_host = plan(CUDA, choice), plan(Host.of("cpu"), choice)
@@ -159,9 +163,8 @@ def test_sizes_and_amounts() -> None:
 
 
 def forecast_of(card: str, ram_gib: float = 16, format: str = "int8", **speeds: float) -> Forecast:
-    sampling = T2V_A14B.sampling
     profile = find_card(card).profile(int(ram_gib * GIB), **speeds)
-    return Forecast(T2V_A14B, format, profile, sampling.steps, sampling.shift, sampling.boundary)
+    return Forecast(Workload.of(T2V_A14B, format), profile)
 
 
 def timed_plan(
@@ -175,7 +178,11 @@ def timed_plan(
     limit = clock.pinned_limit_bytes
     budgets = int(vram_gib * GIB), int(ram_gib * GIB)
     return choose_plan(
-        T2V_A14B, format, size, frames, 40, CUDA, *budgets, clock=clock, pinned_limit_bytes=limit
+        Workload.of(T2V_A14B, format, size, frames, 40),
+        CUDA,
+        *budgets,
+        clock=clock,
+        pinned_limit_bytes=limit,
     )
 
 
@@ -203,7 +210,9 @@ def test_a_plan_by_prediction_fits_and_is_no_slower_than_the_rule(
         ram_gib * GIB / 2, plan.staging_buffers * plan.slot_bytes
     )
     assert plan.prediction is not None
-    rule = choose_plan(T2V_A14B, "int8", size, frames, 40, CUDA, vram_gib * GIB, ram_gib * GIB)
+    rule = choose_plan(
+        Workload.of(T2V_A14B, "int8", size, frames, 40), CUDA, vram_gib * GIB, ram_gib * GIB
+    )
     assert rule.prediction is None
     by_rule = clock(rule)
     assert by_rule is not None
@@ -221,7 +230,7 @@ def test_short_clips_share_visits_and_long_ones_need_not() -> None:
     assert short.choice.joint_guidance
     assert not long.choice.joint_guidance
     assert long.prediction is not None
-    assert long.prediction.overhead < 0.02  # promise 2 of the design, as predicted
+    assert long.prediction.overhead < 0.02  # design section 1, item 2, as predicted
     assert short.choice.resident_blocks > long.choice.resident_blocks
 
 
@@ -242,7 +251,9 @@ def test_half_of_the_ram_is_page_locked_at_most_and_nothing_on_a_host() -> None:
     locked = (plan.choice.pinned_blocks + plan.staging_buffers) * plan.slot_bytes
     assert 0 < plan.choice.pinned_blocks < plan.choice.host_blocks
     assert locked <= 8 * GIB < locked + plan.slot_bytes
-    host = choose_plan(T2V_A14B, "int8", HD, 81, 40, Host.of("cpu"), 24 * GIB, 16 * GIB)
+    host = choose_plan(
+        Workload.of(T2V_A14B, "int8", HD, 81, 40), Host.of("cpu"), 24 * GIB, 16 * GIB
+    )
     assert host.choice.pinned_blocks == 0
 
 
@@ -250,13 +261,17 @@ def test_a_format_whose_rate_nobody_knows_is_planned_without_a_time() -> None:
     plan = timed_plan(forecast_of("RTX 4090", format="fp32"), 16, 16, SMALL, 17, "fp32")
     assert plan.prediction is None
     assert plan.to_dict()["prediction"] is None
-    assert plan == choose_plan(T2V_A14B, "fp32", SMALL, 17, 40, CUDA, 16 * GIB, 16 * GIB)
+    assert plan == choose_plan(
+        Workload.of(T2V_A14B, "fp32", SMALL, 17, 40), CUDA, 16 * GIB, 16 * GIB
+    )
 
 
 def test_image_to_video_takes_wider_latents() -> None:
     assert I2V_A14B.dit.in_dim == 36
     plans = [
-        describe_plan(config, "int8", HD, 81, 40, PlanChoice(8192, 2, 0, 0, False), CUDA)
+        describe_plan(
+            Workload.of(config, "int8", HD, 81, 40), PlanChoice(8192, 2, 0, 0, False), CUDA
+        )
         for config in (T2V_A14B, I2V_A14B)
     ]
     assert plans[1].items["conditioning"] > plans[0].items["conditioning"]

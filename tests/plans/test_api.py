@@ -65,9 +65,11 @@ def test_sizes_are_judged_as_a_requests_are(size: Any) -> None:
 def test_what_is_named_is_planned() -> None:
     made = planning.plan("t2v-a14b", size=(64, 48), frames=5, steps=1)
     assert made == planning.plan("t2v-a14b", size="64x48", frames=5, steps=1)
-    assert (made.width, made.height, made.num_frames) == (64, 48, 5)
+    clip = made.workload
+    assert (clip.width, clip.height, clip.num_frames) == (64, 48, 5)
     default = planning.plan("t2v-a14b")
-    assert (default.width, default.height, default.num_frames) == (1280, 720, 81)
+    clip = default.workload
+    assert (clip.width, clip.height, clip.num_frames) == (1280, 720, 81)
     # of 1 step and of 40
     assert (
         made.items["conditioning"]
@@ -106,10 +108,11 @@ def test_auto_of_a_card_is_its_share() -> None:
 
 def test_auto_ram_is_a_share_of_what_is_free_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "free_ram_bytes", lambda: 40 * GIB)
-    for card in ({}, {"gpu": "RTX 3060"}):
-        assert planning.plan_matrix("t2v-a14b", ram="auto", frames=33, **card).ram_bytes == 34 * GIB
-        asked = planning.plan("t2v-a14b", size="832x480", ram="auto", **card)
-        assert asked == planning.plan("t2v-a14b", size="832x480", ram=34 * GIB, **card)
+    for gpu in (None, "RTX 3060"):
+        matrix = planning.plan_matrix("t2v-a14b", ram="auto", frames=33, gpu=gpu)
+        assert matrix.ram_bytes == 34 * GIB
+        asked = planning.plan("t2v-a14b", size="832x480", ram="auto", gpu=gpu)
+        assert asked == planning.plan("t2v-a14b", size="832x480", ram=34 * GIB, gpu=gpu)
 
 
 @pytest.mark.parametrize(("here", "context"), [("cuda", True), ("cpu", False)])
@@ -265,10 +268,10 @@ def test_a_store_on_another_disk_is_not_planned_with_the_speed_of_the_measured_o
 
 @pytest.mark.parametrize("speed", [{"link": "PCIe 3.0 x8"}, {"disk": "7GB"}])
 def test_a_speed_without_a_prediction_is_not_ignored(
-    speed: dict[str, str], measured: Callable[..., MachineProfile]
+    speed: dict[str, Any], measured: Callable[..., MachineProfile]
 ) -> None:
     with pytest.raises(
-        UsageError, match=r"there are none: name a card with --gpu, or run `lowvram doctor`"
+        UsageError, match=r"no times are predicted: name a card with --gpu, or run `lowvram doctor`"
     ):
         planning.plan("t2v-a14b", **speed)
     assert planning.plan("t2v-a14b", gpu="RTX 4090", **speed).prediction is not None

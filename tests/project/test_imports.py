@@ -34,7 +34,9 @@ WITHOUT_TORCH = [
     "lowvram.doctor.report",
     "lowvram.timing.forecast",
     "lowvram.plans.api",
-    "lowvram.cli.terminal",
+    "lowvram.cli.progress",
+    "lowvram.cli.plan_tables",
+    "lowvram.cli.report_tables",
     "lowvram.cli.app",
 ]
 

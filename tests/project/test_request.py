@@ -147,7 +147,7 @@ def test_an_unknown_device_is_answered_with_those_that_there_are(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
-        UsageError, match=re.escape(f"unknown device {device!r}: here are auto, cpu") + "$"
+        UsageError, match=re.escape(f"unknown device {device!r}: available are auto, cpu") + "$"
     ):
         resolve_budgets("auto", "auto", device)
 
@@ -169,7 +169,7 @@ def test_a_gpu_that_is_not_there_is_answered_with_those_that_are(
     ):
         with pytest.raises(
             UsageError,
-            match=f"^{start}.*: here are auto, cpu, cuda:0 .RTX 3060., cuda:1 .RTX 4090.$",
+            match=f"^{start}.*: available are auto, cpu, cuda:0 .RTX 3060., cuda:1 .RTX 4090.$",
         ):
             resolve_budgets("auto", "auto", device)
     for device, taken in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
@@ -179,7 +179,5 @@ def test_a_gpu_that_is_not_there_is_answered_with_those_that_are(
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_without_a_gpu_none_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(
-        LowvramError, match=f"device {device} was asked for, but torch sees no GPU: use auto or cpu"
-    ):
+    with pytest.raises(LowvramError, match=f"device {device}: torch finds no GPU: use auto or cpu"):
         resolve_budgets("auto", "auto", device)

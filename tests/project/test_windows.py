@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # What Python lacks on Windows. Libraries are imported first: the fake is for our code.
 FAKE = """
 import ctypes, importlib, os, pathlib, platform, signal, sys
-sys.path[:0] = [{root!r} + part for part in ("", "/scripts", "/kernels", "/quantize")]
+sys.path[:0] = [{root!r} + part for part in ("", "/kernels", "/quantize")]
 import multiprocessing, subprocess, tempfile, concurrent.futures, asyncio, shutil, socket, logging.handlers
 import numpy, torch, torch.nn.attention, safetensors.torch, tokenizers, ftfy, diffusers, av, typer, rich.progress, psutil, huggingface_hub
 import optimum.quanto, transformers, PIL.Image, diffusers.models.transformers.transformer_wan
@@ -41,8 +41,9 @@ for name in ("SIGKILL", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "S
 
 
 def modules() -> list[str]:
-    found = [path.stem for path in sorted((ROOT / "scripts").glob("*.py"))]
+    found: list[str] = []
     for folder, package in (
+        ("", "scripts"),
         ("", "lowvram"),
         ("kernels", "lowvram_kernels"),
         ("quantize", "lowvram_quantize"),
@@ -71,6 +72,6 @@ def test_all_modules_are_found() -> None:
         "lowvram.cli.app",
         "lowvram_kernels.check",
         "lowvram_quantize.convert",
-        "bench_all",
-        "memory_group",
+        "scripts.bench.run_all",
+        "scripts.bench.memory_group",
     } <= set(modules())

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_a_repeated_prompt_gives_the_same_bits_and_reads_no_encoder(
     whole = len(encoder_reads)
     assert encoder_reads.count("block") == 2
 
-    def run(**changes: object) -> str:
+    def run(**changes: Any) -> str:
         encoder_reads.clear()
         pipeline = pipeline_of(tiny_store("int8"))
         pipeline.prompt_cache = cache
@@ -99,9 +100,12 @@ def test_the_embedding_is_read_row_by_row(
     """The table of UMT5-XXL is 2.1 GB; a prompt needs a few rows of it."""
     whole: list[str] = []
     read = StoreFile.read
-    monkeypatch.setattr(
-        StoreFile, "read", lambda file, name: whole.append(name) or read(file, name)
-    )
+
+    def noted(file: StoreFile, name: str) -> torch.Tensor:
+        whole.append(name)
+        return read(file, name)
+
+    monkeypatch.setattr(StoreFile, "read", noted)
     pipeline = pipeline_of(tiny_store("int8"))
     pipeline.generate(request_of(pipeline, prompt="a ball", negative_prompt="a", steps=1))
     assert [name for name in encoder_reads if name != "block"] == [
@@ -280,8 +284,8 @@ def test_a_prompt_longer_than_the_model_reads_is_told_of(
     with caplog.at_level(logging.WARNING):
         pipeline.generate(long)
     assert [record.getMessage() for record in caplog.records] == [
-        "the prompt has 61 tokens, the model reads 32 of them: what follows is cut off",
-        "the negative prompt has 46 tokens, the model reads 32 of them: what follows is cut off",
+        "the prompt has 61 tokens, but the model reads only 32: the rest is cut off",
+        "the negative prompt has 46 tokens, but the model reads only 32: the rest is cut off",
     ]
     assert pipeline.prompt_tokens(long) == {
         "prompt": {"tokens": 61, "kept": 32},
@@ -325,5 +329,5 @@ def test_reading_rows_of_a_file_that_was_cut_short_says_so(tmp_path: Path) -> No
     save_file({"table": torch.arange(64, dtype=torch.float32).view(8, 8)}, path)
     with TensorFile(path) as file:
         os.truncate(path, path.stat().st_size - 8)
-        with pytest.raises(CheckpointError, match=r"row 7 of .*table.* is cut off"):
+        with pytest.raises(CheckpointError, match=r"row 7 of .*table.* is truncated"):
             file.read_rows("table", [0, 7])

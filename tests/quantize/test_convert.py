@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from lowvram_quantize import build, recipe
-from lowvram_quantize.convert import STAGING_NAME, quantize
+from lowvram_quantize.convert import quantize
 from lowvram_quantize.int8 import dequantize_int8
 from lowvram_quantize.journal import RunJournal
 from lowvram_quantize.progress import QuantizeProgress
-from lowvram_quantize.report import REPORT_NAME, read_report, summarize, summary_table
+from lowvram_quantize.report import read_report, summarize, summary_table
 from lowvram_quantize.rotate import rotate
 from rich.console import Console
 from safetensors import safe_open
@@ -36,7 +36,7 @@ from lowvram.errors import (
 from lowvram.files.lock import LOCK_NAME
 from lowvram.formats import FORMATS
 from lowvram.store.inspect import inspect_path
-from lowvram.store.manifest import MANIFEST_NAME
+from lowvram.store.manifest import MANIFEST_NAME, REPORT_NAME, STAGING_NAME, STORE_FILES
 from lowvram.store.reader import open_store
 from lowvram.variants import COMPONENTS, EXPERTS
 from tests.helpers.checkpoints import tiny_config, tiny_weights, write_diffusers, write_official
@@ -88,7 +88,7 @@ def test_every_format_makes_a_store_that_opens_and_verifies(
         assert store.tokenizer == (source / "google/umt5-xxl/tokenizer.json").read_bytes()
     inspect_path(tmp_path / "m", verify=True)
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == sorted(
-        [MANIFEST_NAME, *build.STORE_FILES]
+        [MANIFEST_NAME, *STORE_FILES]
     )
     assert report == read_report(tmp_path / "m")
 
@@ -358,7 +358,7 @@ def test_p02_leftovers_are_named_and_removed(
     assert STAGING_NAME in caplog.text
     assert "lowvram.json.partial" in caplog.text
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == sorted(
-        [MANIFEST_NAME, *build.STORE_FILES]
+        [MANIFEST_NAME, *STORE_FILES]
     )
 
 
@@ -369,7 +369,7 @@ def test_p02_files_of_the_user_that_end_in_partial_survive(source: Path, tmp_pat
     (model / "movie.mkv.partial").write_text("hours")
     (model / "vae.safetensors.partial").mkdir()  # no run creates a folder of this name
     # the files above are not taken for an unfinished run
-    with pytest.raises(CheckpointError, match="it is not a store"):
+    with pytest.raises(CheckpointError, match="it is not a complete quantized model"):
         open_store(model)
     for name in (
         "low_noise.safetensors.partial",
@@ -377,14 +377,14 @@ def test_p02_files_of_the_user_that_end_in_partial_survive(source: Path, tmp_pat
         "tokenizer.json.partial",
     ):
         (model / name).write_text("left")
-    with pytest.raises(CheckpointError, match="is unfinished: go on with"):
+    with pytest.raises(CheckpointError, match="is unfinished: continue with"):
         open_store(model)
     quantize(source, model)
     assert (model / "thesis.partial-draft" / "one.txt").read_text() == "years"
     assert (model / "movie.mkv.partial").read_text() == "hours"
     theirs = ["movie.mkv.partial", "thesis.partial-draft", "vae.safetensors.partial"]
     assert sorted(path.name for path in model.iterdir()) == sorted(
-        [*theirs, MANIFEST_NAME, *build.STORE_FILES]
+        [*theirs, MANIFEST_NAME, *STORE_FILES]
     )
 
 

@@ -17,15 +17,16 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from lowvram_quantize import build
-from lowvram_quantize.convert import STAGING_NAME, quantize
+from lowvram_quantize.convert import quantize
 
 from lowvram.errors import CheckpointError, DiskFullError, OutputError
 from lowvram.files.lock import LOCK_NAME
-from lowvram.store.manifest import MANIFEST_NAME
+from lowvram.store.manifest import MANIFEST_NAME, STAGING_NAME
 from lowvram.store.reader import open_store
 from lowvram.store.writer import StoreWriter
 from tests.helpers.checkpoints import tiny_config, write_official
@@ -59,9 +60,12 @@ def start(work: Callable[[], Any]) -> int:
     if child:
         return child
     code = 1
-    with contextlib.suppress(BaseException):
+    with (
+        contextlib.suppress(BaseException),
+        # several journal entries per file, as with large models
+        mock.patch.object(build, "StoreWriter", partial(StoreWriter, sync_bytes=100_000)),
+    ):
         torch.set_num_threads(1)  # fork does not copy the parent's threads
-        build.StoreWriter = partial(StoreWriter, sync_bytes=100_000)  # type: ignore[misc,assignment]  # several journal entries per file, as with large models
         work()
         code = 0
     os._exit(code)
@@ -348,7 +352,7 @@ print(peak_rss_bytes())  # ru_maxrss would begin at the parent's size
     not sys.platform.startswith("linux"), reason="RLIMIT_DATA covers maps on Linux alone"
 )
 def test_p09_memory_is_bounded_by_the_largest_tensor_not_by_the_source(tmp_path: Path) -> None:
-    from scripts.bench_quantize import write_sparse_source
+    from scripts.bench.quantize import write_sparse_source
 
     config = tiny_config(dim=1024, ffn_dim=13824, num_heads=8, num_layers=10)
     write_sparse_source(tmp_path / "source", config, shards=2)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from lowvram.request import Request
-from lowvram.sampling.denoise import block_schedule, branches_of, guided
+from lowvram.sampling.denoise import block_schedule, guided
 from lowvram.sampling.schedule import make_schedule
 from lowvram.store.reader import Store
 from tests.helpers.runs import digest, pipeline_of, request_of
@@ -29,7 +30,7 @@ def test_the_official_defaults_visit_26_steps_of_the_high_and_14_of_the_low_expe
 
 def test_guidance_one_runs_the_positive_prompt_alone() -> None:
     request = Request("a circle", guidance_high=1.0, guidance_low=3.0)
-    assert [branches_of(expert, request) for expert in ("high_noise", "low_noise")] == [1, 2]
+    assert [request.branches(expert) for expert in ("high_noise", "low_noise")] == [1, 2]
     positive, negative = torch.tensor([3.0]), torch.tensor([1.0])
     assert guided([positive], 1.0) is positive
     assert guided([positive, negative], 4.0).item() == 9.0
@@ -40,11 +41,15 @@ def test_each_expert_has_its_own_guidance(tiny_store: StoreOf) -> None:
     nothing.
     """
     pipeline = pipeline_of(tiny_store("int8"))
-    steps = {"steps": 2, "shift": 1.0}  # timesteps 999 and 499: one step for each expert
+    steps: dict[str, Any] = {
+        "steps": 2,
+        "shift": 1.0,
+    }  # timesteps 999 and 499: one step for each expert
     base = digest(pipeline.generate(request_of(pipeline, **steps)).frames)
-    for change in ({"guidance_high": 1.0}, {"guidance_low": 1.0}):
+    changes: tuple[dict[str, Any], ...] = ({"guidance_high": 1.0}, {"guidance_low": 1.0})
+    for change in changes:
         assert digest(pipeline.generate(request_of(pipeline, **steps, **change)).frames) != base
-    alone = {"steps": 1, "shift": 1.0}  # timestep 999 only
+    alone: dict[str, Any] = {"steps": 1, "shift": 1.0}  # timestep 999 only
     frames = [
         digest(pipeline.generate(request_of(pipeline, **alone, guidance_low=scale)).frames)
         for scale in (1.0, 7.0)

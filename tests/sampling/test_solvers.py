@@ -18,7 +18,7 @@ from torch import Tensor
 from lowvram.errors import ResumeError, UsageError
 from lowvram.request import SOLVERS
 from lowvram.sampling.schedule import Schedule, unipc_grid
-from lowvram.sampling.solvers import make_solver
+from lowvram.sampling.solvers import Solver, make_solver
 
 SHAPE = (1, 4, 2, 3, 5)
 STEPS = (1, 2, 3, 5, 20, 40)
@@ -51,7 +51,7 @@ def diffusers_steps(schedule: Schedule) -> list[Tensor]:
 
 
 def our_steps(
-    name: str, schedule: Schedule, between: Callable[[int, object], object] | None = None
+    name: str, schedule: Schedule, between: Callable[[int, Solver], Solver] | None = None
 ) -> list[Tensor]:
     solver, x, out = make_solver(name, schedule), noise(), []
     for i, t in enumerate(schedule.timesteps.tolist()):
@@ -132,8 +132,8 @@ def test_p20_resume_at_every_step_gives_the_same_bits(name: str, tmp_path: Path)
     schedule = unipc_grid(6, 12.0)
     whole = our_steps(name, schedule)
 
-    def through_a_file(at: int) -> Callable[[int, object], object]:
-        def between(i: int, solver: object) -> object:
+    def through_a_file(at: int) -> Callable[[int, Solver], Solver]:
+        def between(i: int, solver: Solver) -> Solver:
             if i != at:
                 return solver
             save_file(copy.deepcopy(solver.state_dict()), tmp_path / "solver.safetensors")
@@ -157,7 +157,7 @@ def test_p20_a_foreign_state_is_refused() -> None:
     state = unipc.state_dict()
     with pytest.raises(ResumeError, match="same solver"):
         make_solver("euler", unipc_grid(5, 5.0)).load_state_dict(state)
-    with pytest.raises(ResumeError, match="step 3 but this run has 2"):
+    with pytest.raises(ResumeError, match="step 3, but this run has 2 steps"):
         make_solver("unipc", unipc_grid(2, 5.0)).load_state_dict(state)
     del state["clean.1"]
     with pytest.raises(ResumeError, match=r"clean\.1"):

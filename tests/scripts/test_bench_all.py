@@ -1,4 +1,4 @@
-"""`bench.py all`: a step that fails in whatever way costs itself alone, nothing measured is lost,
+"""`bench all`: a step that fails in whatever way costs itself alone, nothing measured is lost,
 and the last page names all of it.
 """
 
@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bench_all
-import bench_steps
 import pytest
-from bench_all import DEVICE_LOST, FAILED, LEFT_OUT, NO_DEVICE, OUT_OF_TIME, Step
-from bench_results import Results, ResultsNotWritten, commit_of, problem_of, source_digest
-from bench_steps import Context, LeftOut, OutOfTime, Row, Unit
+
+from scripts.bench import run_all as bench_all
+from scripts.bench import steps as bench_steps
+from scripts.bench.results import Results, ResultsNotWritten, commit_of, problem_of, source_digest
+from scripts.bench.run_all import DEVICE_LOST, FAILED, LEFT_OUT, NO_DEVICE, OUT_OF_TIME, Step
+from scripts.bench.steps import Context, LeftOut, OutOfTime, Row, Unit
 
 ROOT = Path(__file__).parents[2]
 IDENTITY = "machine | torch | triton | source"
@@ -219,7 +220,7 @@ STUB = """
 import json, os, sys, time
 sys.path.insert(0, {scripts!r})
 from pathlib import Path
-from bench_results import Results, ResultsNotWritten
+from scripts.bench.results import Results, ResultsNotWritten
 results = Results(Path({out!r}), {call!r})
 record = {{"step": {step!r}, "identity": {identity!r}}}
 facts = {{"gpu": "G", "torch": "T", "triton": "R", "commit": "C", "source": "S"}}
@@ -353,7 +354,7 @@ def test_ctrl_c_ends_the_step_and_still_writes_the_page(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "scripts")!r})
-import bench_all
+from scripts.bench import run_all as bench_all
 bench_all.Run._command = lambda run, step, seconds: [sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"]
 sys.exit(bench_all.main(["--out", {str(tmp_path)!r}, "--work", {str(tmp_path / "work")!r}]))
 """
@@ -364,7 +365,7 @@ sys.exit(bench_all.main(["--out", {str(tmp_path)!r}, "--work", {str(tmp_path / "
     process.send_signal(2)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "# `bench.py all`" in said
+    assert "# `bench all`" in said
     assert "| machine: what machine this is, and its measured peaks | interrupted |" in said
     assert (tmp_path / "page.md").exists()
 
@@ -418,7 +419,7 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert bench_all.main(["--out", str(tmp_path / "file" / "out")]) == 2
-    assert "bench.py all: cannot make" in capsys.readouterr().err
+    assert "bench all: cannot make" in capsys.readouterr().err
 
 
 def test_shares_are_the_time_of_one_call() -> None:

@@ -1,4 +1,4 @@
-"""The last page of `bench.py all`: every goal is met, missed or not measured, and names the row
+"""The last page of `bench all`: every goal is met, missed or not measured, and names the row
 that decides it.
 """
 
@@ -7,10 +7,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import bench_page
 import pytest
-from bench_page import MET, MISSED, UNKNOWN, Verdict
-from stream_rows import StreamRow
+
+from scripts.bench import page as bench_page
+from scripts.bench.page import MET, MISSED, UNKNOWN, Verdict
+from scripts.bench.stream_rows import StreamRow
 
 FACTS = {
     "gpu": "G",

@@ -1,4 +1,4 @@
-"""The whole of `bench.py all` on a CPU: as it is, on a bare machine, and with a fault planted in
+"""The whole of `bench all` on a CPU: as it is, on a bare machine, and with a fault planted in
 each of several steps.
 """
 
@@ -51,7 +51,7 @@ if step == "correct":
 
     dispatch._wrapper = wrong
 if step == "tiles":
-    import tune
+    from scripts import tune
 
     def tried(*arguments):
         raise RuntimeError("a planted fault")
@@ -71,6 +71,7 @@ BARE = (
     "psutil",
     "typer",
     "rich",
+    "msgspec",
 )
 
 
@@ -87,7 +88,8 @@ def run(out: Path, *arguments: str, plant: str = "") -> subprocess.CompletedProc
         environment["PYTHONPATH"] = str(folder)
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "bench.py"),
+        "-m",
+        "scripts.bench",
         "all",
         "--out",
         str(out),
@@ -99,7 +101,7 @@ def run(out: Path, *arguments: str, plant: str = "") -> subprocess.CompletedProc
         command,
         capture_output=True,
         text=True,
-        cwd=out.parent,
+        cwd=ROOT,
         env={**environment, "OMP_NUM_THREADS": "1"},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 import subprocess
 import sys
@@ -10,14 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bench_machine
-import bench_ncu
-import bench_speed
-import bench_steps
 import pytest
 import torch
-from bench_results import Results
-from bench_steps import Context, LeftOut
+
+from scripts.bench import machine as bench_machine
+from scripts.bench import ncu as bench_ncu
+from scripts.bench import speed as bench_speed
+from scripts.bench import steps as bench_steps
+from scripts.bench.results import Results
+from scripts.bench.steps import Context, LeftOut
 
 
 def context_of(folder: Path, rehearse: bool = True) -> Context:
@@ -70,8 +72,8 @@ def test_the_driver_is_asked_and_nothing_else(
         asked.append(command)
         return subprocess.CompletedProcess(command, code, said)
 
-    monkeypatch.setattr(bench_machine.shutil, "which", lambda name: name)
-    monkeypatch.setattr(bench_machine.subprocess, "run", run)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", run)
     assert bench_machine.driver() == driver
     assert [part.split("=")[0] for part in asked[0]] == ["nvidia-smi", "--query-gpu", "--format"]
 
@@ -79,9 +81,7 @@ def test_the_driver_is_asked_and_nothing_else(
 def test_the_link_is_measured_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(bench_machine, "LINK_BYTES", 1000)
-    monkeypatch.setattr(
-        bench_machine.torch, "empty", lambda size, dtype, **_: empty(size, dtype=dtype)
-    )
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, **_: empty(size, dtype=dtype))
     monkeypatch.setattr(
         bench_machine, "measure", lambda run, repeats: (run(0), (1e-3, 1e-3, 1e-3))[1]
     )

@@ -13,26 +13,27 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import bench_commands
-import bench_stream
-import diffusers_model
 import pytest
-import random_store
-import stream_goals
-import stream_rows
 import torch
-from bench_stream import BenchPipeline, Case
-from plots import timeline_plot
-from stream_goals import MET, MISSED, UNKNOWN
-from stream_rows import StreamRow
-from timed_transport import TimedHost, TimedVisit, Timeline
 
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan
 from lowvram.request import Request
 from lowvram.store.reader import Store
+from lowvram.streaming.block_file import BlockFile
 from lowvram.streaming.schedule import tiers
 from lowvram.timing.cards import find_card
 from lowvram.variants import T2V_A14B
+from scripts.bench import commands as bench_commands
+from scripts.bench import diffusers_model, random_store, stream_goals, stream_rows
+from scripts.bench import stream as bench_stream
+from scripts.bench.plots import timeline_plot
+from scripts.bench.stream import BenchPipeline, Case
+from scripts.bench.stream_goals import MET, MISSED, UNKNOWN
+from scripts.bench.stream_rows import StreamRow
+from scripts.bench.timed_transport import TimedHost
+from scripts.bench.timeline import TimedVisit, Timeline
+from scripts.bench.timing import write_csv
 from tests.helpers.checkpoints import tiny_config
 from tests.helpers.runs import CPU, plan_of
 
@@ -171,7 +172,7 @@ def test_rows_of_another_commit_are_kept_under_its_name(
         old = StreamRow(
             "lowvram int8", "64x64", 9, 48, 4, 4, step_s=float(number), commit="abc1234"
         )
-        bench_stream.write_csv(output.with_suffix(".csv"), [old])
+        write_csv(output.with_suffix(".csv"), [old])
         before = output.with_suffix(".csv").read_bytes()
         found = measured(small, output, (MIB, 16 * GIB))
         assert in_file(output) == found
@@ -187,11 +188,12 @@ def test_a_plan_is_measured_once_and_named_by_the_rows_that_share_it(
     )
     assert first.step_s is not None
     assert same.note == f"not measured: same plan as {first.budgets}"
+    unmeasured: dict[str, Any] = dict.fromkeys(NUMBERS)
     assert same == replace(
         first,
         note=same.note,
         vram_budget_gb=3 * GIB / 1e9,
-        **dict.fromkeys(NUMBERS),
+        **unmeasured,
         steps_s="",
         latents_sha256="",
         rates="",
@@ -311,7 +313,7 @@ def test_stalls_are_seen_and_resident_blocks_have_bars_of_their_own(
             time.sleep(delay_s if slow == "copy" else 0)
             super().copy(host, slot, after)
 
-    class SlowFile(bench_stream.BlockFile):
+    class SlowFile(BlockFile):
         def read_into(self, block: int, buffer: torch.Tensor) -> torch.Tensor:
             time.sleep(delay_s if slow == "read" else 0)
             return super().read_into(block, buffer)
@@ -326,7 +328,11 @@ def test_stalls_are_seen_and_resident_blocks_have_bars_of_their_own(
         "low_noise"
     ]
     assert [visit.index for visit in timeline.visits] == 8 * [0, 1, 2, 3]
-    moments = [moment for visit in timeline.visits for moment in visit[2:]]
+    moments = [
+        moment
+        for visit in timeline.visits
+        for moment in (visit.asked_s, visit.start_s, visit.end_s)
+    ]
     assert moments == sorted(moments)
     stay, _ = tiers(4, 2, 0)
     settled = [

@@ -26,7 +26,10 @@ pytestmark = [
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    module, group = importlib.import_module("bench_whole"), importlib.import_module("memory_group")
+    module, group = (
+        importlib.import_module("scripts.bench.whole"),
+        importlib.import_module("scripts.bench.memory_group"),
+    )
     try:
         with group.memory_group(2**30):
             return module

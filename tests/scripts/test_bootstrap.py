@@ -31,7 +31,8 @@ class FakeRuns:
     """Stands in for `run`: records each command and makes the python that `venv` would make."""
 
     def __init__(self, python: Path, fails: str = "") -> None:
-        self.python, self.fails, self.commands = python, fails, []
+        self.python, self.fails = python, fails
+        self.commands: list[list[str]] = []
 
     def __call__(self, command: list[str]) -> int:
         self.commands.append(command[1:3])
@@ -132,7 +133,12 @@ def test_arguments_and_exit_status_are_handed_on(
 ) -> None:
     seen: list[list[str]] = []
     monkeypatch.setattr(bootstrap, "make_environment", lambda index: Path("python"))
-    monkeypatch.setattr(bootstrap, "run", lambda command: seen.append(command) or 7)
+
+    def run(command: list[str]) -> int:
+        seen.append(command)
+        return 7
+
+    monkeypatch.setattr(bootstrap, "run", run)
     assert bootstrap.main(["demo", "--out", "a b.mp4"]) == 7
     assert bootstrap.main(["run", "--help"]) == 7
     assert bootstrap.main(["setup"]) == 0

@@ -18,10 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import plans
+    from scripts import plans
 
-    monkeypatch.delitem(sys.modules, "plans")
+    monkeypatch.delitem(sys.modules, "scripts.plans")
     return plans
 
 
@@ -62,13 +61,16 @@ def test_a_changed_line_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(plans, "DOCS", tmp_path)
+    monkeypatch.setattr(plans, "DOCS", tmp_path / "docs")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"{plans.CARDS_BEGIN}{plans.CARDS_END}\n", encoding="utf-8")
+    monkeypatch.setattr(plans, "readme_cards", lambda: "1.5 min")
     for name in ("plans", "streaming"):
         monkeypatch.setattr(plans, f"{name}_document", lambda name=name: f"# {name}\n| 1.5 s |\n")
     assert plans.main(["--check"]) == 1
     assert plans.main([]) == 0
     assert plans.main(["--check"]) == 0
-    for name in ("plans.md", "streaming.md"):
+    for name in ("docs/plans.md", "docs/streaming.md", "README.md"):
         path = tmp_path / name
         good = path.read_text(encoding="utf-8")
         path.write_text(good.replace("1.5", "1.6"), encoding="utf-8")

@@ -9,7 +9,9 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES, TensorFile
 from lowvram.checkpoint.readers.safetensors_header import read_header
 from lowvram.errors import CheckpointError, ResumeError
 from lowvram.store.layout import StoredTensor
-from lowvram.store.writer import StoreWriter, remove_leftovers
+from lowvram.store.writer import StoreWriter
 
 DTYPES = ("F32", "BF16", "I8", "U8", "F8_E4M3")
 METADATA = {"b": "2", "a": "ü"}
@@ -116,10 +118,10 @@ class Crash:
         os.replace = self._around(os.replace)  # type: ignore[assignment]
 
     def _around(self, call: Callable[..., object]) -> Callable[..., object]:
-        def run(*args: object) -> object:
+        def run(*args: Any) -> object:
             self.left -= 1
             if self.left == 0 and self.mode == "half" and call == self._write:
-                real_write(args[0], bytes(args[1])[: max(1, len(bytes(args[1])) // 2)])  # type: ignore[arg-type]
+                real_write(args[0], bytes(args[1])[: max(1, len(bytes(args[1])) // 2)])
             if self.left == 0 and self.mode != "after":
                 os._exit(9)
             result = call(*args)
@@ -155,16 +157,17 @@ def test_p01_death_at_every_system_call_ends_in_the_same_bytes(
     tensors = plan(3)
     hashes = write(tmp_path / "whole", tensors, resume=False)
     whole = (tmp_path / "whole").read_bytes()
+
+    def dying(crash: Crash, path: Path) -> None:
+        crash.install()
+        write(path, tensors, resume=False)
+
     for at in range(1, 200):
         folder = tmp_path / str(at)
         folder.mkdir()
         path, notes = folder / "x.safetensors", tmp_path / f"{at}.synced"
         crash = Crash(at, mode, notes)
-        code = exit_code(
-            child(
-                lambda crash=crash, path=path: (crash.install(), write(path, tensors, resume=False))
-            )
-        )
+        code = exit_code(child(partial(dying, crash, path)))
         if code == 0:
             break
         assert code == 9
@@ -207,7 +210,7 @@ def test_finished_file_is_found_done_on_resume(
         assert writer.remaining == []
         assert writer.finish() == reference[1]
     assert path.stat().st_mtime_ns == changed_ns
-    assert remove_leftovers(tmp_path) == ["x.safetensors.partial.journal"]
+    (tmp_path / "x.safetensors.partial.journal").unlink()
     with StoreWriter(path, plan(), METADATA, IDENTITY, resume=True) as writer:
         assert len(writer.remaining) == 8, "without its journal a finished file is not trusted"
 
@@ -221,9 +224,6 @@ def test_p02_start_without_resume_names_and_removes_leftovers(
     with StoreWriter(path, plan(), METADATA, {"recipe": "other"}, resume=False) as writer:
         assert len(writer.remaining) == 8
     assert "x.safetensors.partial, left by a run that did not finish" in caplog.text
-    (tmp_path / "movie.mkv.partial").write_text("hours")
-    assert remove_leftovers(tmp_path) == ["x.safetensors.partial", "x.safetensors.partial.journal"]
-    assert [path.name for path in tmp_path.iterdir()] == ["movie.mkv.partial"]
 
 
 def test_p02_old_output_stays_until_the_new_is_complete(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_a_read_without_memory_is_nobodys_fault_and_raised_at_once(
         (
             errno.EIO,
             CheckpointError,
-            r"blocks.safetensors cannot be opened: Input/output error: check the disk",
+            r"cannot open .*blocks.safetensors: Input/output error: check the disk",
         ),
         (errno.ENOMEM, OSError, "Cannot allocate memory"),
     ],
@@ -354,7 +354,7 @@ def test_a_disk_that_hangs_is_named_and_waited_for_once(
     began = time.monotonic()
     said = (
         "block 3 cannot be read: the disk gave no byte for 1 s: check the disk",
-        "block 2 is not read: the disk hangs: check the disk",
+        "block 2 cannot be read: the disk hangs: check the disk",
     )
     for block, text in zip((3, 2), said, strict=True):
         with pytest.raises(CheckpointError, match=f"blocks.safetensors: {text}"):
@@ -424,7 +424,7 @@ def test_a_file_that_nobody_closes_leaves_no_thread(tmp_path: Path) -> None:
 
 def test_a_buffer_without_slack_is_refused(blocks: tuple[BlockFile, list[bytes]]) -> None:
     file, _ = blocks
-    with pytest.raises(InternalLimitError, match="the slack of its read"):
+    with pytest.raises(InternalLimitError, match=r"too small for block 2 of .* and page alignment"):
         file.read_into(2, torch.empty(file.ranges[2][1] - 1, dtype=torch.uint8))
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.streaming.schedule import assign_slots, spread, tiers
 from lowvram.timing.forecast import simulate_choice
-from lowvram.timing.simulate import Speeds
+from lowvram.timing.simulate import HopSpeeds
 
 BLOCK, COMPUTE_S, STEPS = 100, 1.0, 4
 
@@ -55,7 +55,7 @@ def test_kept_blocks_are_read_once_and_residents_travel_once() -> None:
         assert len({visit.slot for visit in own if block in on_device}) <= 1
 
 
-def step_seconds(choice: PlanChoice, speeds: Speeds) -> float:
+def step_seconds(choice: PlanChoice, speeds: HopSpeeds) -> float:
     """One step between the first and the last, of forty blocks."""
     schedule = [("high", index) for _ in range(STEPS) for index in range(40)]
     visits = simulate_choice(schedule, choice, BLOCK, COMPUTE_S, speeds, 2, STEPS * [40]).visits
@@ -65,14 +65,14 @@ def step_seconds(choice: PlanChoice, speeds: Speeds) -> float:
 @pytest.mark.parametrize(
     ("choice", "speeds"),
     [
-        (PlanChoice(64, 2, 20, 20, False, 20), Speeds(1e9, 1e9, BLOCK / (1.8 * COMPUTE_S))),
-        (PlanChoice(64, 2, 0, 30, False, 30), Speeds(BLOCK / (3.5 * COMPUTE_S), 1e9, 1e9)),
-        (PlanChoice(64, 2, 20, 10, False, 10), Speeds(BLOCK / (3.5 * COMPUTE_S), 1e9, 1e9)),
+        (PlanChoice(64, 2, 20, 20, False, 20), HopSpeeds(1e9, 1e9, BLOCK / (1.8 * COMPUTE_S))),
+        (PlanChoice(64, 2, 0, 30, False, 30), HopSpeeds(BLOCK / (3.5 * COMPUTE_S), 1e9, 1e9)),
+        (PlanChoice(64, 2, 20, 10, False, 10), HopSpeeds(BLOCK / (3.5 * COMPUTE_S), 1e9, 1e9)),
     ],
     ids=["a link slower than computing", "a disk slower than computing", "both kept tiers"],
 )
 def test_slow_hops_are_hidden_behind_the_blocks_that_stay(
-    choice: PlanChoice, speeds: Speeds
+    choice: PlanChoice, speeds: HopSpeeds
 ) -> None:
     """Each hop is slower than computing one block, but not than the blocks between two that take
     it: a prefix would stall at its end.

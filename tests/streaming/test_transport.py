@@ -16,8 +16,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -275,7 +276,7 @@ class DeviceTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ != "copy_":
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch leaves it without annotations
         assert (kwargs or {}).get("non_blocking"), "a blocking copy waits for its whole stream"
         cls.gpu.copy(plain(args[0]), plain(args[1]))
         return args[0]
@@ -330,6 +331,11 @@ def arrived(slot: torch.Tensor) -> bool:
     return plain(slot)[:8].tolist() == HOST_BYTES.tolist()
 
 
+def copy_to(slot: torch.Tensor, transport: CudaTransport, after: object = None) -> FakeEvent:
+    """Copies `HOST_BYTES`; the event is the fake device's."""
+    return cast(FakeEvent, transport.copy(HOST_BYTES, slot, after))
+
+
 def test_a_stream_begins_behind_what_was_given_to_the_device_and_waits_for_nothing_later(
     gpu: Gpu,
 ) -> None:
@@ -354,7 +360,7 @@ def test_a_copy_waits_for_the_slots_last_use_alone_and_its_event_comes_behind_it
     gpu.launch(lambda: done.append("the slot's last use"))
     after = transport.mark()
     gpu.launch(lambda: done.append("later"))
-    event = transport.copy(HOST_BYTES, slot, after)
+    event = copy_to(slot, transport, after)
     gpu.run(copying)
     assert plain(slot).tolist() == [0] * 12
     assert gpu.step(gpu.computing)
@@ -370,7 +376,7 @@ def test_a_copy_waits_for_the_slots_last_use_alone_and_its_event_comes_behind_it
 def test_computing_waits_for_its_own_copy_and_holds_up_neither_host_nor_copies(gpu: Gpu) -> None:
     transport, slots, done = CudaTransport(DEVICE), (empty_slot(), empty_slot()), list[str]()
     (copying,) = gpu.streams[1:]
-    mine, _ = (transport.copy(HOST_BYTES, slot, None) for slot in slots)
+    mine, _ = (copy_to(slot, transport) for slot in slots)
     transport.wait(mine)
     gpu.launch(lambda: done.append("computed"))
     gpu.run(gpu.computing)
@@ -391,7 +397,7 @@ def test_computing_waits_for_its_own_copy_and_holds_up_neither_host_nor_copies(g
 def test_settling_waits_for_one_event_and_leaves_everything_else_under_way(gpu: Gpu) -> None:
     transport, slots, done = CudaTransport(DEVICE), (empty_slot(), empty_slot()), list[str]()
     gpu.launch(lambda: done.append("computed"))
-    first, second = (transport.copy(HOST_BYTES, slot, None) for slot in slots)
+    first, second = (copy_to(slot, transport) for slot in slots)
     transport.settle(first)
     assert [arrived(slot) for slot in slots] == [True, False]
     assert done == []
@@ -454,7 +460,7 @@ def faults_of_a_walk(seed: int, transport_class: Callable[[torch.device], Any]) 
         )
         # it was another's, whose last kernels are still to run
         for slot in [plain(slots[number]) for number in range(len(slots))]:
-            gpu.launch(lambda slot=slot: slot.fill_(LEFT_BEHIND))
+            gpu.launch(partial(slot.fill_, LEFT_BEHIND))
         files = {
             name: StreamedComponent(FilledFile(name, rng), {"weight": (torch.uint8, (NBYTES,), 0)})
             for name in FIRST
@@ -492,8 +498,7 @@ def test_every_block_is_there_when_it_is_computed_with_whatever_the_device_does_
 
 COPY = "            slot[: host.numel()].copy_(host, non_blocking=True)\n"
 EVENT = (
-    "            event = torch.cuda.Event(blocking=True)  # who settles on it sleeps "
-    "instead of spinning\n"
+    "            event = torch.cuda.Event(blocking=True)  # `settle` sleeps instead of spinning\n"
 )
 RECORD = "            event.record(self._stream)\n"
 MISTAKES = {

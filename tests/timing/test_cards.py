@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import static_bound
 
 from lowvram.errors import UsageError
 from lowvram.timing.cards import (
@@ -15,6 +14,7 @@ from lowvram.timing.cards import (
     parse_link,
     parse_speed,
 )
+from scripts import static_bound
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,8 @@ def test_links(text: str, speed: float) -> None:
 @pytest.mark.parametrize("text", ["PCIe 9.0 x16", "PCIe 4.0 x3", "fast", "", "0GB", "-1GB"])
 def test_links_that_are_none(text: str) -> None:
     with pytest.raises(
-        UsageError, match=r'such as "PCIe 4.0 x8"|a link like "PCIe 4.0 x8", or its speed like 12GB'
+        UsageError,
+        match=r'such as "PCIe 4.0 x8"|like "PCIe 4.0 x8", or give the bytes per second like 12GB',
     ):
         parse_link(text)
 
@@ -158,7 +159,7 @@ def test_links_that_are_none(text: str) -> None:
 def test_disks_that_are_none(text: str) -> None:
     """A link is none, and is not what is advised."""
     with pytest.raises(
-        UsageError, match=r"write it like 3\.5GB, what the disk reads in a second"
+        UsageError, match=r"give the bytes that the disk reads per second, like 3\.5GB"
     ) as refused:
         parse_speed(text)
     assert "PCIe" not in str(refused.value).replace(repr(text), "")

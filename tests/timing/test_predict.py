@@ -16,12 +16,15 @@ from lowvram_kernels import ops
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowvram.formats import FORMATS
 from lowvram.hardware.profile import MachineProfile
 from lowvram.memory.arena import Arena, Ledger
 from lowvram.models.vae import _build
 from lowvram.models.wan import WanTransformer, condition, load_embeddings_and_head
-from lowvram.planner.plan import Host, MemoryPlan, PlanChoice, choose_plan, describe_plan
-from lowvram.request import latent_shape
+from lowvram.planner.choose import choose_plan
+from lowvram.planner.phases import Host, PlanChoice
+from lowvram.planner.plan import MemoryPlan, describe_plan
+from lowvram.request import Workload
 from lowvram.sampling.schedule import make_schedule
 from lowvram.sigmas import expert_of, high_noise_steps
 from lowvram.store.reader import Store, open_store
@@ -67,7 +70,7 @@ def test_a_block_is_the_work_that_the_facts_count(tokens: int, tera: float) -> N
 
 def test_element_wise_work_is_what_the_facts_count() -> None:
     """kernels 5: a fused block moves about 25.5 times its tokens in bf16, +- 15 %."""
-    assert elementwise_bytes(DIT, "int8") / (2 * DIT.dim) == pytest.approx(25.5, rel=0.15)
+    assert elementwise_bytes(DIT, FORMATS["int8"]) / (2 * DIT.dim) == pytest.approx(25.5, rel=0.15)
 
 
 def test_seconds_of_a_block_follow_from_the_rates() -> None:
@@ -78,23 +81,25 @@ def test_seconds_of_a_block_follow_from_the_rates() -> None:
     ops = (
         linear_ops(DIT, tokens) + text_ops(DIT) + attention_ops(DIT, tokens, tokens + DIT.text_len)
     )
-    assert block_seconds(DIT, "int8", tokens, 8192, bare) == pytest.approx(ops / rate)
+    assert block_seconds(DIT, FORMATS["int8"], tokens, 8192, bare) == pytest.approx(ops / rate)
     moved = profile(
         gemm_int8_ops_s=1e30, attention_ops_s=1e30, elementwise_bytes_s=1e9, launch_s=1e-12
     )
-    seconds = block_seconds(DIT, "int8", tokens, 8192, moved)
+    seconds = block_seconds(DIT, FORMATS["int8"], tokens, 8192, moved)
     assert seconds is not None
-    assert seconds > tokens * elementwise_bytes(DIT, "int8") / 1e9
+    assert seconds > tokens * elementwise_bytes(DIT, FORMATS["int8"]) / 1e9
 
 
 def test_short_chunks_cost_time_and_launches_bound_tiny_ones() -> None:
-    seconds = [block_seconds(DIT, "int8", 32_760, chunk, CARD) for chunk in (8192, 2048, 512, 64)]
+    seconds = [
+        block_seconds(DIT, FORMATS["int8"], 32_760, chunk, CARD) for chunk in (8192, 2048, 512, 64)
+    ]
     assert seconds == pytest.approx(sorted(seconds, key=lambda value: value or 0), rel=1e-12)
     slow = profile(launch_s=1e-3)
     launching_s = (2 * LAUNCHES_PER_CHUNK + LAUNCHES_PER_VISIT) * 1e-3
-    assert block_seconds(DIT, "int8", 128, 64, slow) == pytest.approx(launching_s)
+    assert block_seconds(DIT, FORMATS["int8"], 128, 64, slow) == pytest.approx(launching_s)
     host = dataclasses.replace(slow, device="cpu")
-    assert (block_seconds(DIT, "int8", 128, 64, host) or 0) > launching_s
+    assert (block_seconds(DIT, FORMATS["int8"], 128, 64, host) or 0) > launching_s
 
 
 class Launches(TorchDispatchMode):
@@ -103,7 +108,7 @@ class Launches(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
         self.count = self.within = 0
 
     def __torch_dispatch__(
@@ -139,13 +144,11 @@ def launches_of_a_visit(store: Store, chunk_tokens: int, monkeypatch: pytest.Mon
     and one branch.
     """
     config, choice = store.config, PlanChoice(chunk_tokens, 0, 2, 0, False)
-    plan = describe_plan(config, store.format, (256, 256), 9, 1, choice, Host.of("cpu"))
-    assert plan.num_tokens == 768
-    ledger, shape, file = (
-        Ledger("VRAM", plan.peak_vram_bytes),
-        latent_shape(config, 256, 256, 9),
-        store.files[EXPERTS[0]],
+    plan = describe_plan(
+        Workload.of(config, store.format, (256, 256), 9, 1), choice, Host.of("cpu")
     )
+    assert plan.workload.num_tokens == 768
+    ledger, file = Ledger("VRAM", plan.peak_vram_bytes), store.files[EXPERTS[0]]
     conditioning = condition(
         file.read,
         config.dit,
@@ -174,11 +177,9 @@ def launches_of_a_visit(store: Store, chunk_tokens: int, monkeypatch: pytest.Mon
     ):
         for name in ops.OPS:
             patch.setattr(ops, name, counter.counted(getattr(ops, name)))
-        model = WanTransformer(
-            config.dit, store.format, shape, choice, Arena(plan.workspace, ledger, CPU), CPU
-        )
+        model = WanTransformer(plan.workload, choice, Arena(plan.workspace, ledger, CPU), CPU)
         ends = load_embeddings_and_head(file.read, store.format, CPU)
-        latents = torch.randn(shape.shape)
+        latents = torch.randn(plan.workload.latents.shape)
         model.velocities(
             latents,
             0,
@@ -209,7 +210,7 @@ def test_formats_have_their_own_rates() -> None:
     assert ampere.gemm_ops_s("fp8") == ampere.gemm_bf16_ops_s  # decoded
     assert CARD.gemm_ops_s("fp8") == CARD.gemm_fp8_ops_s
     assert CARD.gemm_ops_s("int8") == CARD.gemm_ops_s("int8-plain") == CARD.gemm_int8_ops_s
-    assert block_seconds(DIT, "fp32", 64, 64, CARD) is None
+    assert block_seconds(DIT, FORMATS["fp32"], 64, 64, CARD) is None
 
 
 def test_the_decoder_does_the_operations_that_torch_counts() -> None:
@@ -232,8 +233,8 @@ def test_the_decoder_does_the_operations_that_torch_counts() -> None:
 
 
 def test_tiles_decode_their_overlaps_twice() -> None:
-    latents = latent_shape(T2V_A14B, *HD, 81)
-    whole, tiled = (decode_seconds(T2V_A14B, latents, tile, CARD) for tile in (0, 256))
+    workload = Workload.of(T2V_A14B, "int8", HD)
+    whole, tiled = (decode_seconds(workload, tile, CARD) for tile in (0, 256))
     assert 1.3 < tiled / whole < 2.2
 
 
@@ -253,13 +254,14 @@ def test_experts_work_the_steps_that_the_schedule_gives_them(
 def plan_of(
     choice: PlanChoice, size: tuple[int, int] = (480, 272), frames: int = 17, device: str = "cuda"
 ) -> MemoryPlan:
-    return describe_plan(T2V_A14B, "int8", size, frames, 40, choice, Host.of(device))
+    return describe_plan(Workload.of(T2V_A14B, "int8", size, frames, 40), choice, Host.of(device))
 
 
 def clock(
     steps: int = 40, branches: tuple[int, int] = (2, 2), machine: MachineProfile = CARD
 ) -> Forecast:
-    return Forecast(T2V_A14B, "int8", machine, steps, 12.0, 0.875, branches)
+    workload = Workload.of(T2V_A14B, "int8", steps=steps)
+    return Forecast(dataclasses.replace(workload, branches=branches), machine)
 
 
 CHOICES = [
@@ -356,11 +358,7 @@ def test_the_overhead_is_that_of_the_budgets_and_short_chunks_are_part_of_it() -
     forecast = clock(machine=machine)
     plans = [
         choose_plan(
-            T2V_A14B,
-            "int8",
-            HD,
-            81,
-            40,
+            Workload.of(T2V_A14B, "int8", HD, 81, 40),
             Host.of("cuda"),
             vram,
             ram,

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from lowvram.memory.arena import Ledger
-from lowvram.planner.plan import PlanChoice
+from lowvram.planner.phases import PlanChoice
 from lowvram.streaming.block_file import BlockFile
 from lowvram.streaming.schedule import NEVER, BlockId, Visit, assign_slots
 from lowvram.streaming.slots import Slots
 from lowvram.streaming.streamer import StreamedComponent, Streamer
 from lowvram.timing.forecast import simulate_choice
-from lowvram.timing.simulate import Speeds, Timeline, simulate
+from lowvram.timing.simulate import HopSpeeds, Timeline, simulate
 
 NBYTES, CPU = 256, torch.device("cpu")
 LOST_S = 10  # a thread that waits longer waits in vain
@@ -38,8 +38,8 @@ def two_experts(blocks: int, steps: int, switch: int) -> list[BlockId]:
     ]
 
 
-def speeds(read_s: float, stage_s: float, copy_s: float, staged: bool = True) -> Speeds:
-    return Speeds(NBYTES / read_s, NBYTES / stage_s, NBYTES / copy_s, staged)
+def speeds(read_s: float, stage_s: float, copy_s: float, staged: bool = True) -> HopSpeeds:
+    return HopSpeeds(NBYTES / read_s, NBYTES / stage_s, NBYTES / copy_s, staged)
 
 
 # The arithmetic by hand
@@ -98,7 +98,7 @@ def test_a_host_that_is_the_device_reads_into_its_slots() -> None:
 class Case:
     schedule: list[BlockId]
     choice: tuple[int, ...]  # resident, ring, host, pinned, staging
-    speeds: Speeds
+    speeds: HopSpeeds
     compute_s: float
 
     @property
@@ -114,7 +114,8 @@ def random_case(seed: int) -> Case:
     resident = rng.randint(0, blocks)
     ring = rng.randint(1, 4) if resident < blocks else 0
     host = rng.randint(0, blocks - resident)
-    rates = speeds(*(rng.choice((0.25, 0.5, 1, 2, 4, 8)) for _ in range(3)))
+    read_s, stage_s, copy_s = (rng.choice((0.25, 0.5, 1, 2, 4, 8)) for _ in range(3))
+    rates = speeds(read_s, stage_s, copy_s)
     return Case(
         schedule,
         (resident, ring, host, rng.randint(0, host), rng.randint(1, 3)),

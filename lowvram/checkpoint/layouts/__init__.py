@@ -1,1 +1,1 @@
-"""Folders and files that hold a whole model: which file is which component, and its dimensions."""
+"""Checkpoint layouts: the files of each component, and the config of the model."""

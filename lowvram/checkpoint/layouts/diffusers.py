@@ -1,26 +1,41 @@
-"""The layout of Wan-AI/Wan2.2-T2V-A14B-Diffusers: one folder per component; `transformer` is the
-high-noise expert.
+"""The diffusers layout, as in Wan-AI/Wan2.2-T2V-A14B-Diffusers.
+
+One folder per component; `transformer` is the high-noise expert, `transformer_2` the low-noise one.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
 
 from lowvram.checkpoint import names
 from lowvram.checkpoint.layouts.parts import (
     Parts,
     Rename,
-    make_dit_config,
+    errors_of,
     model_config,
-    read_sampling,
-    read_settings,
     read_tokenizer,
+    require_norms,
 )
-from lowvram.checkpoint.readers.files import Settings
+from lowvram.checkpoint.readers.files import read_settings
 from lowvram.checkpoint.readers.shards import open_folder
 from lowvram.errors import CheckpointError
-from lowvram.variants import DiTConfig, SamplingDefaults, TextEncoderConfig, VAEConfig
+from lowvram.variants import (
+    EXPERTS,
+    DiTConfig,
+    Layers,
+    ModelConfig,
+    Multipliers,
+    Number,
+    Size,
+    Switches,
+    TextEncoderConfig,
+    VAEConfig,
+)
 
 FOLDERS = {
     "high_noise": "transformer",
@@ -32,23 +47,127 @@ TOKENIZER = Path("tokenizer", "tokenizer.json")
 
 
 def looks_diffusers(root: Path) -> bool:
+    """Whether the folder has the diffusers layout."""
     return (root / "model_index.json").is_file() or (root / "transformer").is_dir()
 
 
+class TransformerConfig(msgspec.Struct, frozen=True):
+    """What the config.json of a transformer says; other keys are not read."""
+
+    num_attention_heads: Size
+    attention_head_dim: Size
+    ffn_dim: Size
+    num_layers: Layers
+    image_dim: None = None
+    added_kv_proj_dim: None = None
+    pos_embed_seq_len: None = None
+    qk_norm: Literal["rms_norm_across_heads"] = "rms_norm_across_heads"
+    cross_attn_norm: bool = True
+    in_channels: Size = 16
+    out_channels: Size = 16
+    freq_dim: Size = 256
+    text_dim: Size = 4096
+    text_len: Size = 512
+    patch_size: tuple[Size, Size, Size] = (1, 2, 2)
+    eps: Number = 1e-6
+
+    def __post_init__(self) -> None:
+        require_norms(True, self.cross_attn_norm)
+
+    def dit(self) -> DiTConfig:
+        """The dimensions of the expert. Raises `UsageError` where they do not fit each other."""
+        return DiTConfig(
+            dim=self.num_attention_heads * self.attention_head_dim,
+            ffn_dim=self.ffn_dim,
+            num_heads=self.num_attention_heads,
+            num_layers=self.num_layers,
+            in_dim=self.in_channels,
+            out_dim=self.out_channels,
+            freq_dim=self.freq_dim,
+            text_dim=self.text_dim,
+            text_len=self.text_len,
+            patch_size=self.patch_size,
+            eps=self.eps,
+        )
+
+
+class EncoderConfig(msgspec.Struct, frozen=True):
+    """What the config.json of the text encoder says; other keys are not read."""
+
+    vocab_size: Size
+    d_model: Size
+    num_heads: Size
+    d_kv: Size
+    d_ff: Size
+    num_layers: Layers
+    model_type: Literal["umt5"] = "umt5"
+    feed_forward_proj: Literal["gated-gelu"] = "gated-gelu"
+    relative_attention_num_buckets: Size = 32
+    relative_attention_max_distance: Size = 128
+    layer_norm_epsilon: Number = 1e-6
+
+    def encoder(self) -> TextEncoderConfig:
+        """The dimensions of the text encoder."""
+        return TextEncoderConfig(
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            head_dim=self.d_kv,
+            d_ff=self.d_ff,
+            num_layers=self.num_layers,
+            num_buckets=self.relative_attention_num_buckets,
+            max_distance=self.relative_attention_max_distance,
+            eps=self.layer_norm_epsilon,
+        )
+
+
+class AutoencoderConfig(msgspec.Struct, frozen=True):
+    """What the config.json of the VAE says; other keys are not read."""
+
+    base_dim: Size = 96
+    z_dim: Size = 16
+    dim_mult: Multipliers = (1, 2, 4, 4)
+    num_res_blocks: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    temperal_downsample: Switches = (False, True, True)  # diffusers' own spelling
+    is_residual: bool = False
+    attn_scales: Annotated[tuple[float, ...], msgspec.Meta(max_length=0)] = ()
+    patch_size: None = None
+
+    def __post_init__(self) -> None:
+        if self.is_residual:
+            raise ValueError("is_residual is True, expected false, all that this version reads")
+        levels = len(self.dim_mult)
+        if len(self.temperal_downsample) != levels - 1:
+            raise ValueError(f"{levels} levels need {levels - 1} entries in temperal_downsample")
+
+    def vae(self) -> VAEConfig:
+        """The dimensions of the VAE."""
+        return VAEConfig(
+            base_dim=self.base_dim,
+            z_dim=self.z_dim,
+            dim_mult=self.dim_mult,
+            num_res_blocks=self.num_res_blocks,
+            temporal_downsample=self.temperal_downsample,
+        )
+
+
+class ModelIndex(msgspec.Struct, frozen=True):
+    """What model_index.json says of sampling."""
+
+    boundary_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+
+
 def read_diffusers(root: Path) -> Parts:
-    """Headers and settings of all parts. Raises `CheckpointError`."""
-    settings = {
-        component: read_settings(root, root / folder / "config.json")
-        for component, folder in FOLDERS.items()
-    }
-    high, low = (_dit_config(settings[component]) for component in ("high_noise", "low_noise"))
+    """Read the headers and configs of all components. Raises `CheckpointError`."""
+    high, low = (_dit_config(root, component) for component in EXPERTS)
     if high != low:
         raise CheckpointError(
             f"{root}: the config.json of transformer and transformer_2 differ: take both "
             f"experts from one model"
         )
-    text, vae = _text_config(settings["text_encoder"]), _vae_config(settings["vae"])
-    config = model_config(high, text, vae, _sampling(root))
+    text = read_settings(root, _config_path(root, "text_encoder"), EncoderConfig).encoder()
+    vae = read_settings(root, _config_path(root, "vae"), AutoencoderConfig).vae()
+    config = _with_boundary(root, model_config(root, high, text, vae))
     renames: dict[str, Rename] = {
         "high_noise": names.official_from_diffusers_dit,
         "low_noise": names.official_from_diffusers_dit,
@@ -59,77 +178,21 @@ def read_diffusers(root: Path) -> Parts:
     return Parts("diffusers", config, raw, renames, read_tokenizer(root, root / TOKENIZER))
 
 
-def _sampling(root: Path) -> SamplingDefaults:
-    sampling = read_sampling(root)
+def _config_path(root: Path, component: str) -> Path:
+    return root / FOLDERS[component] / "config.json"
+
+
+def _dit_config(root: Path, component: str) -> DiTConfig:
+    path = _config_path(root, component)
+    settings = read_settings(root, path, TransformerConfig)
+    with errors_of(path):
+        return settings.dit()
+
+
+def _with_boundary(root: Path, config: ModelConfig) -> ModelConfig:
+    """The config with the boundary that model_index.json names."""
     path = root / "model_index.json"
-    if not path.exists():
-        return sampling
-    settings = read_settings(root, path)
-    if settings.data.get("boundary_ratio") is None:
-        return sampling
-    boundary = settings.number("boundary_ratio")
-    if not 0 <= boundary <= 1:
-        raise CheckpointError(f"{path}: boundary_ratio {boundary} is outside 0 .. 1")
-    return SamplingDefaults(**{**vars(sampling), "boundary": boundary})
-
-
-def _dit_config(settings: Settings) -> DiTConfig:
-    for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
-        settings.require(key, None)
-    settings.require("qk_norm", "rms_norm_across_heads")
-    settings.require("cross_attn_norm", True)
-    patch = settings.integers("patch_size", (1, 2, 2))
-    if len(patch) != 3:
-        raise CheckpointError(f"{settings.path}: patch_size {list(patch)} is not three integers")
-    heads, width = settings.integer("num_attention_heads"), settings.integer("attention_head_dim")
-    return make_dit_config(
-        settings.path,
-        lambda: DiTConfig(
-            dim=heads * width,
-            ffn_dim=settings.integer("ffn_dim"),
-            num_heads=heads,
-            num_layers=settings.integer("num_layers", high=1024),
-            in_dim=settings.integer("in_channels", 16),
-            out_dim=settings.integer("out_channels", 16),
-            freq_dim=settings.integer("freq_dim", 256),
-            text_dim=settings.integer("text_dim", 4096),
-            text_len=settings.integer("text_len", 512),
-            patch_size=(patch[0], patch[1], patch[2]),
-            eps=settings.number("eps", 1e-6),
-        ),
-    )
-
-
-def _text_config(settings: Settings) -> TextEncoderConfig:
-    settings.require("model_type", "umt5")
-    settings.require("feed_forward_proj", "gated-gelu")
-    return TextEncoderConfig(
-        vocab_size=settings.integer("vocab_size"),
-        d_model=settings.integer("d_model"),
-        num_heads=settings.integer("num_heads"),
-        head_dim=settings.integer("d_kv"),
-        d_ff=settings.integer("d_ff"),
-        num_layers=settings.integer("num_layers", high=1024),
-        num_buckets=settings.integer("relative_attention_num_buckets", 32),
-        max_distance=settings.integer("relative_attention_max_distance", 128),
-        eps=settings.number("layer_norm_epsilon", 1e-6),
-    )
-
-
-def _vae_config(settings: Settings) -> VAEConfig:
-    settings.require("is_residual", False)
-    settings.require("attn_scales", [])
-    settings.require("patch_size", None)
-    config = VAEConfig(
-        base_dim=settings.integer("base_dim", 96),
-        z_dim=settings.integer("z_dim", 16),
-        dim_mult=settings.integers("dim_mult", (1, 2, 4, 4)),
-        num_res_blocks=settings.integer("num_res_blocks", 2, high=64),
-        temporal_downsample=settings.booleans("temperal_downsample", (False, True, True)),
-    )
-    if len(config.temporal_downsample) != len(config.dim_mult) - 1:
-        levels = len(config.dim_mult)
-        raise CheckpointError(
-            f"{settings.path}: {levels} levels need {levels - 1} entries in temperal_downsample"
-        )
-    return config
+    boundary = read_settings(root, path, ModelIndex).boundary_ratio if path.exists() else None
+    if boundary is None:
+        return config
+    return replace(config, sampling=replace(config.sampling, boundary=boundary))

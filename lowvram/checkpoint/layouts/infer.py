@@ -1,6 +1,4 @@
-"""Tells the dimensions of a text encoder and a VAE from their tensors, where no config file
-does.
-"""
+"""Infer the configs of a text encoder and a VAE from the shapes of their tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ Tensors = Mapping[str, TensorInfo]
 
 
 def infer_text_encoder(tensors: Tensors) -> TextEncoderConfig:
-    """The config whose `text_encoder_shapes` should be these. Raises `MissingTensorsError` where it
-    cannot be told.
+    """Infer the config of a UMT5 encoder from its tensors, under official names.
+
+    Raises `MissingTensorsError` when a tensor that it needs is missing or of the wrong rank.
     """
     vocab_size, d_model = _sizes(tensors, "token_embedding.weight", 2)
     num_buckets, num_heads = _sizes(tensors, "blocks.0.pos_embedding.embedding.weight", 2)
@@ -39,8 +38,9 @@ def infer_text_encoder(tensors: Tensors) -> TextEncoderConfig:
 
 
 def infer_vae(tensors: Tensors) -> VAEConfig:
-    """The config whose `vae_shapes` should be these. Raises `MissingTensorsError` where it cannot
-    be told.
+    """Infer the config of a Wan2.1 VAE from its tensors, under official names.
+
+    Raises `MissingTensorsError` when the tensors are not those of a Wan2.1 VAE.
     """
     base_dim = _sizes(tensors, "encoder.conv1.weight", 5)[0]
     z_dim = _sizes(tensors, "conv2.weight", 5)[0]
@@ -68,11 +68,11 @@ def _sizes(tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:
     info = tensors.get(name)
     if info is None:
         raise MissingTensorsError(
-            f"{quoted(name)} is missing, from which the size of the model would be told"
+            f"{quoted(name)} is missing: the size of the model is inferred from it"
         )
     if len(info.shape) != rank or 0 in info.shape:
         raise MissingTensorsError(
-            f"{quoted(name)} has the shape {list(info.shape)}, expected {rank} sizes"
+            f"{quoted(name)} has the shape {list(info.shape)}, expected {rank} dimensions"
         )
     return info.shape
 

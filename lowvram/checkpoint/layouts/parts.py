@@ -1,32 +1,37 @@
-"""What both file layouts have in common: their parts, and the settings that may lie beside them."""
+"""Code that the checkpoint layouts share: their common result, and reading of settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from lowvram.checkpoint.readers.files import Settings, read_bytes, read_json
+from lowvram.checkpoint.readers.files import CONFIG_CAP_BYTES, read_bytes, read_json
 from lowvram.checkpoint.readers.shards import RawTensors
 from lowvram.errors import CheckpointError, UsageError
+from lowvram.files.checked import checked
 from lowvram.request import Request
 from lowvram.variants import (
-    T2V_A14B,
     DiTConfig,
     ModelConfig,
     SamplingDefaults,
     TextEncoderConfig,
     VAEConfig,
+    variant_of,
 )
 
 Rename = Callable[[str], "str | None"]
 DEFAULTS_FILE = "lowvram_defaults.json"
-CONFIG_CAP_BYTES = 2**20
 
 
 @dataclass
 class Parts:
-    """A source before its tensors were compared with its config."""
+    """An opened checkpoint whose tensors are not yet validated against its config.
+
+    layout: name of the layout; raw and renames: tensors under their stored names, and the map to
+    official names, per component; tokenizer: the bytes of `tokenizer.json`.
+    """
 
     layout: str
     config: ModelConfig
@@ -35,56 +40,61 @@ class Parts:
     tokenizer: bytes
 
 
-def read_settings(root: Path, path: Path) -> Settings:
-    return Settings(path, read_json(root, path, CONFIG_CAP_BYTES))
-
-
 def read_tokenizer(root: Path, path: Path) -> bytes:
+    """Read `tokenizer.json` as bytes, after checking that it is JSON. Raises `CheckpointError`."""
     read_json(root, path)
     return read_bytes(root, path)
 
 
-def read_sampling(root: Path) -> SamplingDefaults:
-    """The official defaults, with what `lowvram_defaults.json` in the root of the model says
-    instead.
+def read_sampling(root: Path, defaults: SamplingDefaults) -> SamplingDefaults:
+    """A variant's sampling defaults, overridden by `lowvram_defaults.json` in the model folder.
 
-    Raises `CheckpointError` that names file and field where no request could be made with them.
+    Raises `CheckpointError`, naming file and field, when no valid request has these defaults.
     """
     path = root / DEFAULTS_FILE
     if not path.exists():
-        return SamplingDefaults()
-    settings = Settings(path, read_json(root, path, CONFIG_CAP_BYTES, "correct it or remove it"))
-    known = {item.name: item.type for item in fields(SamplingDefaults) if item.name != "boundary"}
-    unknown = [key for key in settings.data if key not in known]
-    if unknown:
-        raise CheckpointError(
-            f"{path}: unknown key {unknown[0][:80]!r}; known are {', '.join(known)}; correct "
-            f"it or remove it"
-        )
-    changes = {
-        key: settings.integer(key) if known[key] == "int" else settings.number(key)
-        for key in settings.data
-    }
-    defaults = replace(SamplingDefaults(), **changes)  # type: ignore[arg-type]  # each key has its own field's type
+        return defaults
+    advice = "correct it or remove it"
+    data = read_json(root, path, CONFIG_CAP_BYTES, advice)
+    known = {item.name for item in fields(SamplingDefaults)} - {"boundary"}
     try:
-        Request(prompt="", **asdict(defaults))
-    except UsageError as error:
-        raise CheckpointError(f"{path}: {error}; correct it or remove it") from error
-    return defaults
+        unknown = [key for key in data if key not in known]
+        if unknown:
+            raise ValueError(
+                f"unknown key {unknown[0][:80]!r}; known are {', '.join(sorted(known))}"
+            )
+        changed = checked(asdict(defaults) | data, SamplingDefaults)
+        Request(prompt="", **asdict(changed))
+    except (ValueError, UsageError) as error:
+        raise CheckpointError(f"{path}: {error}; {advice}") from error
+    return changed
 
 
-def make_dit_config(path: Path, make: Callable[[], DiTConfig]) -> DiTConfig:
-    """The config that `make` builds; its refusal becomes a `CheckpointError` that names the
-    file.
-    """
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Turn a `UsageError` about the dimensions in a file into a `CheckpointError` naming it."""
     try:
-        return make()
+        yield
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def require_norms(qk_norm: bool, cross_attn_norm: bool) -> None:
+    """Raises `ValueError` for a model without the norms that all of Wan2.2 has."""
+    if not (qk_norm and cross_attn_norm):
+        raise ValueError(
+            f"qk_norm is {qk_norm} and cross_attn_norm is {cross_attn_norm}, expected true: all "
+            f"that this version reads"
+        )
+
+
 def model_config(
-    dit: DiTConfig, text: TextEncoderConfig, vae: VAEConfig, sampling: SamplingDefaults
+    root: Path, dit: DiTConfig, text: TextEncoderConfig, vae: VAEConfig
 ) -> ModelConfig:
-    real = (dit, text, vae) == (T2V_A14B.dit, T2V_A14B.text_encoder, T2V_A14B.vae)
-    return ModelConfig(T2V_A14B.variant if real else "t2v-custom", dit, text, vae, sampling)
+    """The config of a model in the folder `root`, with the name and the sampling defaults of the
+    variant that it is; a model with other dimensions is `t2v-custom`.
+    """
+    variant = variant_of(dit, text, vae)
+    name = variant.config.variant if variant else "t2v-custom"
+    defaults = variant.config.sampling if variant else SamplingDefaults()
+    return ModelConfig(name, dit, text, vae, read_sampling(root, defaults))

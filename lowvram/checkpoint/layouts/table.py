@@ -1,4 +1,4 @@
-"""The layouts that are read, one row each: how a folder is recognised and how it is opened."""
+"""The table of supported checkpoint layouts: how each is recognized and read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from lowvram.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Layout:
-    """name: in the manifest; title: in messages; holds: what tells it from the others.
+    """One supported layout.
 
-    looks: whether a folder has it; read: headers and settings of all parts, with or without
-    pickles.
+    name: its name in the manifest; title: its name in error messages; holds: the files that
+    identify it, for error messages.
+    looks: tells whether a folder has the layout; read: reads the headers and configs of all
+    components of a folder, given whether pickles are allowed.
     """
 
     name: str
@@ -37,7 +39,7 @@ LAYOUTS = (
     ),
     Layout(
         "diffusers",
-        "that of diffusers",
+        "the diffusers layout",
         "transformer/ and transformer_2/ (diffusers)",
         looks_diffusers,
         lambda root, allow_pickle: read_diffusers(root),
@@ -46,12 +48,12 @@ LAYOUTS = (
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the folder has any of the layouts."""
+    """Whether the folder has any of the supported layouts."""
     return any(layout.looks(path) for layout in LAYOUTS)
 
 
 def layout_of(path: Path) -> Layout:
-    """The one layout of the folder. Raises `CheckpointError` where it has none or several."""
+    """The layout of a folder. Raises `CheckpointError` when it has none or several."""
     found = [layout for layout in LAYOUTS if layout.looks(path)]
     if len(found) > 1:
         mixed = " and ".join(layout.title for layout in found)
@@ -59,6 +61,6 @@ def layout_of(path: Path) -> Layout:
     if not found:
         wanted = " nor ".join(layout.holds for layout in LAYOUTS)
         raise CheckpointError(
-            f"{path} holds neither {wanted}: give the folder that holds the whole model"
+            f"{path} contains neither {wanted}: give the folder of the whole model"
         )
     return found[0]

@@ -1,1 +1,1 @@
-"""Bytes of a file to tensors, whatever the file claims."""
+"""Readers of untrusted checkpoint files."""

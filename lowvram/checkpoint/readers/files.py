@@ -1,23 +1,26 @@
-"""Opens what lies inside a model folder, and nothing that a name or a link in it points at
-elsewhere.
-"""
+"""Read small files of a model folder without following names or links out of it."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lowvram.errors import CheckpointError, UnsafeFileError
+from lowvram.errors import CheckpointError, UnsafeFileError, UsageError
+from lowvram.files.checked import checked
 
 JSON_CAP_BYTES = 64 * 2**20  # UMT5's tokenizer.json has 17 MB
+CONFIG_CAP_BYTES = 2**20
 DOWNLOAD = "download it again"
+T = TypeVar("T")
 
 
 def check_plain_name(name: str, where: Path) -> str:
-    """`name`, if it is one plain file name on every system. Raises `UnsafeFileError`, also for
-    absolute, drive and UNC names.
+    """Return `name` if it is a plain file name on every operating system.
+
+    where: the file that contains the name, for the message. Raises `UnsafeFileError` for anything
+    else, such as absolute, drive and UNC paths.
     """
     odd = (
         name in ("", ".", "..")
@@ -33,10 +36,9 @@ def check_plain_name(name: str, where: Path) -> str:
 
 
 def inside(root: Path, path: Path) -> Path:
-    """`path`, if its target lies in the model folder `root` or in the blobs of the hub cache that
-    holds `root`.
+    """Return `path` if it resolves to a file in `root`, or in the blobs of the hub cache of `root`.
 
-    Raises `UnsafeFileError` where a link leads elsewhere.
+    Raises `UnsafeFileError` for a link that points elsewhere.
     """
     home, target = root.resolve(), path.resolve()
     homes = [home]
@@ -44,8 +46,8 @@ def inside(root: Path, path: Path) -> Path:
         homes.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(allowed) for allowed in homes):
         raise UnsafeFileError(
-            f"{path} is a link that leaves its model folder (to {target}): put the file "
-            f"itself there"
+            f"{path} is a link out of its model folder (to {target}): replace it with the file "
+            f"itself"
         )
     return path
 
@@ -53,8 +55,9 @@ def inside(root: Path, path: Path) -> Path:
 def read_bytes(
     root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD
 ) -> bytes:
-    """The content of a small file of the model folder `root`. Raises `CheckpointError` that ends in
-    `advice`.
+    """Read a file of at most `cap_bytes` in the model folder `root`.
+
+    Raises `CheckpointError`, whose message ends with `advice`.
     """
     inside(root, path)
     try:
@@ -68,7 +71,7 @@ def read_bytes(
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}: {advice}") from error
     if len(content) > cap_bytes:
         raise CheckpointError(
-            f"{path} is larger than {cap_bytes} bytes, too large for what it should hold: {advice}"
+            f"{path} is larger than {cap_bytes} bytes, the limit for such a file: {advice}"
         )
     return content
 
@@ -76,8 +79,9 @@ def read_bytes(
 def read_json(
     root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD
 ) -> dict[str, Any]:
-    """The JSON object in a file of the model folder `root`. Raises `CheckpointError` that ends in
-    `advice`.
+    """Read a JSON object from a file of at most `cap_bytes` in the model folder `root`.
+
+    Raises `CheckpointError`, whose message ends with `advice`.
     """
     try:
         data = json.loads(read_bytes(root, path, cap_bytes, advice).decode("utf-8"))
@@ -88,57 +92,13 @@ def read_json(
     return data
 
 
-class Settings:
-    """Checked access to a JSON object: every wrong value is a `CheckpointError` that names file and
-    key.
+def read_settings(root: Path, path: Path, kind: type[T], cap_bytes: int = CONFIG_CAP_BYTES) -> T:
+    """The JSON object in a configuration file as `kind`, a msgspec struct.
+
+    Raises `CheckpointError` naming the file, the key, its value and what is expected.
     """
-
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
-        self.path = path
-        self.data = data
-
-    def integer(self, key: str, default: int | None = None, high: int = 2**20) -> int:
-        value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-            raise self._error(key, value, f"an integer from 1 to {high}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e9:
-            raise self._error(key, value, "a finite number")
-        return float(value)
-
-    def integers(self, key: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        value = self._value(key, default)
-        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 16:
-            raise self._error(key, value, "a list of integers")
-        return tuple(Settings(self.path, {key: item}).integer(key) for item in value)
-
-    def booleans(self, key: str, default: tuple[bool, ...]) -> tuple[bool, ...]:
-        value = self._value(key, default)
-        if (
-            not isinstance(value, (list, tuple))
-            or len(value) > 16
-            or not all(isinstance(item, bool) for item in value)
-        ):
-            raise self._error(key, value, "a list of true and false")
-        return tuple(value)
-
-    def require(self, key: str, *allowed: Any) -> None:
-        """Raises unless the key is absent or holds one of `allowed`."""
-        if key in self.data and self.data[key] not in allowed:
-            raise self._error(
-                key,
-                self.data[key],
-                " or ".join(repr(item) for item in allowed) + ", all that this version reads",
-            )
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.data.get(key, default)
-        if value is None:
-            raise CheckpointError(f"{self.path} lacks the key {key!r}: {DOWNLOAD}")
-        return value
-
-    def _error(self, key: str, value: Any, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {key} is {repr(value)[:80]}, expected {wanted}")
+    data = read_json(root, path, cap_bytes)
+    try:
+        return checked(data, kind)
+    except (ValueError, UsageError) as error:
+        raise CheckpointError(f"{path}: {error}") from error

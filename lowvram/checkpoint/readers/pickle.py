@@ -1,6 +1,4 @@
-"""Imports `.pth` files: the one place where pickle is read, only when asked for, and only with
-torch's restricted unpickler.
-"""
+"""Read `.pth` files with torch's restricted unpickler, if the user allows pickles."""
 
 from __future__ import annotations
 
@@ -13,25 +11,27 @@ from lowvram.checkpoint.readers.safetensors import DTYPE_CODES
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
 from lowvram.errors import CheckpointError, UnsafeFileError
 
-# earlier restricted unpicklers could be got round (CVE-2025-32434, CVE-2026-24747)
+# The restricted unpickler of earlier versions is unsafe (CVE-2025-32434, CVE-2026-24747).
 MINIMUM_TORCH = (2, 10)
 
 
 class PickleFile:
-    """A flat dict of tensors in a `.pth` file. Each `read` maps the file anew, so its pages go when
-    that one tensor dies.
+    """A flat dict of tensors in a `.pth` file.
+
+    Each `read` maps the file again, so its pages are freed together with the tensor that was read.
     """
 
     def __init__(self, path: Path, allow_pickle: bool) -> None:
-        """Raises `UnsafeFileError` without `allow_pickle`, on a torch before 2.10, and for content
-        other than tensors.
+        """Open the file and describe its tensors.
+
+        Raises `UnsafeFileError` without `allow_pickle`, with torch < 2.10, and for content other
+        than tensors; `CheckpointError` for an unreadable file.
         """
         if not allow_pickle:
             raise UnsafeFileError(
-                f"{path} is a pickle, which can hold code: use a .safetensors file in its place, "
+                f"{path} is a pickle, which can contain code: use a .safetensors file instead, "
                 f"or, if you trust its origin, "
-                "allow it with --allow-pickle (it is read with torch's restricted unpickler, "
-                "never any other)"
+                "pass --allow-pickle (it is read with torch's restricted unpickler only)"
             )
         _check_torch()
         self.path = path
@@ -40,24 +40,30 @@ class PickleFile:
             for name, tensor in _tensors(path, _load(path)).items()
         }
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Empty: a pickle holds none that is read."""
+        return {}
+
     def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, contiguous. Raises `CheckpointError`, also for a changed file."""
         tensor = _tensors(self.path, _load(self.path)).get(name)
         if tensor is None or _describe(self.path, name, tensor) != self.tensors.get(name):
             raise CheckpointError(
-                f"{self.path} holds no tensor {quoted(name)}, or was changed since it was opened"
+                f"{self.path} has no tensor {quoted(name)}, or has changed since it was opened"
             )
         return tensor.contiguous()
 
     def close(self) -> None:
-        """Nothing stays open between reads."""
+        """Do nothing: no file stays open between reads."""
 
 
 def _check_torch() -> None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
         raise UnsafeFileError(
-            f"reading a pickle needs torch >= 2.10 (found {torch.__version__}): older ones "
-            f"can be made to run code"
+            f"reading a pickle needs torch >= 2.10 (found {torch.__version__}): older versions "
+            f"can run code hidden in it"
         )
 
 
@@ -72,7 +78,8 @@ def _load(path: Path) -> object:
             .strip()
         )
         raise UnsafeFileError(
-            f"{path} holds more than tensors and was not run: {' '.join(reason.split())[:300]}"
+            f"{path} contains more than tensors and was not loaded: "
+            f"{' '.join(reason.split())[:300]}"
         ) from error
     except (
         OSError,
@@ -92,7 +99,7 @@ def _load(path: Path) -> object:
 
 def _tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(f"{path} does not hold a flat dict of tensors")
+        raise CheckpointError(f"{path} does not contain a flat dict of tensors")
     odd = [name for name, value in content.items() if not _is_plain(value)]
     if odd:
         raise CheckpointError(

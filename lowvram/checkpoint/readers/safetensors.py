@@ -1,6 +1,4 @@
-"""Reads the tensors of a safetensors file one at a time, so that resident memory is bounded by the
-largest of them.
-"""
+"""Read safetensors files one tensor at a time: the largest tensor bounds resident memory."""
 
 from __future__ import annotations
 
@@ -42,13 +40,17 @@ TORCH_DTYPES = {
     "C64": torch.complex64,
 }
 DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
-# below this a copy is cheaper than a map, which costs a file descriptor while it lives
+# Smaller tensors are copied: a map keeps a file descriptor open.
 SMALL_BYTES = 2**20
-ALIGNMENT = 64  # of copies: a library may take another kernel for less, with other roundings
+# Of copies: with less, a library may choose another kernel, which rounds differently.
+ALIGNMENT = 64
 
 
 class TensorFile:
-    """A safetensors file whose header was checked. `read` may be called from several threads."""
+    """An open safetensors file with a checked header.
+
+    Methods may be called from several threads. The constructor raises `CheckpointError`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.header: Header = read_header(path)
@@ -70,21 +72,30 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        """Tensors that were read stay valid."""
+        """Close the file; tensors that were read stay valid."""
         self._file.close()
 
-    def read(self, name: str, mapped: bool = True) -> torch.Tensor:
-        """The tensor `name`: a view of a private map of its own pages, unmapped when the last view
-        dies.
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The header's tensors by name."""
+        return self.header.tensors
 
-        Small tensors, those that start at an odd multiple of their element and, without `mapped`,
-        all are copied. A disk that fails under a map ends the process (SIGBUS); a copy is read
-        again, and then named in an error. Writing into the result changes neither the file nor
-        later reads. Raises `CheckpointError`.
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The header's `__metadata__`."""
+        return self.header.metadata
+
+    def read(self, name: str, mapped: bool = True) -> torch.Tensor:
+        """Return the tensor `name`, as a view of a private map that lives as long as the views.
+
+        The tensor is copied instead if it is small, if its offset is not a multiple of its element
+        size, or without `mapped`. A disk failure under a map kills the process (SIGBUS); a failing
+        copy is retried and then raises. Writing to the result changes neither the file nor later
+        reads. Raises `CheckpointError`.
         """
         info = self.header.tensors.get(name)
         if info is None:
-            raise CheckpointError(f"{self.header.path} holds no tensor {quoted(name)}")
+            raise CheckpointError(f"{self.header.path} has no tensor {quoted(name)}")
         dtype = TORCH_DTYPES[info.dtype]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
@@ -96,15 +107,14 @@ class TensorFile:
         ).reshape(info.shape)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Rows [len(rows), ...] of the tensor `name`, copied: of a large table only what is asked
-        for is read, or counts as memory.
+        """Copy rows of the tensor `name` into a tensor [len(rows), ...], reading only these rows.
 
         Raises `CheckpointError`.
         """
         info = self.header.tensors.get(name)
         if info is None or not info.shape or not all(0 <= row < info.shape[0] for row in rows):
             raise CheckpointError(
-                f"{self.header.path}: tensor {quoted(name)} with the rows asked for is missing"
+                f"{self.header.path}: tensor {quoted(name)}, or a requested row of it, is missing"
             )
         row_bytes = info.nbytes // info.shape[0]
         buffer = bytearray(row_bytes * len(rows))
@@ -117,8 +127,8 @@ class TensorFile:
             if count != row_bytes:
                 raise HeaderError(
                     "truncated_file",
-                    f"{self.header.path}: row {row} of {quoted(name)} is cut off: it changed "
-                    f"meanwhile",
+                    f"{self.header.path}: row {row} of {quoted(name)} is truncated: the file "
+                    f"has changed since it was opened",
                 )
         return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).reshape(
             len(rows), *info.shape[1:]
@@ -132,8 +142,8 @@ class TensorFile:
         if found != self.header.file_bytes:
             raise HeaderError(
                 "truncated_file",
-                f"{self.header.path}: expected {self.header.file_bytes} bytes, found {found}: it "
-                f"changed meanwhile",
+                f"{self.header.path}: expected {self.header.file_bytes} bytes, found {found}: the "
+                f"file has changed since it was opened",
             )
 
     def _unreadable(self, error: OSError) -> CheckpointError:
@@ -154,16 +164,14 @@ class TensorFile:
         return buffer, start
 
     def _fill(self, places: Sequence[tuple[memoryview, int]], name: str) -> list[int]:
-        """places: (target, offset); returns how many bytes came: fewer than wanted where the file
-        ends.
-        """
+        """Read (target, offset) ranges; return the bytes read of each, fewer at the file's end."""
         return read_ranges(
             self._file.fileno(), places, self.header.path, quoted(name), self._seeking
         )
 
     def _mapped(self, info: TensorInfo) -> tuple[mmap.mmap, int]:
         begin = info.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        # A private map is writable, as torch wants its buffers, yet no write reaches the file.
+        # torch needs a writable buffer; writes to a private map do not reach the file.
         pages = mmap.mmap(
             self._file.fileno(), info.end - begin, access=mmap.ACCESS_COPY, offset=begin
         )

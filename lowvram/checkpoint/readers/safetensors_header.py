@@ -1,6 +1,4 @@
-"""Reads a safetensors header and trusts nothing in it: every rule of the format has its own
-error.
-"""
+"""Read and validate the header of an untrusted safetensors file."""
 
 from __future__ import annotations
 
@@ -34,32 +32,32 @@ DTYPE_BYTES = {
 }
 HEADER_CAP_BYTES = 32 * 2**20  # a 14 B model needs 0.3 MB
 SIZE_CAP = 2**63 - 1
-# The rules of the format, by the name that a `HeaderError` carries.
+# The rules of the format: what a `HeaderError` of each rule means.
 RULES = {
-    "file_too_short": "Fewer bytes than the eight of the header's length.",
+    "file_too_short": "The file is shorter than the eight bytes of the header's length.",
     "empty_header": "The header's length is 0.",
-    "too_long": "The header's length is above `HEADER_CAP_BYTES`.",
-    "beyond_file": "The header's length is above what the file holds.",
+    "too_long": "The header's length exceeds `HEADER_CAP_BYTES`.",
+    "beyond_file": "The header's length exceeds the size of the file.",
     "encoding": "The header, or a name in it, is not UTF-8.",
     "json": "The header is not a JSON object.",
     "duplicate_key": "A key occurs twice in one JSON object.",
     "metadata": "`__metadata__` is not an object of strings.",
-    "tensor_entry": "A tensor's entry is not an object of dtype, shape and data_offsets alone.",
+    "tensor_entry": "A tensor's entry is not an object of exactly dtype, shape and data_offsets.",
     "unknown_dtype": "The dtype is not one of `DTYPE_BYTES`.",
     "shape": "The shape is not a list of integers >= 0 (a bool is not an integer).",
     "offsets": "`data_offsets` is not two integers, 0 <= start <= end.",
     "size_overflow": "Shape times dtype, or an offset, exceeds 2^63-1 bytes.",
     "size_mismatch": "Shape times dtype differs from the length of `data_offsets`.",
     "overlap": "Two tensors share bytes.",
-    "hole": "Bytes between two tensors belong to neither.",
-    "truncated_file": "The file ends before its last tensor does.",
-    "trailing_bytes": "Bytes after the last tensor belong to none.",
+    "hole": "Bytes before or between tensors belong to no tensor.",
+    "truncated_file": "The file ends before the end of its last tensor.",
+    "trailing_bytes": "Bytes after the last tensor belong to no tensor.",
 }
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `start` and `end` are offsets from the beginning of the file."""
+    """One tensor of a file; `start` and `end` are byte offsets from the beginning of the file."""
 
     name: str
     dtype: str
@@ -69,12 +67,13 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header; `tensors` is in header order, which need not be data order."""
+    """A validated header; `tensors` is in header order, which may differ from data order."""
 
     path: Path
     tensors: dict[str, TensorInfo]
@@ -84,8 +83,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file whose tensors tile its data exactly. Raises a `HeaderError`
-    subclass per broken rule.
+    """Read the header of a safetensors file and check every rule of the format.
+
+    The tensors cover the file's data exactly. Raises `HeaderError` with the name of the broken
+    rule, and `CheckpointError` for a file that cannot be read.
     """
     text, file_bytes = _read_text(path)
     data_start = 8 + len(text)
@@ -97,7 +98,7 @@ def read_header(path: Path) -> Header:
 
 
 def quoted(name: str) -> str:
-    """A name from a file, safe to print on one line and of bounded length."""
+    """Format a name from an untrusted file for a message: escaped, at most 120 characters."""
     return repr(name if len(name) <= 120 else name[:117] + "...")
 
 
@@ -132,13 +133,13 @@ def _check_length(path: Path, prefix: bytes, file_bytes: int) -> int:
     if length > HEADER_CAP_BYTES:
         raise HeaderError(
             "too_long",
-            f"{path}: the header claims {length} bytes, above the cap of {HEADER_CAP_BYTES}: "
-            f"not a safetensors file",
+            f"{path}: the header's length is {length} bytes, above the limit of "
+            f"{HEADER_CAP_BYTES}: not a safetensors file",
         )
     if length > file_bytes - 8:
         raise HeaderError(
             "beyond_file",
-            f"{path}: the header claims {length} bytes, but only {file_bytes - 8} follow: "
+            f"{path}: the header's length is {length} bytes, but only {file_bytes - 8} follow: "
             f"download it again",
         )
     return length
@@ -172,7 +173,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         ) from error
     except _Duplicate as error:
         raise HeaderError(
-            "duplicate_key", f"{path}: the header holds the key {quoted(str(error))} twice"
+            "duplicate_key", f"{path}: the header has the key {quoted(str(error))} twice"
         ) from error
     except (ValueError, RecursionError) as error:
         raise HeaderError("json", f"{path}: the header is not JSON: {error}") from error
@@ -188,7 +189,7 @@ def _check_text(path: Path, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise HeaderError(
-            "encoding", f"{path}: the header holds the text {quoted(text)}, which is not UTF-8"
+            "encoding", f"{path}: the text {quoted(text)} in the header is not UTF-8"
         ) from error
 
 
@@ -245,8 +246,9 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def _checked_bytes(where: str, dtype: str, shape: list[int], end: int) -> int:
-    """Bytes of a tensor; the product of the sizes other than 0 must fit as well, since strides are
-    made of it.
+    """Bytes of a tensor.
+
+    The product of the non-zero sizes must also fit into 63 bits, because strides depend on it.
     """
     nbytes = DTYPE_BYTES[dtype]
     for size in shape:
@@ -287,5 +289,6 @@ def _check_tiling(
     if position < file_bytes:
         raise HeaderError(
             "trailing_bytes",
-            f"{path}: expected {position} bytes, found {file_bytes}: the rest belongs to no tensor",
+            f"{path}: expected {position} bytes, found {file_bytes}: bytes after the last tensor "
+            f"belong to no tensor",
         )

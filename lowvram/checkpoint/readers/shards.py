@@ -1,102 +1,100 @@
-"""Opens the file or the shards of one component, under the names that the files use."""
+"""Open the file or the shards of one component, under the names stored in them."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from lowvram.checkpoint.readers.files import check_plain_name, inside, read_json
-from lowvram.checkpoint.readers.pickle import PickleFile
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
+from lowvram.checkpoint.readers.table import READERS, TensorReader
 from lowvram.errors import CheckpointError, MissingTensorsError
-
-
-class Reader(Protocol):
-    """Gives a tensor by the name it has in its file."""
-
-    def read(self, name: str) -> torch.Tensor: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass
 class RawTensors:
-    """All tensors of one component and the files they lie in; `notes` are texts in them that may
-    tell which expert it is.
+    """All tensors of one component, by stored name, and their files.
+
+    notes: file names and metadata texts, which may say which expert the files belong to.
     """
 
     where: Path
     infos: dict[str, TensorInfo] = field(default_factory=dict)
-    readers: dict[str, Reader] = field(default_factory=dict)
+    readers: dict[str, TensorReader] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
 
-    def add(
-        self, path: Path, reader: Reader, infos: dict[str, TensorInfo], metadata: dict[str, str]
-    ) -> None:
-        twice = [name for name in infos if name in self.infos]
-        if twice:
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the files. Raises `CheckpointError`."""
+        return self.readers[name].read(name)
+
+    def add(self, path: Path, reader: TensorReader) -> None:
+        """Raises `CheckpointError` where another shard has a tensor of the same name."""
+        infos = reader.tensors
+        repeated = [name for name in infos if name in self.infos]
+        if repeated:
             raise CheckpointError(
-                f"{path} repeats {len(twice)} tensors of another shard: {named(twice)}; download "
-                f"both again"
+                f"{path} repeats {len(repeated)} tensors of another shard: {named(repeated)}; "
+                f"download both again"
             )
         self.infos |= infos
         self.readers |= dict.fromkeys(infos, reader)
         self.files.append(path)
-        self.notes += [path.name, *metadata.values()]
+        self.notes += [path.name, *reader.metadata.values()]
+        self.metadata |= reader.metadata
 
 
 def named(names: list[str], limit: int = 6) -> str:
-    """The first few names and how many more there are."""
+    """Format a list of names for a message: the first `limit` and the number of the others."""
     rest = f", and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(quoted(name) for name in names[:limit]) + rest
 
 
 def open_safetensors(root: Path, path: Path, into: RawTensors) -> None:
-    file = TensorFile(inside(root, path))
-    into.add(path, file, file.header.tensors, file.header.metadata)
+    into.add(path, TensorFile(inside(root, path)))
 
 
 def open_one(root: Path, stem: str, allow_pickle: bool) -> RawTensors:
-    """`stem.safetensors`, or `stem.pth` where it alone is there and pickles are allowed."""
-    safe, pickled = root / f"{stem}.safetensors", root / f"{stem}.pth"
-    raw = RawTensors(safe)
-    if safe.exists():
-        open_safetensors(root, safe, raw)
-    elif pickled.exists():
-        file = PickleFile(inside(root, pickled), allow_pickle)
-        raw.where = pickled
-        raw.add(pickled, file, file.tensors, {})
-    else:
-        raise CheckpointError(f"{root} lacks {safe.name} (or {pickled.name}): download it")
-    return raw
+    """The tensors of `stem` with the first suffix of `READERS` that is there.
+
+    Raises `CheckpointError` where there is none, `UnsafeFileError` for a refused pickle.
+    """
+    paths = [root / f"{stem}{reader.suffix}" for reader in READERS]
+    for reader, path in zip(READERS, paths, strict=True):
+        if path.exists():
+            raw = RawTensors(path)
+            raw.add(path, reader.open(inside(root, path), allow_pickle))
+            return raw
+    others = ", ".join(path.name for path in paths[1:])
+    raise CheckpointError(f"{root} lacks {paths[0].name} (or {others}): download it")
 
 
 def open_folder(root: Path, folder: Path) -> RawTensors:
-    """The tensors of a folder: the shards that its one index names, or its only safetensors file.
+    """Open the shards that the index of a folder names, or the folder's only safetensors file.
+
     Raises `CheckpointError`.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"the folder {folder} is missing, or is none: download it again")
+        raise CheckpointError(f"{folder} is missing or is not a folder: download it again")
     inside(root, folder)
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
     if len(indexes) > 1:
         raise CheckpointError(
-            f"{folder} holds {len(indexes)} indexes: "
+            f"{folder} contains {len(indexes)} index files: "
             f"{named([path.name for path in indexes])}; keep the right one"
         )
     if indexes:
         return _open_indexed(root, folder, indexes[0], files)
     if len(files) != 1:
         text = (
-            f"{folder} holds {len(files)} .safetensors files and no .safetensors.index.json "
-            f"that names its shards"
+            f"{folder} contains {len(files)} .safetensors files and no .safetensors.index.json "
+            f"for its shards"
         )
         raise CheckpointError(f"{text}: download the index" + ("" if files else " and the shards"))
     raw = RawTensors(folder)
@@ -110,7 +108,7 @@ def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> R
         isinstance(value, str) for value in weight_map.values()
     ):
         raise CheckpointError(
-            f"{index} holds no weight_map from tensor names to file names: download it again"
+            f"{index} has no weight_map from tensor names to file names: download it again"
         )
     shards = sorted({check_plain_name(name, index) for name in weight_map.values()})
     missing = [name for name in shards if not (folder / name).exists()]
@@ -122,8 +120,8 @@ def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> R
     stray = [path.name for path in files if path.name not in shards]
     if stray:
         raise CheckpointError(
-            f"{folder} holds {named(stray)}, which {index.name} does not name: remove what "
-            f"does not belong to the model"
+            f"{folder} contains {named(stray)}, which {index.name} does not name: remove files "
+            f"that do not belong to the model"
         )
     raw = RawTensors(folder)
     homes: dict[str, str] = {}
@@ -139,8 +137,9 @@ def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> R
 
 
 def fingerprint_texts(infos: dict[str, TensorInfo], files: list[Path]) -> list[str]:
-    """What identifies a source without reading its data: tensors with dtype and shape, files with
-    size and time of change.
+    """Texts that identify a source without reading its data.
+
+    One per tensor (name, dtype, shape) and one per file (size and modification time).
     """
     tensors = [json.dumps([name, infos[name].dtype, infos[name].shape]) for name in sorted(infos)]
     status = [path.stat() for path in sorted(files)]

@@ -1,0 +1,117 @@
+"""Arguments and options of the subcommands, as annotated types for typer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Input and output paths: readable=False because the commands report unreadable paths themselves.
+Source = Annotated[
+    Path, typer.Argument(help="Checkpoint folder: official or diffusers layout.", readable=False)
+]
+NewModel = Annotated[
+    Path, typer.Argument(help="Folder of the quantized model to write.", readable=False)
+]
+Model = Annotated[Path, typer.Argument(help="Folder of a quantized model.", readable=False)]
+ModelOrVariant = Annotated[
+    str, typer.Argument(help="Folder of a quantized model, or a variant such as t2v-a14b.")
+]
+InspectedPath = Annotated[
+    Path,
+    typer.Argument(
+        help="A .safetensors file, a checkpoint folder or a quantized model.", readable=False
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Output video, .mp4.", readable=False)]
+DemoOut = Annotated[
+    Path,
+    typer.Option(help="Output video; a clip written by lowvram is replaced.", readable=False),
+]
+DoctorFolder = Annotated[
+    Path, typer.Option("--path", help="Folder whose disk is checked.", readable=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+DemoOverwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing file of any kind.")
+]
+
+# The prompt.
+DemoPrompt = Annotated[str, typer.Option(help="What the video shows.")]
+Prompt = Annotated[str | None, typer.Option(help="What the video shows.")]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="Text file that contains the prompt.", readable=False)
+]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(help="What the video must not show; default: the official negative prompt."),
+]
+PromptCache = Annotated[
+    bool,
+    typer.Option("--prompt-cache/--no-prompt-cache", help="Cache encoded prompts for later runs."),
+]
+
+# The video and its sampling.
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")]
+PlannedSize = Annotated[
+    str | None,
+    typer.Option(help="WIDTHxHEIGHT in pixels; without it, a matrix of sizes and lengths."),
+]
+Frames = Annotated[int | None, typer.Option(help="Number of frames, 4n+1.")]
+Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.")]
+Shift = Annotated[float | None, typer.Option(help="Flow shift of the schedule.")]
+GuidanceHigh = Annotated[
+    float | None, typer.Option(help="Guidance scale of the high-noise expert.")
+]
+GuidanceLow = Annotated[float | None, typer.Option(help="Guidance scale of the low-noise expert.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+SeedOrRandom = Annotated[int, typer.Option(help="Seed of the noise; -1 picks a random one.")]
+Solver = Annotated[str, typer.Option(help="unipc or euler.")]
+Scale = Annotated[
+    int,
+    typer.Option(help="Enlarge each pixel of the saved video this many times.", min=1, max=16),
+]
+
+# The machine and the format.
+Vram = Annotated[str, typer.Option(help="VRAM budget: 8GiB, 8GB, 8192MiB or auto.")]
+PlannedVram = Annotated[
+    str | None,
+    typer.Option(help="VRAM budget: 8GiB, 8GB or auto; default: auto with --gpu, else 8GiB."),
+]
+Ram = Annotated[str, typer.Option(help="RAM budget: 16GiB, 16GB or auto.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Format = Annotated[
+    str,
+    typer.Option("--format", help="int8 (rotated, the default), int8-plain, fp8, bf16 or fp32."),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(help='Card to predict times for, such as "RTX 3060 12GB"; default: this machine.'),
+]
+Link = Annotated[
+    str | None, typer.Option(help='Link of the card: "PCIe 3.0 x8", or bytes per second: 12GB.')
+]
+Disk = Annotated[str | None, typer.Option(help="Speed of the disk in bytes per second: 3.5GB.")]
+
+# How a command runs and what it prints.
+ResumeQuantize = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+ResumeGenerate = Annotated[
+    bool, typer.Option("--resume", help="Continue an interrupted run of the same request.")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .pth files (weights only).")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Check the hash of every tensor against the manifest.")
+]
+Refresh = Annotated[
+    bool,
+    typer.Option("--refresh", help="Check the kernels and measure the machine's speeds again."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Log decisions such as the backend of each op."),
+]

@@ -1,0 +1,60 @@
+"""Tables of `lowvram inspect` and `lowvram doctor`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from lowvram.units import format_bytes
+
+
+def inspect_table(report: dict[str, Any]) -> Table:
+    """Table of tensors, bytes and dtypes: a row per component, or one row for a single file.
+
+    report: from `lowvram.store.inspect.inspect_path`.
+    """
+    title = {"store": "quantized model", "source": f"{report.get('layout')} checkpoint"}.get(
+        report["kind"], report["kind"]
+    )
+    facts = [str(report[key]) for key in ("format", "dialect", "component") if report.get(key)]
+    table = Table(title=f"{report['path']}: {title}{', ' + ', '.join(facts) if facts else ''}")
+    for name in ("component", "tensors", "bytes", "dtypes"):
+        table.add_column(name, justify="left" if name in ("component", "dtypes") else "right")
+    single = {report.get("component") or "file": report}
+    for component, part in report.get("components", single).items():
+        dtypes = ", ".join(
+            f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in part["dtypes"].items()
+        )
+        table.add_row(component, f"{part['tensors']:,}", format_bytes(part["bytes"]), dtypes)
+    if "config" in report:
+        dit = report["config"]["dit"]
+        sizes = (
+            f"{dit['num_layers']} blocks, dim {dit['dim']}, ffn {dit['ffn_dim']}, "
+            f"{dit['num_heads']} heads"
+        )
+        table.caption = f"{report['config']['variant']}: {sizes}"
+    if report.get("verified"):
+        table.caption = f"{table.caption}; the hash of every tensor matches"
+    return table
+
+
+def doctor_table(report: dict[str, Any]) -> Table:
+    """Table of findings, with status, detail and advice.
+
+    report: from `lowvram.doctor.report.doctor_report`.
+    """
+    table = Table(title="lowvram doctor")
+    for name in ("what", "status", "detail", "advice"):
+        table.add_column(name, overflow="fold")
+    styles = {"ok": "green", "warn": "yellow", "missing": "red"}
+    for finding in report["findings"]:
+        status = finding["status"]
+        table.add_row(
+            finding["name"],
+            f"[{styles[status]}]{status}[/]",
+            escape(finding["detail"]),
+            escape(finding["advice"]),
+        )
+    return table
