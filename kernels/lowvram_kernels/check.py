@@ -1,4 +1,4 @@
-"""Compares every Triton kernel with its reference on one device, in small calls (seconds in all).
+"""Compare every Triton kernel with its reference on one device, in small calls (seconds in all).
 
 `python -m lowvram_kernels.check cuda:0 [OP ...]` prints JSON lines: {"begin": op} before each op
 and one `Check` per call. As a separate process, it contains the faults of a kernel that breaks the

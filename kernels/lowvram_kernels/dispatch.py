@@ -1,4 +1,4 @@
-"""Selects the backend that runs an op: its Triton kernel or its torch reference.
+"""Select the backend that runs an op: its Triton kernel or its torch reference.
 
 `LOWVRAM_BACKEND=reference|triton` forces a backend. By default, tensors on a GPU use the Triton
 kernel if its constraints allow the call, and tensors on a CPU use the reference. Triton's

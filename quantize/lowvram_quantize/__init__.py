@@ -1,1 +1,1 @@
-"""The offline quantizer: converts a checkpoint to a store, resumable and in bounded memory."""
+"""The offline quantizer: convert a checkpoint to a store, resumable and in bounded memory."""

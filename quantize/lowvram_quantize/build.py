@@ -1,4 +1,4 @@
-"""Builds or resumes a store in a staging folder and moves it to its final names."""
+"""Build or resume a store in a staging folder and move it to its final names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converts the tensors of one component to their stored form, one at a time."""
+"""Convert the tensors of one component to their stored form, one at a time."""
 
 from __future__ import annotations
 

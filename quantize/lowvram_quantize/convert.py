@@ -1,4 +1,4 @@
-"""Converts a checkpoint of any supported layout to a store; resumable at every tensor.
+"""Convert a checkpoint of any supported layout to a store; resumable at every tensor.
 
 The store is written to `MODEL/quantize.partial` and moved to its final names when it is complete,
 the manifest last. Until then an earlier store in MODEL stays intact.
@@ -65,7 +65,7 @@ def quantize(
     """
     source, model, recipe = Path(source), Path(model), Recipe(format)
     if model.resolve() == source.resolve():
-        raise OutputError(f"{model} is the checkpoint itself: choose another folder for the store")
+        raise OutputError(f"{model} is the checkpoint itself: choose another folder for the result")
     with open_source(source, allow_pickle) as opened, RowEngine(threads, device) as engine:
         layouts = {
             component: component_layout(component, opened.config, format)
@@ -166,7 +166,7 @@ def _check_vacant(model: Path, overwrite: bool) -> None:
         return
     if (model / MANIFEST_NAME).exists():
         raise OutputError(
-            f"{model} holds a finished store: choose another folder, or --overwrite to replace it"
+            f"{model} holds a quantized model: choose another folder, or --overwrite to replace it"
         )
     taken = [name for name in STORE_FILES if (model / name).exists()]
     if taken:

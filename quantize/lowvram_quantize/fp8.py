@@ -1,4 +1,4 @@
-"""Quantizes weights to fp8 (e4m3fn) with one scale per row.
+"""Quantize weights to fp8 (e4m3fn) with one scale per row.
 
 `scale = max|row| / 448`, `q = fp8(w / scale)`.
 """

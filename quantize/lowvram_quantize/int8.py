@@ -1,4 +1,4 @@
-"""Quantizes weights to int8 with one scale per row, optionally after the Hadamard rotation.
+"""Quantize weights to int8 with one scale per row, optionally after the Hadamard rotation.
 
 `scale = max|row| / 127`, `q = round(w / scale)`.
 """

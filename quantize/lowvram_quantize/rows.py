@@ -1,4 +1,4 @@
-"""Quantizes matrices row by row, in chunks of rows on several threads.
+"""Quantize matrices row by row, in chunks of rows on several threads.
 
 The result of a row depends on that row alone, so chunks and threads do not change it.
 """
