@@ -1,1 +1,1 @@
-"""Ops of the quantized DiT: a contract, a torch reference and a Triton kernel each."""
+"""Ops of the quantized DiT, each with a contract, a torch reference and a Triton kernel."""

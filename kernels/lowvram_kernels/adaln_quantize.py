@@ -1,4 +1,7 @@
-"""LayerNorm, modulation, rotation and row quantization: the shared input of q, k and v."""
+"""Op `adaln_quantize`: LayerNorm, modulation, optional rotation and per-row quantization.
+
+The result is the shared input of the q, k and v projections, and that of ffn.0.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from lowvram_kernels.sizes import row_slices
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LN(x) * scale + shift, LN without affine over the last dimension; x: [M, D] float; scale,
-    shift: [D] or [M, D] float32.
+    """Return LayerNorm(x) * scale + shift.
+
+    x: [M, D] float; scale, shift: [D] or [M, D] float32. LayerNorm has no affine parameters and
+    runs over the last dimension in fp32. Returns [M, D] float32.
     """
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * scale + shift
 
@@ -29,11 +34,13 @@ def adaln_quantize(
     eps: float,
     rotated: bool,
 ) -> None:
-    """out, out_scale = quantize(LN(x) * scale + shift); the caller has added the 1 of (1 + scale).
+    """Compute out, out_scale = quantize(LayerNorm(x) * scale + shift).
 
-    x: [M, D] float32 or bfloat16; scale, shift: [D] float32; out: [M, D] int8 or float8_e4m3fn;
-    out_scale: [M, 1] float32. LN is over D with biased variance (spec 2.1); everything up to the
-    one rounding is fp32.
+    x: [M, D] float32 or bfloat16; scale, shift: [D] float32, where `scale` is the model's
+    1 + scale, added by the caller; out: [M, D] int8 or float8_e4m3fn; out_scale: [M, 1] float32.
+    `rotated`: apply the Hadamard rotation before quantizing; D must be a multiple of 256.
+    LayerNorm is over D with biased variance (spec 2.1). All arithmetic before the final rounding
+    is fp32.
     """
     for rows in row_slices(*x.shape):
         store_quantized(adaln(x[rows], scale, shift, eps), out[rows], out_scale[rows], rotated)

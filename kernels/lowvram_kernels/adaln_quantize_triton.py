@@ -1,4 +1,4 @@
-"""`adaln_quantize`: LayerNorm, modulation, rotation and row quantization over one read of x."""
+"""Triton kernel of `adaln_quantize`; it reads each row of x once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def adaln_kernel(
     x_ptr, scale_ptr, shift_ptr, out_ptr, out_scale_ptr, K, stride_x, stride_out, eps,
     GROUPS: tl.constexpr, ROTATED: tl.constexpr, E4M3: tl.constexpr,
 ):  # fmt: skip
-    """One row; the variance is the mean of squared differences from the mean, both over values in
-    registers.
+    """Normalize, modulate and quantize one row.
+
+    The variance is the mean of the squared differences from the mean; both passes read registers.
     """
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -43,7 +44,7 @@ def adaln_quantize(
     eps: float,
     rotated: bool,
 ) -> None:
-    """out, out_scale = quantize(LN(x) * scale + shift): the contract of the torch reference."""
+    """Triton implementation of `adaln_quantize.adaln_quantize`; same contract."""
     codes, groups = code_view(out, rotated), groups_of(x.shape[1])
     adaln_kernel[(x.shape[0],)](
         x,

@@ -1,6 +1,4 @@
-"""`attention_int8` on tensor cores, queries and keys in int8, probabilities and values in int8,
-fp16 or e4m3; the layout of the values.
-"""
+"""Triton kernels of `attention_int8` (online softmax on tensor cores) and `quantize_values`."""
 
 from __future__ import annotations
 
@@ -25,18 +23,19 @@ from lowvram_kernels.common_triton import (
 from lowvram_kernels.tuning import PV_DTYPES, architecture, attention_tile, multiplies_e4m3
 
 KEY_TILE = tl.constexpr(sizes.KEY_TILE)
-# Its low byte is p - 128 once p was added; the sum of both rounds p half to even.
+# 1.5 * 2^23 - 128: adding it to p rounds p half to even and leaves p - 128 in the low byte.
 ROUND_LESS_128 = tl.constexpr(12582912.0 - 128.0)
 LOG2_255 = tl.constexpr(math.log2(255.0))
 LOG2_448 = tl.constexpr(math.log2(448.0))
-# Triton's own cast rounds twice on sm_89, over fp16: one p in 256 would go the wrong way.
+# Triton's own cast goes through fp16 on sm_89 and rounds twice, which misrounds one p in 256.
 FOUR_E4M3 = tl.constexpr(
     "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
     "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
 )
 
 
-# One variant for every number of tokens: these strides follow it, and some of them divide by 16.
+# These arguments depend on the number of tokens. Unspecialized, one variant serves every number,
+# divisible by 16 or not.
 @triton.jit(do_not_specialize=["M", "stride_scale_d"])
 def values_kernel(
     v_ptr,
@@ -51,8 +50,9 @@ def values_kernel(
     HEAD_DIM: tl.constexpr,
     VALUE_MAX: tl.constexpr,
 ):
-    """One tile of 64 keys of one head: [64, HEAD_DIM] -> [HEAD_DIM, 64] int8, fp16 or bytes of
-    e4m3, and HEAD_DIM scales.
+    """Quantize one tile of 64 keys of one head.
+
+    [64, HEAD_DIM] -> [HEAD_DIM, 64] int8, fp16 or e4m3 bytes, and HEAD_DIM scales.
     """
     tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     keys = tile * KEY_TILE + tl.arange(0, KEY_TILE)
@@ -80,8 +80,10 @@ def values_kernel(
 
 @triton.jit
 def tile_scales(v_scale_ptrs, tile, T, HEAD_DIM: tl.constexpr):
-    """The value scales of one tile, [HEAD_DIM]: four tiles' are read, because the compiler gives
-    every thread its own copy of fewer.
+    """Load the value scales of one tile, [HEAD_DIM].
+
+    It reads the scales of four tiles, because the compiler replicates a smaller load in every
+    thread.
     """
     near = (tile // 4) * 4 + tl.arange(0, 4)
     scales = tl.load(v_scale_ptrs[:, None] + near[None, :], mask=(near < T)[None, :], other=0.0)
@@ -90,16 +92,17 @@ def tile_scales(v_scale_ptrs, tile, T, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def key_scales(k_scale_ptrs, COPIES: tl.constexpr):
-    """The scales of 64 keys, [64], each read COPIES times."""
+    """Load the scales of 64 keys, [64], each COPIES times (see `scale_copies`)."""
     if COPIES == 1:
         return tl.load(k_scale_ptrs)
     return tl.max(tl.load(k_scale_ptrs[:, None] + tl.zeros((1, COPIES), tl.int32)), axis=1)
 
 
 def scale_copies(arch: str) -> int:
-    """How often a step reads the scale of a key. Triton 3.6 copies 64 scales in the layout of the
-    logits, sixteen times four bytes a thread; four times 64 are too many for that, and every thread
-    copies one.
+    """Return how many copies of each key scale one step loads.
+
+    Triton 3.6 loads 64 scales in the layout of the logits: sixteen copies of four bytes per thread.
+    A load of 4 x 64 scales is too large for that layout, and each thread copies one scale.
     """
     return 4 if BEFORE_3_7 and arch.startswith("sm_") else 1
 
@@ -123,8 +126,9 @@ def attend_tile(
     SCALE_COPIES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One online-softmax step over 64 keys; `left`: how many of them exist, where MASKED.
-    query_scale: log2(e) / sqrt(HEAD_DIM) in it.
+    """Run one online-softmax step over 64 keys and return (result, total, maximum).
+
+    MASKED: only the first `left` keys exist. query_scale includes log2(e) / sqrt(HEAD_DIM).
     """
     key = tl.arange(0, KEY_TILE)
     if MASKED:
@@ -136,7 +140,7 @@ def attend_tile(
     logits = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * key_scale[None, :]
     if MASKED:
         logits = tl.where((key < left)[None, :], logits, float("-inf"))
-    # a scale is positive: the largest stays the largest
+    # query_scale is positive, so scaling after the maximum gives the same maximum.
     tile_maximum = tl.max(logits, axis=1) * query_scale
     if v_ptrs.dtype.element_ty == tl.int8:
         result, total, maximum = add_int8(
@@ -184,8 +188,10 @@ def add_int8(
     T,
     HEAD_DIM: tl.constexpr,
 ):
-    """p lies in 0..255 against the tile's own maximum and is multiplied as p - 128, which fits
-    int8; 128 times the sum of the values makes up for it.
+    """Accumulate one tile with int8 values.
+
+    p is in 0..255 relative to the tile's maximum. The product uses p - 128, which fits int8, and
+    adds 128 times the sum of the values afterwards.
     """
     p = tl.exp2(logits * query_scale[:, None] - (tile_maximum - LOG2_255)[:, None]) + ROUND_LESS_128
     v = tl.load(v_ptrs)
@@ -204,7 +210,7 @@ def add_int8(
 
 @triton.jit
 def e4m3(p):
-    """fp32 as e4m3, rounded once, half to even; NVIDIA from sm_89."""
+    """Convert fp32 to e4m3 with one rounding, half to even; NVIDIA sm_89 or later."""
     codes = tl.inline_asm_elementwise(
         FOUR_E4M3, "=r,r,r,r,r", [p], dtype=tl.uint8, is_pure=True, pack=4
     )
@@ -226,9 +232,11 @@ def add_float(
     HEAD_DIM: tl.constexpr,
     HALF_SUM: tl.constexpr,
 ):
-    """p is 1 (fp16) or 448 (e4m3) at the running maximum. Each tile's product begins at zero, so
-    that neither an fp16 sum nor one of e4m3, which tensor cores keep in 14 to 22 bits, runs over
-    more than 64 keys.
+    """Accumulate one tile with fp16 or e4m3 values.
+
+    p is 1 (fp16) or 448 (e4m3) at the running maximum. The product of each tile starts at zero, so
+    that sums in fp16, or of e4m3 products, for which tensor cores keep 14 to 22 bits, cover at most
+    64 keys.
     """
     v = tl.load(v_ptrs)
     half: tl.constexpr = v.dtype == tl.float16
@@ -238,8 +246,8 @@ def add_float(
         logits * query_scale[:, None] - (new_maximum if half else new_maximum - LOG2_448)[:, None]
     )
     total = total * decay + tl.sum(p, axis=1)
-    # bytes of e4m3 in the interpreter, whose own casts are wrong; decoded, both are 2^-8 of their
-    # value
+    # The interpreter casts e4m3 wrongly, so it gets bytes. Both decoded operands are scaled by
+    # 2^-8.
     if v.dtype == tl.uint8:
         product = tl.dot(e4m3_as_float16(e4m3_bytes(p)), tl.trans(e4m3_as_float16(v))) * 65536.0
     else:
@@ -280,12 +288,15 @@ def attention_kernel(
     HALF_SUM: tl.constexpr,
     SCALE_COPIES: tl.constexpr,
 ):
-    """BLOCK_M queries of one head over all keys; softmax_scale = log2(e) / sqrt(HEAD_DIM)."""
+    """Attend from BLOCK_M queries of one head to all keys.
+
+    softmax_scale = log2(e) / sqrt(HEAD_DIM).
+    """
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.arange(0, HEAD_DIM)
     key = tl.arange(0, KEY_TILE)
-    row = tl.minimum(rows, M - 1)  # rows past the end read the last one; their stores are masked
+    row = tl.minimum(rows, M - 1)  # rows past the end read the last row; their stores are masked
     q = tl.load(q_ptr + head * stride_qh + row[:, None] * HEAD_DIM + channel[None, :])
     query_scale = tl.load(q_scale_ptr + head * stride_qs + row) * softmax_scale
     k_ptrs = k_ptr + head * stride_kh + key[None, :] * HEAD_DIM + channel[:, None]
@@ -344,9 +355,7 @@ def attention_kernel(
 
 
 def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> None:
-    """out = round(v^T / s), one scale per tile of 64 keys and channel: the contract of the torch
-    reference.
-    """
+    """Triton implementation of `attention_int8.quantize_values`; same contract."""
     num_heads, head_dim, _ = out.shape
     codes = out.view(torch.uint8) if out.dtype == torch.float8_e4m3fn else out
     values_kernel[(out_scale.shape[2], num_heads)](
@@ -369,14 +378,13 @@ def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> None:
 def attention_int8(
     q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, out: Tensor
 ) -> None:
-    """out = softmax(q k^T / sqrt(head_dim)) v over tiles of 64 keys: the contract of the torch
-    reference.
+    """Triton implementation of `attention_int8.attention_int8`; same contract.
 
-    The integers are the reference's; exponentials are the hardware's exp2, so a probability next to
-    a half may round the other way.
-    float16 and float8_e4m3fn values: a tile's sum is rounded to fp16 where `AttentionTile.half_sum`
-    says so. NaN among the scales of queries or values, or in all of a tile's keys', reaches the
-    output; that of a single key need not.
+    Integer products equal the reference's. Exponentials use the hardware's exp2, so a probability
+    close to a rounding boundary may round differently.
+    float16 and float8_e4m3fn values: with `AttentionTile.half_sum` the sum over a tile is rounded
+    to fp16. NaN in the scales of queries or values, or in the scales of all keys of a tile, reaches
+    the output; NaN in the scale of a single key may not.
     """
     num_heads, num_queries, head_dim = q.shape
     arch = architecture(q.device)

@@ -1,5 +1,6 @@
-"""Calls of every op with poisoned outputs, and what a kernel's results may differ by from its
-reference's: for `check` and the tests.
+"""Test calls of every op with poisoned output buffers, and the tolerances of their results.
+
+Used by `check` and the tests.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor that an op writes: a view into a poisoned buffer whose other elements must stay as
-    they are.
+    """An output of an op: a view into a poisoned buffer.
+
+    whole: the buffer; cut: takes the view out of the buffer or a copy of it. The op must not write
+    the elements outside the view.
     """
 
     whole: Tensor
@@ -38,6 +41,10 @@ class Output:
         device: str = "cpu",
         cut: Callable[[Tensor], Tensor] | None = None,
     ) -> Output:
+        """Return an output in a new buffer of `shape` filled with NaN (1-byte types: 0x5A).
+
+        cut: default the whole buffer.
+        """
         if dtype.is_floating_point and dtype.itemsize > 1:
             whole = torch.full(shape, float("nan"), dtype=dtype, device=device)
         else:
@@ -47,7 +54,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op."""
+    """One call of an op: its inputs and outputs by argument name. op: a key of `ops.OPS`."""
 
     op: str
     inputs: Inputs
@@ -56,32 +63,36 @@ class Case:
     def run(
         self, backend: str, plant: Callable[[Inputs], Inputs] | None = None
     ) -> dict[str, Tensor]:
-        """The whole output buffers, on the CPU, after a call on fresh copies; `plant` puts a fault
-        into the inputs.
+        """Call the op on copies of the outputs and return the whole output buffers, on the CPU.
 
-        The reference always runs on the CPU: libraries on a GPU do not take every shape.
+        backend: "reference" or "triton"; plant: returns the inputs with a fault injected. The
+        reference always runs on the CPU, because the GPU libraries do not support every shape.
+        Raises `UnsupportedOpError` if the Triton kernel does not support the call.
         """
         inputs = plant(dict(self.inputs)) if plant else self.inputs
-        wholes = {name: output.whole.clone() for name, output in self.outputs.items()}
+        buffers = {name: output.whole.clone() for name, output in self.outputs.items()}
         if backend == "reference":
             inputs = {
                 name: value.cpu() if isinstance(value, Tensor) else value
                 for name, value in inputs.items()
             }
-            wholes = {name: whole.cpu() for name, whole in wholes.items()}
-        views = {name: self.outputs[name].cut(whole) for name, whole in wholes.items()}
+            buffers = {name: buffer.cpu() for name, buffer in buffers.items()}
+        views = {name: self.outputs[name].cut(buffer) for name, buffer in buffers.items()}
         op = OPS[self.op]
         if backend == "triton":
             reason = op.constraint(**inputs, **views)
             if reason:
-                raise UnsupportedOpError(f"{self.op} refuses this call: {reason}")
+                raise UnsupportedOpError(f"{self.op} does not support this call: {reason}")
             op.triton(**inputs, **views)
         else:
             op.reference(**inputs, **views)
-        return {name: whole.cpu() for name, whole in wholes.items()}
+        return {name: buffer.cpu() for name, buffer in buffers.items()}
 
     def mismatch(self, plant: Callable[[Inputs], Inputs] | None = None) -> str:
-        """What Triton's outputs have that the reference's may not; empty where they agree."""
+        """Compare Triton's outputs with the reference's; return the differences, empty if none.
+
+        plant: as in `run`, applied to the Triton call alone.
+        """
         expected, actual = self.run("reference"), self.run("triton", plant)
         return "; ".join(
             filter(
@@ -95,8 +106,9 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """Relative error of a float output; 0: the same bits. A GPU's exp2 and rsqrt are 2^-22 off,
-        its sums of e4m3 products shorter.
+        """Largest accepted relative error of a float output; 0 means bit-identical.
+
+        On a GPU exp2 and rsqrt have an error of 2^-22, and sums of e4m3 products have fewer bits.
         """
         if self.op == "quantized_linear":
             return 0.0 if self.inputs["a"].dtype == torch.int8 else 2e-3
@@ -104,14 +116,17 @@ class Case:
 
 
 def difference(name: str, expected: Tensor, actual: Tensor, tolerance: float) -> str:
-    """Codes may be one apart, one in a thousand of them; floats by `tolerance` in relative
-    error.
+    """Describe how an output buffer differs from the expected one; empty if it is accepted.
+
+    Codes (int8, e4m3) may differ by one step, in at most one of a thousand elements (or in one
+    element). Floats may differ by a relative error (L2 norm) of `tolerance`; 0 means
+    bit-identical. NaN, the poison of unwritten elements, must be in the same places.
     """
     if expected.dtype in (torch.int8, E4M3):
-        apart = (ordered(expected) - ordered(actual)).abs()
-        changed = int((apart > 0).sum())
-        few = int(apart.max()) <= 1 and changed <= max(1, apart.numel() // 1000)
-        return "" if few else f"{name}: {changed} codes, by up to {int(apart.max())}"
+        steps = (ordered(expected) - ordered(actual)).abs()
+        changed = int((steps > 0).sum())
+        accepted = int(steps.max()) <= 1 and changed <= max(1, steps.numel() // 1000)
+        return "" if accepted else f"{name}: {changed} codes differ, by up to {int(steps.max())}"
     if not torch.equal(expected.isnan(), actual.isnan()):
         return f"{name}: other elements are unwritten"
     wide, other = expected.nan_to_num().double(), actual.nan_to_num().double()
@@ -126,20 +141,22 @@ def difference(name: str, expected: Tensor, actual: Tensor, tolerance: float) ->
 
 
 def ordered(codes: Tensor) -> Tensor:
-    """Codes as integers that are neighbours where the values are: e4m3 is sign and magnitude."""
+    """Map int8 or e4m3 codes to int32 in the order of their values, one step per code."""
     if codes.dtype == torch.int8:
         return codes.int()
-    bits = codes.view(torch.uint8).int()
+    bits = codes.view(torch.uint8).int()  # sign and magnitude
     return torch.where(bits >= 128, 128 - bits, bits)
 
 
 def random(*shape: int, seed: int = 0, device: str = "cpu") -> Tensor:
+    """Return standard normal fp32 values of `shape`, the same on every device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def codes(
     *shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.int8
 ) -> Tensor:
+    """Return random codes: uniform in -127..127 for int8, normal times 40 for e4m3."""
     if dtype == E4M3:
         return (random(*shape, seed=seed) * 40).clamp(-448, 448).to(E4M3).to(device)
     return torch.randint(
@@ -156,7 +173,10 @@ def linear(
     code: torch.dtype = torch.int8,
     out: torch.dtype = torch.float32,
 ) -> Case:
-    """Rows of `a` and of `out` are parts of wider ones."""
+    """Return a call of `quantized_linear`; `a` and `out` are views into wider matrices.
+
+    [m, k] x [n, k]; code: dtype of the operands; out: dtype of the output.
+    """
     inputs = {
         "a": codes(m, k + 16, device=device, dtype=code)[:, :k],
         "a_scale": random(m, 1, seed=1, device=device).abs(),
@@ -180,7 +200,7 @@ def linear_gelu(
     code: torch.dtype = torch.int8,
     out: torch.dtype = torch.float32,
 ) -> Case:
-    """Scaled so that y lies where GELU bends."""
+    """Return a call of `quantized_linear` with GELU, scaled so that y is in GELU's curved range."""
     case = linear(m, n, k, device=device, code=code, out=out)
     shrunk = {
         "a_scale": case.inputs["a_scale"] * (1e-4 / k**0.5),
@@ -198,6 +218,7 @@ def linear_add(
     code: torch.dtype = torch.int8,
     gated: bool = True,
 ) -> Case:
+    """Return a call of `quantized_linear` that adds y, or gate * y if `gated`, to its output."""
     case = linear(m, n, k, device=device, code=code)
     inputs = case.inputs | {
         "gate": random(n, seed=5, device=device) if gated else None,
@@ -220,7 +241,11 @@ def rows(
     x: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Case:
-    """Outlier channels, a row of zeros where there are several, rows of x with a stride."""
+    """Return a call of an op that quantizes the rows of x: [m, k].
+
+    op: "adaln_quantize", "quantize_rows" or "gelu_quantize"; code: dtype of the output; x: dtype of
+    the input, a strided view with outlier channels and, for m > 1, a row of zeros.
+    """
     values = random(m, k + 8, device=device)[:, :k] * 3
     values[:, ::64] *= 20
     if m > 1:
@@ -248,8 +273,9 @@ def rms_rope(
     head_dim: int = 128,
     device: str = "cpu",
 ) -> Case:
-    """x is half of a wider row, as q, k and v come out of one product; out lies between other
-    tokens.
+    """Return a call of `rms_rope_quantize` with m tokens; its output is a slice of the tokens.
+
+    x is a column slice of a wider matrix, as when one product computes q, k and v.
     """
     dim = heads * head_dim
     angles = random(m, head_dim // 2, seed=2, device=device)
@@ -275,6 +301,10 @@ def rms_rope(
 def values(
     n: int, heads: int, *, head_dim: int = 128, device: str = "cpu", code: torch.dtype = torch.int8
 ) -> Case:
+    """Return a call of `quantize_values` with n keys; its outputs start at the second tile.
+
+    code: the dtype of the stored values.
+    """
     tiles = math.ceil(n / 64)
     outputs = {
         "out": Output.poisoned(
@@ -298,12 +328,14 @@ def attention(
     out: torch.dtype = torch.float32,
     pv: str = "int8",
 ) -> Case:
-    """Logits spread over about +-10, so that tiles of keys matter unequally; queries are part of a
-    larger buffer.
+    """Return a call of `attention_int8` with m queries, a view into a larger buffer, and n keys.
+
+    Logits are spread over about +-10, so that the tiles of keys have unequal weights. out: dtype of
+    the output; pv: a key of `tuning.PV_DTYPES`.
     """
     tiles = math.ceil(n / 64)
     v = codes(heads, head_dim, tiles * 64, seed=2, device=device)
-    if pv != "int8":  # the same values, as large as `quantize_values` stores them
+    if pv != "int8":  # the same values, scaled to the range that `quantize_values` stores
         dtype = PV_DTYPES[pv]
         v = (v.float() * (VALUE_MAX[dtype] / 127)).to(dtype)
     v[:, :, n:] = 0

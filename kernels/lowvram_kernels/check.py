@@ -1,8 +1,8 @@
-"""The check of every kernel against its reference on the device at hand: small calls of all that a
-model launches, seconds in all.
+"""Compare every Triton kernel with its reference on one device, in small calls (seconds in all).
 
-`python -m lowvram_kernels.check cuda:0 [OP ...]` prints JSON lines, `begin` of each op and the
-result of each call: a kernel that breaks the device breaks that process alone.
+`python -m lowvram_kernels.check cuda:0 [OP ...]` prints JSON lines: {"begin": op} before each op
+and one `Check` per call. As a separate process, it contains the faults of a kernel that breaks the
+CUDA context.
 """
 
 from __future__ import annotations
@@ -23,18 +23,23 @@ from lowvram_kernels.ops import OPS
 from lowvram_kernels.tuning import PV_DTYPES, architecture, pv_choices
 
 INT8, BF16 = torch.int8, torch.bfloat16
-DIM, FFN, HEADS = 5120, 13824, 40  # of A14B: Triton compiles what a model launches
-DEVICE_LOST = 3  # exit code of a process whose device answers no more
+DIM, FFN, HEADS = (
+    5120,
+    13824,
+    40,
+)  # of A14B, so that the variants compiled are those a model launches
+DEVICE_LOST = 3  # exit code if the device is unusable after a fault
 ROWS = {"int8, rotated": (INT8, True), "int8": (INT8, False), "fp8": (cases.E4M3, False)}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One call that was compared. op: a key of `ops.OPS`; label: its dtypes and options.
+    """The result of one compared call.
 
-    problem: empty where the kernel agrees with its reference, else what differs, or why it does not
-    run, in one line;
-    unchecked: why it could not be compared, which says nothing about the kernel.
+    op: a key of `ops.OPS`; label: dtypes and options of the call.
+    problem: one line about how the kernel differs from its reference or why it does not run; empty
+    if they agree.
+    unchecked: why the call could not be compared, for reasons other than the kernel; else empty.
     """
 
     op: str
@@ -44,24 +49,28 @@ class Check:
 
 
 def checks(device: torch.device, ops: Iterable[str] = tuple(OPS)) -> Iterator[Check]:
-    """Runs the calls of each op. A call that fails, however it does, ends no other; once the device
-    is lost the rest is unchecked.
+    """Run the calls of each op and yield their results.
+
+    A call that fails does not stop the others. After a fault that makes the device unusable, the
+    remaining calls are reported as unchecked.
     """
     lost = ""
     for op in ops:
         for label, make in calls(op, device).items():
             if lost:
-                yield Check(op, label, unchecked=f"the device was lost at {lost}")
+                yield Check(op, label, unchecked=f"the device was lost in {lost}")
                 continue
             check = _checked(op, label, make)
             if _is_lost(device):
                 lost = f"{op}, {label}"
-                check = replace(check, problem=check.problem or "the device stops answering")
+                check = replace(
+                    check, problem=check.problem or "the device is unusable after the call"
+                )
             yield check
 
 
 def problems(found: Iterable[Check]) -> dict[str, str]:
-    """Op -> its first problem, of those that have one."""
+    """Return op -> its first problem, for the ops that have one."""
     first: dict[str, str] = {}
     for check in found:
         if check.problem:
@@ -70,7 +79,10 @@ def problems(found: Iterable[Check]) -> dict[str, str]:
 
 
 def sources_digest() -> str:
-    """16 hex digits of the kernels' code: other code has not been checked."""
+    """Return 16 hex digits of the SHA-256 of this package's sources.
+
+    A stored check result is valid only for the same digest.
+    """
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -78,7 +90,7 @@ def sources_digest() -> str:
 
 
 def triton_version() -> str:
-    """The installed Triton's; empty where there is none."""
+    """Return the version of the installed Triton; empty if it cannot be imported."""
     try:
         import triton
     except (ImportError, OSError):
@@ -87,8 +99,10 @@ def triton_version() -> str:
 
 
 def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
-    """By label: the widths of A14B, ragged numbers of tokens, several programs in each direction,
-    every dtype and epilogue in use.
+    """Return label -> factory of a test call, for the calls of one op.
+
+    They cover every dtype and epilogue in use, the widths of A14B, token counts that are no
+    multiple of a tile, and grids of several programs along each axis.
     """
     where = str(device)
     if op == "quantized_linear":
@@ -143,25 +157,26 @@ def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
 def _checked(op: str, label: str, make: Callable[[], cases.Case]) -> Check:
     try:
         return Check(op, label, make().mismatch())
-    except (
-        Exception
-    ) as error:  # compilers, drivers and kernels fail with errors of many kinds; each is the answer
+    except Exception as error:  # compilers, drivers and kernels raise many types of error
         lines = str(error).strip().splitlines()
-        said = lines[0][:200] if lines else type(error).__name__
+        message = lines[0][:200] if lines else type(error).__name__
         return (
-            Check(op, label, unchecked=said)
+            Check(op, label, unchecked=message)
             if is_occupied(str(error))
-            else Check(op, label, f"does not run: {said}")
+            else Check(op, label, f"does not run: {message}")
         )
 
 
 def is_occupied(text: str) -> bool:
-    """Whether an error says that others use the device, which is no fault of a kernel."""
+    """Return whether an error message means that the device's memory or the device is in use.
+
+    Such an error is no fault of a kernel.
+    """
     return re.search("out of memory|busy or unavailable", text, re.IGNORECASE) is not None
 
 
 def _is_lost(device: torch.device) -> bool:
-    """After some faults a CUDA context refuses everything."""
+    """Return whether the CUDA context is unusable, as it is after some faults."""
     if device.type != "cuda":
         return False
     try:
@@ -172,6 +187,10 @@ def _is_lost(device: torch.device) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Check the ops on a device and print the results as JSON lines; return the exit code.
+
+    arguments: the device, then the ops (default all).
+    """
     device, *ops = torch.device(arguments[0]), *arguments[1:]
     for op in ops or tuple(OPS):
         print(json.dumps({"begin": op}), flush=True)

@@ -1,6 +1,4 @@
-"""Device functions that several kernels share: rounding, e4m3 as bytes, the Hadamard butterfly,
-stores of whole rows.
-"""
+"""Triton device functions shared by the kernels: rounding, e4m3 bytes, rotation, row stores."""
 
 from __future__ import annotations
 
@@ -10,8 +8,8 @@ import triton
 import triton.language as tl
 
 BEFORE_3_7 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-# 1.5 * 2^23: adding it to |x| < 2^22 and taking it away rounds half to even, on every architecture
-# and in the interpreter.
+# 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 half to even, on every architecture and in
+# the interpreter.
 ROUND = tl.constexpr(12582912.0)
 SMALLEST_ABSMAX_BITS = tl.constexpr(int.from_bytes(struct.pack("<f", 1e-12), "little"))
 INT8_MAX = tl.constexpr(127.0)
@@ -21,14 +19,15 @@ GROUP = tl.constexpr(256)
 
 @triton.jit
 def round_half_even(x):
-    """The integer nearest to x, as fp32; |x| < 2^22."""
+    """Round x to an integer, half to even, as fp32; |x| < 2^22."""
     return (x + ROUND) - ROUND
 
 
 @triton.jit
 def rounded_product(x, y, SCALAR: tl.constexpr):
-    """x * y, fp32, rounded before anything is added to it. SCALAR: one by one, see
-    `scalar_products`.
+    """Return x * y in fp32 such that it is not fused with a following addition.
+
+    SCALAR: as scalar instructions, see `scalar_products`.
     """
     if SCALAR:
         return tl.inline_asm_elementwise(
@@ -38,36 +37,40 @@ def rounded_product(x, y, SCALAR: tl.constexpr):
 
 
 def scalar_products(arch: str) -> bool:
-    """Whether products before a sum must be kept out of pairs: Triton 3.6 pairs them
-    (`mul.rn.f32x2`), and the assembler that comes with it splits the pairs and fuses them with the
-    sum on sm_120, in spite of their rounding. A fused sum has other bits than the reference's.
+    """Return whether products before a sum must be emitted as scalar instructions.
+
+    Triton 3.6 emits them in pairs (`mul.rn.f32x2`). On sm_120 its assembler splits the pairs and
+    fuses the products with the sum despite their rounding mode, so that the result differs in bits
+    from the reference's.
     """
     return BEFORE_3_7 and arch == "sm_120"
 
 
 @triton.jit
 def size_bits(x):
-    """The bits of |x|, fp32, as int32: they order as the sizes do, with a NaN above all, which a
-    maximum of floats would drop.
+    """Return the bits of |x| (fp32) as int32; they have the order of |x|, with NaN the largest.
+
+    A maximum over floats would drop NaN.
     """
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def absmax_of_bits(bits):
-    """The largest of `size_bits` as fp32, 1e-12 at least; NaN stays NaN."""
+    """Convert a maximum of `size_bits` to fp32, at least 1e-12; NaN stays NaN."""
     return tl.maximum(bits, SMALLEST_ABSMAX_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def e4m3_bytes(x):
-    """The e4m3 code of fp32 x, |x| <= 448, rounded half to even, as uint8: by bits, because not
-    every architecture casts.
+    """Convert fp32 x, |x| <= 448, to e4m3 bytes (uint8), rounded half to even.
+
+    It uses bit operations, because not every architecture has the cast.
     """
     bits = x.to(tl.uint32, bitcast=True)
     sign = (bits >> 24) & 0x80
     size = bits & 0x7FFFFFFF
-    # exponent bias 127 - 7, above 3 bits of mantissa
+    # 960 = (127 - 7) << 3: the difference of the exponent biases, above 3 bits of mantissa
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
     subnormal = (tl.abs(x) * 512.0 + ROUND).to(tl.uint32, bitcast=True) & 0xFF  # multiples of 2^-9
     # 2^-6, the smallest normal
@@ -76,20 +79,24 @@ def e4m3_bytes(x):
 
 @triton.jit
 def stored(x, DTYPE: tl.constexpr):
-    """fp32 x as DTYPE, rounded half to even by bits for bf16: the interpreter's own cast truncates.
-    NaN stays NaN.
+    """Convert fp32 x to DTYPE, rounded half to even; NaN stays NaN.
+
+    bf16 is rounded with bit operations, because the interpreter's own cast truncates.
     """
     if tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)  # the bits of the GPU's NaN would run over into a zero
+        x = tl.where(
+            x == x, rounded, x
+        )  # rounding would overflow the bits of the GPU's NaN to zero
     return x.to(DTYPE)
 
 
 @triton.jit
 def e4m3_as_float16(code):
-    """e4m3 bytes * 2^-8 as fp16, exactly: its exponent field is the same bits under a bias of 15
-    instead of 7. No NaN.
+    """Convert e4m3 bytes to fp16 values scaled by 2^-8, exactly; NaN is not supported.
+
+    The exponent bits are kept, and the bias changes from 7 to 15.
     """
     wide = code.to(tl.uint16)
     return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
@@ -97,8 +104,9 @@ def e4m3_as_float16(code):
 
 @triton.jit
 def _half_sum_less_self(x, OUTER: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr):
-    """(ones / 2 - identity) along one base-4 digit of the channel; sums of two, so that their order
-    is the reference's.
+    """Apply (ones / 2 - identity) along one base-4 digit of the channel index.
+
+    Sums of pairs give the reference's order of additions.
     """
     y = tl.reshape(x, (OUTER, 2, 2, INNER))
     half = tl.sum(tl.sum(y, axis=2), axis=1) * 0.5
@@ -107,10 +115,10 @@ def _half_sum_less_self(x, OUTER: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.
 
 @triton.jit
 def rotate_reversed(x, GROUPS: tl.constexpr):
-    """`hadamard.rotate` of [GROUPS, 256] with each group's channels in reverse order.
+    """Apply `hadamard.rotate` to [GROUPS, 256], with the channels of each group in reverse order.
 
-    H4 = (ones / 2 - identity) times the flip, and flips of all four digits are the flip of the
-    whole group: it waits until the values are bytes, which are four times cheaper to move.
+    H4 = (ones / 2 - identity) * flip, and flips of all four digits are a flip of the whole group.
+    The flip is left to `_reversed_words`, where the data is a quarter as large.
     """
     x = _half_sum_less_self(x, GROUPS, 64, GROUPS)
     x = _half_sum_less_self(x, GROUPS * 4, 16, GROUPS)
@@ -120,9 +128,7 @@ def rotate_reversed(x, GROUPS: tl.constexpr):
 
 @triton.jit
 def _reversed_words(codes, GROUPS: tl.constexpr):
-    """[GROUPS, 256] bytes -> [GROUPS, 64] little-endian words of the same bytes in reverse order
-    within each group.
-    """
+    """Pack [GROUPS, 256] bytes into [GROUPS, 64] little-endian words, reversed in each group."""
     place = (24 - 8 * tl.arange(0, 4)).to(tl.uint32)
     quads = (
         tl.reshape(codes.to(tl.uint8, bitcast=True).to(tl.uint32), (GROUPS, 64, 4))
@@ -133,7 +139,7 @@ def _reversed_words(codes, GROUPS: tl.constexpr):
 
 @triton.jit
 def quantized_codes(x, scale, E4M3: tl.constexpr):
-    """round(x / scale) as int8, or as the bytes of e4m3."""
+    """Return round(x / scale) as int8, or as e4m3 bytes if E4M3."""
     scaled = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     if E4M3:
         codes = e4m3_bytes(tl.minimum(tl.maximum(scaled, -E4M3_MAX), E4M3_MAX))
@@ -154,10 +160,10 @@ def store_row(
     ROTATED: tl.constexpr,
     E4M3: tl.constexpr,
 ):
-    """out[row] = round(x / s), out_scale[row] = s = absmax / 127 or / 448, NaN where x holds one.
+    """Quantize one row: out[row] = round(x / s), out_scale[row] = s = absmax / 127 (e4m3: / 448).
 
-    x: [GROUPS, 256] fp32, zero past K; row: int64. out is int32 words where ROTATED (K is a
-    multiple of 256 then) and bytes elsewhere; `stride_out` counts those.
+    s is NaN if x contains NaN. x: [GROUPS, 256] fp32, zero past K; row: int64. out has int32 words
+    if ROTATED (K is then a multiple of 256), else bytes; `stride_out` is in these units.
     """
     if ROTATED:
         x = rotate_reversed(x, GROUPS)

@@ -1,5 +1,7 @@
-"""What each Triton kernel takes: a reason in words for every call that it refuses. Triton itself is
-only asked whether it starts.
+"""Constraints of the Triton kernels: whether one can run a call, and if not, why.
+
+Each function named after an op takes the op's arguments and returns None if its kernel supports the
+call, else the reason. Triton is imported only to test whether it starts.
 """
 
 from __future__ import annotations
@@ -19,14 +21,13 @@ from lowvram_kernels.errors import UnsupportedOpError
 FLOATS = (torch.float32, torch.bfloat16)
 CODES = (torch.int8, torch.float8_e4m3fn)
 VALUES = (torch.int8, torch.float16, torch.float8_e4m3fn)
-# Past this many channels a row no longer fits the registers of one program.
+# Channels of the longest row that fits the registers of one program.
 MAX_ROW = 32768
 GELU_ALONE = "quantized_linear stores GELU(y) or adds gate * y to the residual stream, not both"
-Refusal = Callable[..., str | None]
+Constraint = Callable[..., str | None]
 
-
-# The Triton that comes with the oldest torch, and the newest that every kernel was compiled with:
-# tests/kernels/test_triton_versions.py.
+# The Triton of the oldest supported torch, and the newest with which every kernel was compiled
+# (tests/kernels/test_triton_versions.py).
 OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
 TRITON_PACKAGES = (
     "triton",
@@ -39,9 +40,7 @@ TRITON_PACKAGES = (
 
 @cache
 def triton_release() -> tuple[int, int] | None:
-    """(major, minor) of the installed Triton, whatever its package is called; None where that
-    cannot be told.
-    """
+    """Return (major, minor) of the installed Triton, or None if none of its packages is found."""
     for package in TRITON_PACKAGES:
         try:
             found = re.match(r"(\d+)\.(\d+)", version(package))
@@ -54,12 +53,12 @@ def triton_release() -> tuple[int, int] | None:
 
 @cache
 def no_triton() -> str | None:
-    """Why Triton cannot run in this installation at all."""
+    """Return why this installation has no usable Triton, or None."""
     return old_triton() if find_spec("triton") else "the triton package is not installed"
 
 
 def old_triton() -> str | None:
-    """Why an installed Triton is refused for its age."""
+    """Return why the installed Triton is too old, or None."""
     release = triton_release()
     if release is None or release >= OLDEST_TRITON:
         return None
@@ -67,9 +66,7 @@ def old_triton() -> str | None:
 
 
 def untried_triton() -> str | None:
-    """What is to be known of a Triton that is newer than those that the kernels were compiled
-    with.
-    """
+    """Return a note if the installed Triton is newer than `NEWEST_TRITON`, else None."""
     release = triton_release()
     if release is None or release <= NEWEST_TRITON:
         return None
@@ -85,14 +82,15 @@ def _dotted(release: tuple[int, int]) -> str:
 
 @cache
 def broken_triton() -> str | None:
-    """Why an installed Triton cannot reach the GPU: at its first call it builds a small library,
-    with a C compiler and Python's headers.
+    """Return why the installed Triton cannot start its GPU driver, or None.
+
+    On first use Triton compiles a small library, which needs a C compiler and Python's headers.
     """
     try:
         from triton.runtime import driver
 
         driver.active.get_current_target()
-    except Exception as error:  # whatever it is, no kernel will run; the log says why
+    except Exception as error:  # of any type: no kernel can run
         return (
             f"Triton does not start: {(' '.join(str(error).split()) or type(error).__name__)[:200]}"
         )
@@ -100,8 +98,9 @@ def broken_triton() -> str | None:
 
 
 def refused_gpu(device: torch.device) -> str | None:
-    """Why no Triton kernel runs on this GPU: Triton is missing or broken, or the card has no 8-bit
-    tensor cores that it can use.
+    """Return why no Triton kernel can run on this GPU, or None.
+
+    Triton may be missing or broken, or the GPU may lack supported 8-bit tensor cores.
     """
     return (
         no_triton()
@@ -111,8 +110,9 @@ def refused_gpu(device: torch.device) -> str | None:
 
 
 def wrong_device(tensor: Tensor | None) -> str | None:
-    """Why the kernels cannot run where `tensor` lies: they need CUDA or ROCm, or the CPU and
-    TRITON_INTERPRET=1.
+    """Return why the kernels cannot run on the device of `tensor`, or None.
+
+    They need a CUDA or ROCm device, or a CPU with TRITON_INTERPRET=1 set.
     """
     if tensor is None or not tensor.is_cuda:
         if tensor is not None and os.environ.get("TRITON_INTERPRET") == "1":
@@ -122,9 +122,9 @@ def wrong_device(tensor: Tensor | None) -> str | None:
 
 
 def scattered(tensors: Sequence[Tensor]) -> str | None:
-    """Why no kernel can take these together: they lie on several devices."""
+    """Return a reason if the tensors are not all on one device, else None."""
     devices = sorted({str(tensor.device) for tensor in tensors})
-    return f"its tensors lie on {' and '.join(devices)}" if len(devices) > 1 else None
+    return f"its tensors are on {' and '.join(devices)}" if len(devices) > 1 else None
 
 
 @cache
@@ -150,44 +150,49 @@ def _no_e4m3(index: int) -> str | None:
     )
 
 
-def one_of(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
+def wrong_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Return a reason if the dtype of argument `name` is not one of `dtypes`, else None."""
     if tensor.dtype in dtypes:
         return None
     return f"{name} is {tensor.dtype}, not {' or '.join(map(str, dtypes))}"
 
 
-def rows_contiguous(**tensors: Tensor | None) -> str | None:
+def strided_rows(**tensors: Tensor | None) -> str | None:
+    """Return a reason if the last dimension of an argument is strided, else None."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.stride(-1) != 1:
             return f"the last dimension of {name} has stride {tensor.stride(-1)}, not 1"
     return None
 
 
-def contiguous(**tensors: Tensor | None) -> str | None:
+def not_contiguous(**tensors: Tensor | None) -> str | None:
+    """Return a reason if an argument is not contiguous, else None."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} is not contiguous"
     return None
 
 
-def _row_refusal(x: Tensor, out: Tensor, out_scale: Tensor, rotated: bool) -> str | None:
+def _unsupported_rows(x: Tensor, out: Tensor, out_scale: Tensor, rotated: bool) -> str | None:
+    """Return a reason if the kernels that quantize rows do not support the call, else None."""
     channels = x.shape[1]
     if channels > MAX_ROW:
         return f"rows of {channels} channels do not fit one program: the limit is {MAX_ROW}"
     if rotated and channels % 256:
         return f"rotation needs a multiple of 256 channels, got {channels}"
     if rotated and (out.stride(0) % 4 or out.storage_offset() % 4):
-        return "rotated rows are stored in words of 4 bytes and out is not aligned to them"
+        return "rotated rows are stored in words of 4 bytes, and out is not aligned to 4 bytes"
     reason = (
-        one_of("x", x, FLOATS)
-        or one_of("out", out, CODES)
-        or one_of("out_scale", out_scale, (torch.float32,))
+        wrong_dtype("x", x, FLOATS)
+        or wrong_dtype("out", out, CODES)
+        or wrong_dtype("out_scale", out_scale, (torch.float32,))
     )
-    return reason or rows_contiguous(x=x, out=out) or contiguous(out_scale=out_scale)
+    return reason or strided_rows(x=x, out=out) or not_contiguous(out_scale=out_scale)
 
 
 def quantize_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> str | None:
-    return _row_refusal(x, out, out_scale, rotated)
+    """Constraint of `quantize_rows` and `gelu_quantize`."""
+    return _unsupported_rows(x, out, out_scale, rotated)
 
 
 def adaln_quantize(
@@ -200,13 +205,14 @@ def adaln_quantize(
     eps: float,
     rotated: bool,
 ) -> str | None:
+    """Constraint of `adaln_quantize`."""
     for name, tensor in (("scale", scale), ("shift", shift)):
         if tensor.dim() != 1:
             return f"{name} has {tensor.dim()} dimensions: the kernel takes one vector for all rows"
-        reason = one_of(name, tensor, (torch.float32,))
+        reason = wrong_dtype(name, tensor, (torch.float32,))
         if reason:
             return reason
-    return contiguous(scale=scale, shift=shift) or _row_refusal(x, out, out_scale, rotated)
+    return not_contiguous(scale=scale, shift=shift) or _unsupported_rows(x, out, out_scale, rotated)
 
 
 def quantized_linear(
@@ -221,12 +227,13 @@ def quantized_linear(
     accumulate: bool = False,
     gelu: bool = False,
 ) -> str | None:
+    """Constraint of `quantized_linear`."""
     if gelu and (gate is not None or accumulate):
         return GELU_ALONE
     if a.dtype != weight.dtype:
-        return f"operands of one dtype are multiplied, got {a.dtype} and {weight.dtype}"
+        return f"a and weight need the same dtype, got {a.dtype} and {weight.dtype}"
     if a.shape[1] % 16:
-        return f"K = {a.shape[1]} is not a multiple of 16: loads of 16 bytes need it"
+        return f"K = {a.shape[1]} is not a multiple of 16, which 16-byte loads require"
     if accumulate and out.dtype != torch.float32:
         return f"the residual stream is {out.dtype}, not torch.float32"
     for name, tensor in (
@@ -235,15 +242,17 @@ def quantized_linear(
         ("bias", bias),
         ("gate", gate),
     ):
-        reason = None if tensor is None else one_of(name, tensor, (torch.float32,))
+        reason = None if tensor is None else wrong_dtype(name, tensor, (torch.float32,))
         if reason:
             return reason
     reason = (
-        one_of("a", a, CODES)
-        or one_of("out", out, FLOATS)
-        or rows_contiguous(a=a, weight=weight, out=out)
+        wrong_dtype("a", a, CODES)
+        or wrong_dtype("out", out, FLOATS)
+        or strided_rows(a=a, weight=weight, out=out)
     )
-    return reason or contiguous(a_scale=a_scale, weight_scale=weight_scale, bias=bias, gate=gate)
+    return reason or not_contiguous(
+        a_scale=a_scale, weight_scale=weight_scale, bias=bias, gate=gate
+    )
 
 
 def rms_rope_quantize(
@@ -257,7 +266,12 @@ def rms_rope_quantize(
     *,
     eps: float,
 ) -> str | None:
-    reason = _head_dim(out.shape[2]) or one_of("x", x, FLOATS) or one_of("out", out, (torch.int8,))
+    """Constraint of `rms_rope_quantize`."""
+    reason = (
+        _unsupported_head_dim(out.shape[2])
+        or wrong_dtype("x", x, FLOATS)
+        or wrong_dtype("out", out, (torch.int8,))
+    )
     for name, tensor in (
         ("weight", weight),
         ("cos", cos),
@@ -265,51 +279,59 @@ def rms_rope_quantize(
         ("smoothing", smoothing),
         ("out_scale", out_scale),
     ):
-        reason = reason or (None if tensor is None else one_of(name, tensor, (torch.float32,)))
+        reason = reason or (None if tensor is None else wrong_dtype(name, tensor, (torch.float32,)))
     return (
         reason
-        or rows_contiguous(x=x, out=out)
-        or contiguous(weight=weight, cos=cos, sin=sin, smoothing=smoothing)
+        or strided_rows(x=x, out=out)
+        or not_contiguous(weight=weight, cos=cos, sin=sin, smoothing=smoothing)
     )
 
 
 def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> str | None:
+    """Constraint of `quantize_values`."""
     if (
         not out.shape[2] - 64 < v.shape[0] <= out.shape[2]
         or out.shape[2] != 64 * out_scale.shape[2]
     ):
         return f"{v.shape[0]} keys do not fill {out.shape[2]} columns in tiles of 64"
-    reason = _head_dim(out.shape[1]) or one_of("v", v, FLOATS) or one_of("out", out, VALUES)
+    reason = (
+        _unsupported_head_dim(out.shape[1])
+        or wrong_dtype("v", v, FLOATS)
+        or wrong_dtype("out", out, VALUES)
+    )
     return (
         reason
-        or one_of("out_scale", out_scale, (torch.float32,))
-        or rows_contiguous(v=v, out=out, out_scale=out_scale)
+        or wrong_dtype("out_scale", out_scale, (torch.float32,))
+        or strided_rows(v=v, out=out, out_scale=out_scale)
     )
 
 
 def attention_int8(
     q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, out: Tensor
 ) -> str | None:
+    """Constraint of `attention_int8`."""
     if v.shape[-1] != -(-k.shape[1] // 64) * 64:
         return f"{k.shape[1]} keys do not fill {v.shape[-1]} value columns in tiles of 64"
-    reason = _head_dim(q.shape[2]) or one_of("out", out, FLOATS)
+    reason = _unsupported_head_dim(q.shape[2]) or wrong_dtype("out", out, FLOATS)
     for name, tensor, dtypes in (("q", q, VALUES[:1]), ("k", k, VALUES[:1]), ("v", v, VALUES)):
-        reason = reason or one_of(name, tensor, dtypes)
+        reason = reason or wrong_dtype(name, tensor, dtypes)
     reason = reason or (
         _no_e4m3(v.get_device()) if v.is_cuda and v.dtype == torch.float8_e4m3fn else None
     )
     for name, tensor in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
-        reason = reason or one_of(name, tensor, (torch.float32,))
-    reason = reason or rows_contiguous(
+        reason = reason or wrong_dtype(name, tensor, (torch.float32,))
+    reason = reason or strided_rows(
         q=q, q_scale=q_scale, k=k, k_scale=k_scale, v=v, v_scale=v_scale, out=out
     )
     if reason is None and (q.stride(1) != q.shape[2] or k.stride(1) != k.shape[2]):
-        return "tokens of q and k do not follow each other"
+        return "the tokens of a head are not contiguous in q and k"
     return reason
 
 
-def _head_dim(width: int) -> str | None:
-    """Heads lie in one program as a power of two of channels, and int8 tensor cores want 32 of them
-    at least: the models have 64 or 128.
+def _unsupported_head_dim(width: int) -> str | None:
+    """Return a reason if the kernels do not support heads of `width` channels, else None.
+
+    A head needs a power of two of channels, and int8 tensor cores need at least 32. The models have
+    64 or 128.
     """
     return None if width in (64, 128) else f"heads of {width} channels: the kernels take 64 or 128"

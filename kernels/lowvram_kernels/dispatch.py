@@ -1,9 +1,9 @@
-"""Which backend runs an op: a reason for every refusal, a log line for every fall-back.
+"""Select the backend that runs an op: its Triton kernel or its torch reference.
 
-`LOWVRAM_BACKEND=reference|triton` forces one. Unforced, tensors on a GPU take the Triton kernel
-where its constraints allow, and tensors on a CPU always take the torch reference; Triton's
-interpreter runs only where `triton` is forced and TRITON_INTERPRET=1 is set. Triton itself is
-imported when a kernel is first chosen.
+`LOWVRAM_BACKEND=reference|triton` forces a backend. By default, tensors on a GPU use the Triton
+kernel if its constraints allow the call, and tensors on a CPU use the reference. Triton's
+interpreter runs only with `LOWVRAM_BACKEND=triton` and TRITON_INTERPRET=1. Each fallback to the
+reference is logged once with its reason. Triton is imported when a kernel is first selected.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ BACKENDS = ("triton", "reference")
 
 @dataclass(frozen=True)
 class Op:
-    """One op: its torch reference, the module of its Triton wrapper of the same name, and what that
-    refuses.
+    """One op: its torch reference, its Triton kernel and the constraint of the kernel.
+
+    triton_module: the module in this package that holds the Triton function of the same name.
+    constraint: takes the op's arguments and returns why the kernel cannot run, or None.
     """
 
     name: str
     reference: Callable[..., None]
     triton_module: str
-    constraint: constraints.Refusal
+    constraint: constraints.Constraint
 
     def refusal(self, *args: Any, **kwargs: Any) -> str | None:
-        """Why the Triton kernel cannot run this call; None where it can."""
+        """Return why the Triton kernel cannot run this call, or None if it can."""
         if self.name in _distrusted:
             return _distrusted[self.name]
         first = args[0] if args else None
@@ -52,6 +54,7 @@ class Op:
 
     @property
     def triton(self) -> Callable[..., None]:
+        """The op's Triton function; the first access imports Triton."""
         return _wrapper(self.triton_module, self.name)
 
 
@@ -64,13 +67,14 @@ def _wrapper(module: str, name: str) -> Callable[..., None]:
 
 
 OPS: dict[str, Op] = {}
-_told: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str]] = set()
 _distrusted: dict[str, str] = {}
 
 
 def distrust(problems: Mapping[str, str]) -> None:
-    """From now on these ops, and no others, run on their references: op -> what
-    `lowvram_kernels.check` found wrong with its kernel.
+    """Disable the Triton kernels of exactly these ops; they run on their references from now on.
+
+    problems: op -> the difference that `lowvram_kernels.check` found. Replaces earlier problems.
     """
     _distrusted.clear()
     _distrusted.update(
@@ -82,61 +86,62 @@ def distrust(problems: Mapping[str, str]) -> None:
 
 
 def distrusted() -> tuple[str, ...]:
-    """The ops that run on their references because their kernels are wrong here."""
+    """Return the ops whose kernels `distrust` has disabled."""
     return tuple(_distrusted)
 
 
 def choose(name: str, *args: Any, **kwargs: Any) -> Callable[..., None]:
-    """The function that runs op `name` on these arguments.
+    """Return the function that runs op `name` on these arguments.
 
-    Raises `UnsupportedOpError` where the forced backend refuses, with its reason, and for an
-    unknown op or backend.
+    Raises `UnsupportedOpError` if the forced backend does not support the call, with the reason,
+    and for an unknown op or backend.
     """
-    wanted = os.environ.get("LOWVRAM_BACKEND", "")
+    forced = os.environ.get("LOWVRAM_BACKEND", "")
     if name not in OPS:
         raise UnsupportedOpError(f"unknown op {name!r}: supported are {', '.join(sorted(OPS))}")
-    if wanted and wanted not in BACKENDS:
+    if forced and forced not in BACKENDS:
         raise UnsupportedOpError(
-            f"LOWVRAM_BACKEND={wanted}: use one of {', '.join(sorted(BACKENDS))}"
+            f"LOWVRAM_BACKEND={forced}: use one of {', '.join(sorted(BACKENDS))}"
         )
     op = OPS[name]
-    if wanted == "reference":
+    if forced == "reference":
         return op.reference
-    if not wanted and not (args and isinstance(args[0], Tensor) and args[0].is_cuda):
-        _tell(name, "its tensors are on the CPU")
+    if not forced and not (args and isinstance(args[0], Tensor) and args[0].is_cuda):
+        _log_once(name, "its tensors are on the CPU")
         return op.reference
     reason = op.refusal(*args, **kwargs)
     if reason is None:
         return op.triton
-    if wanted:
-        raise UnsupportedOpError(f"no backend can run {name}: {wanted}: {reason}")
-    _tell(name, f"triton: {reason}")
+    if forced:
+        raise UnsupportedOpError(f"no backend can run {name}: {forced}: {reason}")
+    _log_once(name, f"triton: {reason}")
     return op.reference
 
 
-def _tell(name: str, reason: str) -> None:
-    """One log line per op and reason."""
-    if (name, reason) not in _told:
-        _told.add((name, reason))
+def _log_once(name: str, reason: str) -> None:
+    """Log a fallback to the reference, once per op and reason."""
+    if (name, reason) not in _logged:
+        _logged.add((name, reason))
         log.info("%s runs on the torch reference: %s", name, reason)
 
 
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[object]:
-    """Makes the tensors' GPU the current one: that is where Triton launches, whatever device its
-    arguments lie on.
+    """Return a context in which the GPU of the first tensor is current.
+
+    Triton launches on the current device, whatever the device of its arguments.
     """
     on_gpu = bool(args) and isinstance(args[0], Tensor) and args[0].is_cuda
     return torch.cuda.device_of(args[0]) if on_gpu else nullcontext()
 
 
-def op(constraint: constraints.Refusal) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Makes an op of its torch reference: calls run on the backend that `choose` names, with the
-    reference's own signature.
+def op(constraint: constraints.Constraint) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate a torch reference as an op: calls run on the backend that `choose` selects.
 
-    The Triton kernel is the function of the same name in the module `<reference's module>_triton`.
+    The signature stays the reference's. The Triton kernel is the function of the same name in
+    the module `<reference's module>_triton`.
     """
 
-    def made(reference: Callable[P, None]) -> Callable[P, None]:
+    def decorate(reference: Callable[P, None]) -> Callable[P, None]:
         name = reference.__name__
         OPS[name] = Op(
             name, reference, f"{reference.__module__.rpartition('.')[2]}_triton", constraint
@@ -150,4 +155,4 @@ def op(constraint: constraints.Refusal) -> Callable[[Callable[P, None]], Callabl
 
         return run
 
-    return made
+    return decorate

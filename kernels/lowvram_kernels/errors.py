@@ -1,9 +1,7 @@
-"""The error of this package, which imports nothing of lowvram."""
+"""The exception class of `lowvram_kernels`."""
 
 from __future__ import annotations
 
 
 class UnsupportedOpError(Exception):
-    """No backend can run the call, or its arguments break the op's contract; the message says
-    why.
-    """
+    """The call is unsupported by every allowed backend, or breaks the op's contract."""

@@ -1,6 +1,4 @@
-"""The regular Hadamard rotation of 256 channels, as a butterfly of additions (ConvRot; formats 1c,
-kernels 1.3).
-"""
+"""The regular Hadamard rotation of groups of 256 channels (ConvRot; formats 1c, kernels 1.3)."""
 
 from __future__ import annotations
 
@@ -13,13 +11,13 @@ GROUP = 256
 
 
 def rotate(x: Tensor) -> Tensor:
-    """y = x R on each 256 neighbouring channels, R = H4 (x) H4 (x) H4 (x) H4, H4 = ones/2 - flipped
-    identity.
+    """Return x R for each group of 256 adjacent channels.
 
-    x: [..., K] float32, K a multiple of 256. Returns a new [..., K] float32. R is symmetric and its
-    own inverse.
-    Additions alone, in a fixed order: a row's result depends on no other row and on no thread
-    count. Raises `UnsupportedOpError` where K is not a multiple of 256.
+    R = H4 (x) H4 (x) H4 (x) H4 (Kronecker products), H4 = ones / 2 - flipped identity; R is
+    symmetric and its own inverse. x: [..., K] float32, K a multiple of 256. Returns [..., K]
+    float32, a new tensor. Computed as a butterfly of additions in a fixed order, so that a row's
+    result depends neither on other rows nor on the number of threads.
+    Raises `UnsupportedOpError` if K is not a multiple of 256.
     """
     channels = x.shape[-1]
     if channels % GROUP:

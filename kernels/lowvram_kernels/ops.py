@@ -1,6 +1,4 @@
-"""All ops: ordinary functions, each defined with its contract and torch reference in the module of
-its name.
-"""
+"""All ops as functions; each is defined in its own module with its contract and torch reference."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ __all__ = [
     "rms_rope_quantize",
 ]
 
-# In the order in which a block uses them, whichever module was imported first.
+# Order them as a block uses them, independent of the order of imports.
 for _name in (
     "adaln_quantize",
     "quantize_rows",

@@ -1,4 +1,4 @@
-"""Dynamic quantization of activations, one scale per row."""
+"""Ops `quantize_rows` and `gelu_quantize`: dynamic quantization of activations per row."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lowvram_kernels.sizes import row_slices
 
 INT8_MAX = 127.0
 E4M3_MAX = 448.0
-# A row of zeros gets this absmax, so that its scale is finite and its codes are zero.
+# Lower bound of absmax, so that the codes of a row of zeros are zero, not NaN.
 SMALLEST_ABSMAX = 1e-12
-# 2^r on [-1/2, 1/2], r^0 first; relative error 7.5e-8.
+# Polynomial for 2^r on [-1/2, 1/2], constant term first; relative error 7.5e-8.
 EXP2 = (
     1.0000001192092896,
     0.6931469440460205,
@@ -28,11 +28,11 @@ GELU_EXPONENT = -2.302208198144325  # -2 log2(e) sqrt(2 / pi)
 
 
 def store_quantized(rows: Tensor, out: Tensor, out_scale: Tensor, rotated: bool) -> None:
-    """out = round(rows / s), out_scale = s = absmax(row) / 127 (int8) or / 448 (e4m3), after the
-    rotation where asked.
+    """Quantize rows symmetrically: out = round(rows / s), out_scale = s.
 
-    rows: [M, K] float32; out: [M, K] int8 or float8_e4m3fn; out_scale: [M, 1] float32. Rounds half
-    to even.
+    s = absmax(row) / 127 for int8, / 448 for e4m3. rows: [M, K] float32, rotated first if
+    `rotated`; out: [M, K] int8 or float8_e4m3fn; out_scale: [M, 1] float32. Rounds half to even.
+    Raises `UnsupportedOpError` for another dtype of `out`.
     """
     if rotated:
         rows = rotate(rows)
@@ -51,22 +51,23 @@ def store_quantized(rows: Tensor, out: Tensor, out_scale: Tensor, rotated: bool)
 
 @op(constraints.quantize_rows)
 def quantize_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
-    """out, out_scale = quantize(x): one symmetric scale per row.
+    """Compute out, out_scale = quantize(x) with one symmetric scale per row.
 
-    x: [M, K] float; out: [M, K] int8 or float8_e4m3fn; out_scale: [M, 1] float32. Arithmetic in
-    fp32.
+    x: [M, K] float; out: [M, K] int8 or float8_e4m3fn; out_scale: [M, 1] float32. `rotated`: apply
+    the Hadamard rotation before quantizing; K must be a multiple of 256. Arithmetic is fp32.
     """
     for rows in row_slices(*x.shape):
         store_quantized(x[rows].float(), out[rows], out_scale[rows], rotated)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """0.5 x (1 + tanh(u)) = x / (1 + 2^t), t = -2 log2(e) u, u = sqrt(2/pi) (x + 0.044715 x^3); x:
-    float32, |x| < 1e30.
+    """Return the tanh approximation of GELU; x: float32, |x| < 1e30.
 
-    Multiplications, additions and one division, each rounded once: a kernel in the same order gives
-    the same bits, which no library's `exp` or `tanh` promises. 2^t is a power of two, put into the
-    exponent, times a polynomial of what is left.
+    0.5 x (1 + tanh(u)) = x / (1 + 2^t), t = -2 log2(e) u, u = sqrt(2/pi) (x + 0.044715 x^3).
+    2^t is computed as 2^round(t), by adding to the exponent bits, times a polynomial in
+    t - round(t). Every operation is a multiplication, addition or division with one rounding, so a
+    kernel that computes in the same order gives the same bits; library `exp` and `tanh` do not
+    guarantee that.
     """
     t = ((x + 0.044715 * (x * x * x)) * GELU_EXPONENT).clamp_(-126.0, 126.0)
     whole = t.round()
@@ -81,8 +82,9 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 @op(constraints.quantize_rows)
 def gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
-    """out, out_scale = quantize(GELU_tanh(x)): the input of ffn.2. Shapes and rounding as
-    `quantize_rows`.
+    """Compute out, out_scale = quantize(GELU_tanh(x)), the input of ffn.2.
+
+    Shapes, dtypes and rounding as in `quantize_rows`.
     """
     for rows in row_slices(*x.shape):
         store_quantized(gelu_tanh(x[rows].float()), out[rows], out_scale[rows], rotated)

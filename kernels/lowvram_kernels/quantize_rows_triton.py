@@ -1,4 +1,4 @@
-"""`quantize_rows` and `gelu_quantize`: one row per program, one read of it, one rounding."""
+"""Triton kernel of `quantize_rows` and `gelu_quantize`: one row per program, read once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowvram_kernels.tuning import row_warps
 
 @triton.jit
 def gelu_tanh(x):
-    """x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    """Return x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): GELU, tanh approximation."""
     u = (x + 0.044715 * (x * x * x)) * 1.5957691216057308
     return tl.div_rn(x, tl.exp(-u) + 1.0)
 
@@ -23,7 +23,7 @@ def rows_kernel(
     x_ptr, out_ptr, out_scale_ptr, K, stride_x, stride_out,
     GROUPS: tl.constexpr, ROTATED: tl.constexpr, E4M3: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    """One row of out and its scale."""
+    """Quantize one row, after GELU if GELU."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(x_ptr + row * stride_x + channels, mask=channels < K, other=0.0).to(tl.float32)
@@ -33,12 +33,12 @@ def rows_kernel(
 
 
 def groups_of(channels: int) -> int:
-    """The power of two of 256-channel groups that holds a row."""
+    """Return the number of 256-channel groups of a row, rounded up to a power of two."""
     return int(triton.next_power_of_2(triton.cdiv(channels, 256)))
 
 
 def code_view(out: Tensor, rotated: bool) -> Tensor:
-    """`out` as the kernels write it: words where rotated, else int8, or the bytes of e4m3."""
+    """Return `out` as the kernels write it: int32 words if rotated, else int8 or e4m3 bytes."""
     if rotated:
         return out.view(torch.int32)
     return out if out.dtype == torch.int8 else out.view(torch.uint8)
@@ -63,10 +63,10 @@ def _run(x: Tensor, out: Tensor, out_scale: Tensor, rotated: bool, gelu: bool) -
 
 
 def quantize_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
-    """out, out_scale = quantize(x): the contract of the torch reference."""
+    """Triton implementation of `quantize_rows.quantize_rows`; same contract."""
     _run(x, out, out_scale, rotated, gelu=False)
 
 
 def gelu_quantize(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> None:
-    """out, out_scale = quantize(GELU_tanh(x)): the contract of the torch reference."""
+    """Triton implementation of `quantize_rows.gelu_quantize`; same contract."""
     _run(x, out, out_scale, rotated, gelu=True)

@@ -1,4 +1,4 @@
-"""The product of quantized activations and quantized weights, with its epilogue."""
+"""Op `quantized_linear`: quantized activations times quantized weights, with a fused epilogue."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lowvram_kernels.sizes import output_slices, row_slices
 
 
 def product(a: Tensor, weight: Tensor) -> Tensor:
-    """a @ weight^T exactly: int32 for int8; for e4m3 the sum in fp64, where no addition rounds (K <
-    2^21), then fp32.
+    """Return a @ weight^T, exact for int8 and rounded once, to fp32, for e4m3.
 
     a: [M, K], weight: [N, K], both int8 or both float8_e4m3fn. Returns [M, N] int32 or float32.
-    Because nothing rounds before the end, no order of additions and no number of rows changes a
-    bit.
+    e4m3 is accumulated in fp64, where the additions are exact for K < 2^21. The result therefore
+    depends neither on the order of additions nor on the number of rows.
+    Raises `UnsupportedOpError` for other or different dtypes.
     """
     if a.dtype != weight.dtype:
         raise UnsupportedOpError(
@@ -33,8 +33,9 @@ def product(a: Tensor, weight: Tensor) -> Tensor:
 
 
 def int8_product(a: Tensor, weight: Tensor) -> Tensor:
-    """[M, K] x [N, K] int8 -> [M, N] int32. CUDA's library call wants more than 16 rows, so short
-    inputs are padded.
+    """Return a @ weight^T; [M, K] and [N, K] int8 -> [M, N] int32.
+
+    On CUDA `torch._int_mm` needs more than 16 rows, so shorter inputs are padded.
     """
     rows = a.shape[0]
     if a.is_cuda and rows <= 16:
@@ -55,14 +56,15 @@ def quantized_linear(
     accumulate: bool = False,
     gelu: bool = False,
 ) -> None:
-    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; then out = y, GELU_tanh(y) where
-    `gelu`, or out += gate * y where `accumulate`.
+    """Compute y = (a @ weight^T) * a_scale * weight_scale^T + bias and store or accumulate it.
 
+    out = y by default, GELU_tanh(y) with `gelu`; with `accumulate` out += y. `gate` multiplies y.
     a: [M, K] and weight: [N, K], both int8 or both float8_e4m3fn; a_scale: [M, 1], weight_scale:
-    [N, 1], bias: [N], gate: [N], float32;
-    out: [M, N] float32 or bfloat16; with `accumulate` the fp32 residual stream, updated in place.
-    The epilogue is fp32; only the store to `out` rounds. Raises `UnsupportedOpError` where `gelu`
-    meets `gate` or `accumulate`.
+    [N, 1], bias: [N], gate: [N], all float32; out: [M, N] float32 or bfloat16, with `accumulate`
+    the fp32 residual stream, updated in place.
+    The epilogue is fp32; only the store to `out` rounds.
+    Raises `UnsupportedOpError` for `gelu` together with `gate` or `accumulate`, and for other or
+    different dtypes of a and weight.
     """
     if gelu and (gate is not None or accumulate):
         raise UnsupportedOpError(GELU_ALONE)

@@ -1,5 +1,6 @@
-"""`quantized_linear` on tensor cores: int8 into int32 over all of K, or e4m3 into fp32, and the
-epilogue in registers.
+"""Triton kernel of `quantized_linear`: a tensor-core GEMM with the epilogue in registers.
+
+int8 is accumulated in int32 over all of K, e4m3 in fp32.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ GELU_EXPONENT = tl.constexpr(quantize_rows.GELU_EXPONENT)
 
 @triton.jit
 def gelu_tanh(x):
-    """`quantize_rows.gelu_tanh` in the reference's order, bit for bit; fp32."""
+    """Compute `quantize_rows.gelu_tanh` in fp32, bit-identical to the reference."""
     t = tl.minimum(tl.maximum((x + 0.044715 * (x * x * x)) * GELU_EXPONENT, -126.0), 126.0)
     shifted = t + ROUND  # its low bits are the integer nearest to t
     r = t - (shifted - ROUND)
@@ -38,8 +39,9 @@ def gelu_tanh(x):
 
 @triton.jit
 def grouped_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile coordinates in an order that walks GROUP_M rows of tiles together, so that their weights
-    stay in L2.
+    """Return this program's tile (m, n) in an order grouped by GROUP_M rows of tiles.
+
+    Programs that run together then share weights in the L2 cache.
     """
     program = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -52,9 +54,7 @@ def grouped_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 
 @triton.jit
 def row_pointers(base, rows, stride):
-    """base + rows * stride in 64 bits: a video's activations pass 2^31 elements. rows: int32 or
-    int64.
-    """
+    """Return base + rows * stride, computed in int64: activations can exceed 2^31 elements."""
     return base + rows.to(tl.int64) * stride
 
 
@@ -86,14 +86,17 @@ def linear_kernel(
     GROUP_M: tl.constexpr,
     SCALAR: tl.constexpr,
 ):
-    """One [BLOCK_M, BLOCK_N] tile of out; DECODE: operands are bytes of e4m3, multiplied as fp16;
-    SCALAR: as `rounded_product`.
+    """Compute one [BLOCK_M, BLOCK_N] tile of out.
+
+    DECODE: the operands are e4m3 bytes, multiplied as fp16. EVEN_K: BLOCK_K divides K. SCALAR: as
+    in `rounded_product`.
     """
     tile_m, tile_n = grouped_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # Rows and columns past the end read the last one: no mask in the loop; the stores are masked.
+    # Rows and columns past the end read the last one, so the loop needs no mask for them. The
+    # stores are masked.
     a_ptrs = row_pointers(a_ptr, tl.minimum(rows, M - 1), stride_a)[:, None] + k[None, :]
     w_ptrs = row_pointers(w_ptr, tl.minimum(columns, N - 1), stride_w)[None, :] + k[:, None]
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INT8 else tl.float32)
@@ -108,8 +111,8 @@ def linear_kernel(
         elif DECODE:
             accumulator = tl.dot(e4m3_as_float16(a), e4m3_as_float16(w), accumulator)
         else:
-            # sm_90 keeps about 14 bits inside the tensor core: its sums move to fp32 registers
-            # after each tile of K.
+            # sm_90 accumulates with about 14 bits inside the tensor core, so the sum is moved to
+            # fp32 registers after each tile of K.
             accumulator = tl.dot(a, w, accumulator, max_num_imprecise_acc=BLOCK_K)
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
@@ -144,12 +147,11 @@ def quantized_linear(
     accumulate: bool = False,
     gelu: bool = False,
 ) -> None:
-    """y = (a @ weight^T) * a_scale * weight_scale^T + bias; out = y, GELU_tanh(y), or out + gate *
-    y: the contract of the torch reference.
+    """Triton implementation of `quantized_linear.quantized_linear`; same contract.
 
-    int8 gives the reference's bits: the integers are exact, and the epilogue multiplies and adds in
-    its order without fusing (`enable_fp_fusion=False`). e4m3 sums in fp32 in the order of K,
-    whatever the rows: one tile shape serves every M.
+    int8 results are bit-identical to the reference's: the integer sums are exact, and the epilogue
+    has the same order of operations without fusion (`enable_fp_fusion=False`). e4m3 is accumulated
+    in fp32 in the order of K; one tile shape serves every M, so the number of rows changes no bit.
     """
     m, k = a.shape
     n = weight.shape[0]

@@ -1,6 +1,4 @@
-"""RMSNorm over all channels, 3-D rotary embedding, smoothing and per-token quantization of q and
-k.
-"""
+"""Op `rms_rope_quantize`: RMSNorm, rotary embedding, smoothing and quantization of q and k."""
 
 from __future__ import annotations
 
@@ -15,11 +13,12 @@ from lowvram_kernels.sizes import row_slices
 def rms_rope(
     x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, eps: float
 ) -> Tensor:
-    """RoPE(x / sqrt(mean(x^2) + eps) * weight), split into heads.
+    """Return RoPE(x / sqrt(mean(x^2) + eps) * weight), split into heads.
 
-    x: [M, D] float; weight: [D] float32; cos, sin: [M, D / num_heads / 2] float32 or None for no
-    rotation. Returns [num_heads, M, D / num_heads] float32. RMSNorm is over all D channels before
-    the split (spec 2.1); a rotated pair is the adjacent channels (2j, 2j+1) of a head (spec 2.2).
+    x: [M, D] float; weight: [D] float32; cos, sin: [M, D / num_heads / 2] float32, or None for no
+    rotary embedding. Returns [num_heads, M, D / num_heads] float32. RMSNorm is over all D channels,
+    before the split (spec 2.1); the rotated pairs are adjacent channels (2j, 2j+1) of a head
+    (spec 2.2).
     """
     x = x.float()
     normed = x * ((x * x).mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
@@ -47,11 +46,11 @@ def rms_rope_quantize(
     *,
     eps: float,
 ) -> None:
-    """out, out_scale = quantize(rms_rope(x) - smoothing), one scale per token and head.
+    """Compute out, out_scale = quantize(rms_rope(x) - smoothing), one scale per token and head.
 
-    x, weight, cos, sin: as `rms_rope`; smoothing: [H, head_dim] float32 or None (any constant
-    vector taken from every key leaves the softmax unchanged); out: [H, M, head_dim] int8;
-    out_scale: [H, M] float32, may be views with strides.
+    x, weight, cos, sin: as in `rms_rope`; smoothing: [H, head_dim] float32 or None (subtracting the
+    same vector from every key does not change the softmax); out: [H, M, head_dim] int8; out_scale:
+    [H, M] float32. out and out_scale may be strided views.
     """
     for rows in row_slices(*x.shape):
         angles = (None, None) if cos is None or sin is None else (cos[rows], sin[rows])

@@ -1,6 +1,4 @@
-"""`rms_rope_quantize`: RMSNorm over all channels, rotary embedding, smoothing and one scale per
-token and head, one row per program.
-"""
+"""Triton kernel of `rms_rope_quantize`: one token per program, one scale per token and head."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from lowvram_kernels.common_triton import INT8_MAX, absmax_of_bits, quantized_co
 from lowvram_kernels.tuning import row_warps
 
 
-# it follows the number of tokens: one variant for all
+# stride_scale_h depends on the number of tokens; unspecialized, one variant serves every number.
 @triton.jit(do_not_specialize=["stride_scale_h"])
 def rms_rope_kernel(
     x_ptr,
@@ -35,7 +33,7 @@ def rms_rope_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """One token, all heads: [HEADS, HEAD_DIM], HEADS the power of two that holds H."""
+    """Process one token, [HEADS, HEAD_DIM]; HEADS is H rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     heads = tl.arange(0, HEADS)
     channel = tl.arange(0, HEAD_DIM)
@@ -75,7 +73,7 @@ def rms_rope_quantize(
     *,
     eps: float,
 ) -> None:
-    """out, out_scale = quantize(rms_rope(x) - smoothing): the contract of the torch reference."""
+    """Triton implementation of `rms_rope_quantize.rms_rope_quantize`; same contract."""
     num_heads, rows, head_dim = out.shape
     padded = triton.next_power_of_2(num_heads)
     rope = cos is not None and sin is not None

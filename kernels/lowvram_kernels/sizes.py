@@ -1,7 +1,8 @@
-"""Sizes that kernels, references and the planner share, and the slices that a reference works on.
+"""Tile and slice sizes shared by the kernels, the torch references and the memory planner.
 
-A torch reference works in slices, so that its temporaries are bounded, stay in the cache, and no
-budget changes a bit. Without torch: the planner counts with these numbers.
+The references work in slices of fixed size. That bounds their temporaries, keeps them in the CPU
+cache, and makes results independent of the memory budget. This module does not import torch,
+because the planner uses it.
 """
 
 from __future__ import annotations
@@ -10,24 +11,26 @@ from collections.abc import Iterator
 
 # Keys of one attention tile.
 KEY_TILE = 64
-# Rows of a product, a multiple of `KEY_TILE`.
+# Rows of one slice of a product; a multiple of `KEY_TILE`.
 REFERENCE_ROWS = 256
-# fp32 values of one temporary: half a MiB. Buffers of a MiB and more go back to the system when
-# they are freed (`lowvram.memory.malloc`), and the page faults of fresh ones cost more than the
+# fp32 values of one temporary: half a MiB. Freed buffers of a MiB and more are returned to the
+# system (`lowvram.memory.malloc`), and the page faults of new ones cost more time than the
 # arithmetic on them.
 REFERENCE_VALUES = 1 << 17
 
 
 def row_slices(count: int, width: int = 1) -> Iterator[slice]:
-    """0 .. `count` in slices of at most `REFERENCE_ROWS`, and of no more than `REFERENCE_VALUES`
-    where each row has `width` values.
+    """Yield slices of range(count) with at most `REFERENCE_ROWS` rows.
+
+    width: values per row; a slice has at most `REFERENCE_VALUES` values, but at least one row.
     """
     yield from _slices(count, max(1, min(REFERENCE_ROWS, REFERENCE_VALUES // width)))
 
 
 def output_slices(count: int) -> Iterator[slice]:
-    """0 .. `count` outputs of a product of `REFERENCE_ROWS` rows, `REFERENCE_VALUES` results at a
-    time.
+    """Yield slices of the outputs of a product such that one has `REFERENCE_VALUES` results.
+
+    count: the number of outputs; the product has `REFERENCE_ROWS` rows.
     """
     yield from _slices(count, REFERENCE_VALUES // REFERENCE_ROWS)
 

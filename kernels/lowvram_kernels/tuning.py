@@ -1,8 +1,8 @@
-"""Tiles per architecture, fixed: results and speed depend on no autotuner's mood. `scripts/tune.py`
-measures candidates.
+"""Fixed tile sizes of the kernels per GPU architecture, and the dtype of attention values.
 
-int8 products are exact, so no tile changes a bit of them; e4m3 products and attention are sums
-whose order the tile fixes, so one tile serves every M and no memory budget changes a bit.
+There is no autotuning, so results and speed are reproducible; `scripts/tune.py` measures
+candidates. int8 products are exact with any tile. The tile fixes the order of the sums of e4m3
+products and of attention; one tile serves every M, so the memory budget does not change a result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ INTERPRETER = "interpreter"
 
 
 class LinearTile(NamedTuple):
-    """What one program of the GEMM computes, and how."""
+    """Tile of one GEMM program: [block_m, block_n] outputs in steps of block_k over K.
+
+    warps, stages: Triton's `num_warps` and `num_stages`.
+    """
 
     block_m: int
     block_n: int
@@ -30,8 +33,10 @@ class LinearTile(NamedTuple):
 
 
 class AttentionTile(NamedTuple):
-    """Queries per program; keys per step are the contract's 64. half_sum: a float PV sums one tile
-    of keys in fp16.
+    """Tile of one attention program: block_m queries; each step takes `sizes.KEY_TILE` keys.
+
+    warps, stages: Triton's `num_warps` and `num_stages`. half_sum: with fp16 or e4m3 values, the
+    product over one tile of keys is accumulated in fp16.
     """
 
     block_m: int
@@ -40,8 +45,8 @@ class AttentionTile(NamedTuple):
     half_sum: bool = False
 
 
-# 128x256 and 256x128 with 8 warps spill on sm_86 and sm_89 (kernels 2.9); 4 stages of 128x128x128
-# take 96 of their 99 KB.
+# 128x256 and 256x128 with 8 warps spill registers on sm_86 and sm_89 (kernels 2.9). 4 stages of
+# 128x128x128 use 96 KB of their 99 KB of shared memory.
 _SQUARE = LinearTile(128, 128, 128, 8, 4)
 _DECODED = LinearTile(128, 128, 64, 8, 3)
 _LINEAR = {
@@ -53,12 +58,12 @@ _LINEAR = {
     "gfx1100": {"int8": LinearTile(128, 128, 64, 8, 2), "decode": LinearTile(128, 128, 32, 8, 2)},
     INTERPRETER: {"int8": LinearTile(32, 64, 128, 4, 1), "decode": LinearTile(32, 64, 128, 4, 1)},
 }
-# Next to an accumulator of 128x256 the residual spills on sm_90, and so do GELU and the second
-# accumulator of e4m3: only int8 that is stored as it is can be that wide.
+# On sm_90 an accumulator of 128x256 spills registers together with the residual, with GELU and with
+# the second accumulator of e4m3, so only int8 with a plain store uses it.
 _WIDE_STORE = {"sm_90": LinearTile(128, 256, 128, 8, 3)}
 _TILE = AttentionTile(128, 8, 3)
-# GeForce cards multiply fp16 and e4m3 at twice the rate where the sum is fp16 (kernels 2.1, 2.3).
-# An fp32 sum spills on sm_80.
+# GeForce cards multiply fp16 and e4m3 at twice the rate with an fp16 accumulator (kernels 2.1,
+# 2.3). On sm_80 an fp32 accumulator spills registers.
 _HALF_SUM_TILE = AttentionTile(128, 8, 3, half_sum=True)
 _ATTENTION = {
     "sm_80": {"int8": _TILE, "fp16": _HALF_SUM_TILE},
@@ -66,7 +71,7 @@ _ATTENTION = {
     "sm_89": {"int8": _TILE, "fp16": _HALF_SUM_TILE, "fp8": _HALF_SUM_TILE},
     "sm_90": {"int8": _TILE, "fp16": _TILE, "fp8": _TILE},
     "sm_120": {"int8": _TILE, "fp16": _HALF_SUM_TILE, "fp8": _HALF_SUM_TILE},
-    # 64 spill with Triton 3.8 and later
+    # fp16: 64 queries spill registers with Triton 3.8 and later.
     "gfx1100": {"int8": AttentionTile(64, 16, 1), "fp16": AttentionTile(32, 16, 1)},
     INTERPRETER: {
         "int8": AttentionTile(64, 4, 1),
@@ -74,23 +79,26 @@ _ATTENTION = {
         "fp8": AttentionTile(64, 4, 1),
     },
 }
-# 128 queries with heads of 128 in int8 take all registers on sm_120 and spill where strides of
-# scales are not divisible by 16, as at 720p.
+# Other tiles for heads of 128. On sm_120, 128 queries in int8 use all registers, and spill if the
+# strides of the scales are not divisible by 16, as at 720p.
 _ATTENTION_128 = {"sm_120": {"int8": AttentionTile(64, 8, 3)}}
 PV_DTYPES = {"int8": torch.int8, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
-# What the product of probabilities and values is computed in where the user says nothing: the most
-# exact of the 8-bit ones. It changes bits, so it follows from no budget;
-# `lowvram.planner.workspace.value_bytes` counts on it.
-_PV = "int8"
+# Default dtype of the product of probabilities and values: the most accurate 8-bit one. It changes
+# results, so it does not depend on the memory budget; `lowvram.planner.workspace.value_bytes`
+# assumes it.
+_DEFAULT_PV = "int8"
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python on the CPU."""
+    """Return whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def architecture(device: torch.device) -> str:
-    """The row of the tables for a device. Raises `UnsupportedOpError` for one without a row."""
+    """Return a device's key in the tile tables: one of `ARCHITECTURES`, or `INTERPRETER`.
+
+    Raises `UnsupportedOpError` for a GPU that the tables do not list.
+    """
     return (
         INTERPRETER
         if interpreted()
@@ -111,10 +119,10 @@ def _architecture(index: int) -> str:
 
 
 def nvidia_row(capability: tuple[int, int]) -> str:
-    """The row of a compute capability: its own, or that of an older one of the same major version.
+    """Return the table key of a compute capability: its own or an older one of the same major.
 
-    Raises `UnsupportedOpError` for 10.x, 11.x and every other without a row: nothing was compiled
-    for their matrix instructions.
+    Raises `UnsupportedOpError` for capabilities below 8.0, for 10.x, 11.x and all others: no kernel
+    was compiled for their matrix instructions.
     """
     major, minor = capability
     if major < 8:
@@ -135,18 +143,20 @@ def nvidia_row(capability: tuple[int, int]) -> str:
 
 
 def multiplies_e4m3(arch: str) -> bool:
-    """Whether its tensor cores take e4m3; elsewhere it is decoded to fp16."""
+    """Return whether the tensor cores of `arch` multiply e4m3; others get it decoded to fp16."""
     return arch in ("sm_89", "sm_90", "sm_120")
 
 
 def linear_kind(arch: str, int8: bool) -> str:
-    """How operands are multiplied: `int8`, `fp8` (e4m3 as it is) or `decode` (e4m3 as fp16)."""
+    """Return how operands are multiplied: "int8", "fp8" (e4m3) or "decode" (e4m3 as fp16)."""
     return "int8" if int8 else "fp8" if multiplies_e4m3(arch) else "decode"
 
 
 def linear_tile(arch: str, kind: str, plain: bool) -> LinearTile:
-    """The tile of one of `linear_kind`, whatever M; `plain`: the epilogue neither adds to the
-    residual nor applies GELU.
+    """Return the GEMM tile, the same for every M.
+
+    kind: as returned by `linear_kind`; plain: the epilogue neither adds to the residual nor applies
+    GELU.
     """
     if kind == "int8" and plain and arch in _WIDE_STORE:
         return _WIDE_STORE[arch]
@@ -154,44 +164,44 @@ def linear_tile(arch: str, kind: str, plain: bool) -> LinearTile:
 
 
 def attention_tile(arch: str, pv: str, head_dim: int) -> AttentionTile:
-    """pv: one of `pv_choices(arch)`. No more warps than can each load 16 bytes a thread of the keys
-    of one step.
+    """Return the attention tile; pv: one of `pv_choices(arch)`.
+
+    The number of warps is limited such that each thread can load 16 bytes of the keys of one step.
     """
     tile = (_ATTENTION_128.get(arch, {}) if head_dim == 128 else {}).get(pv, _ATTENTION[arch][pv])
     return tile._replace(warps=min(tile.warps, head_dim // 8))
 
 
 def pv_choices(arch: str) -> tuple[str, ...]:
-    """What the second product of attention can be computed in there: fp8 takes tensor cores for
-    e4m3.
-    """
+    """Return the keys of `PV_DTYPES` that `arch` supports; fp8 needs tensor cores for e4m3."""
     return tuple(_ATTENTION[arch])
 
 
-def _values_row(device: torch.device) -> str:
+def _pv_architecture(device: torch.device) -> str:
+    """Return `architecture(device)`, or `INTERPRETER` if the torch references run there."""
     if device.type != "cuda" or os.environ.get("LOWVRAM_BACKEND") == "reference":
         return INTERPRETER
     try:
         return architecture(device)
-    except UnsupportedOpError:  # no kernel is for this GPU
+    except UnsupportedOpError:  # no kernel supports this GPU
         return INTERPRETER
 
 
 def pv_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that values are stored and multiplied in: `LOWVRAM_PV=int8|fp16|fp8`, else int8.
+    """Return the dtype in which attention values are stored and multiplied.
 
-    Where the references run, they take all three. Raises `UnsupportedOpError` for another word, and
-    for one that the architecture cannot multiply.
+    Set with `LOWVRAM_PV=int8|fp16|fp8`; default int8. The references support all three. Raises
+    `UnsupportedOpError` for another value, and for one that the architecture does not support.
     """
-    arch = _values_row(device)
-    wanted = os.environ.get("LOWVRAM_PV") or _PV
-    if wanted not in pv_choices(arch):
+    arch = _pv_architecture(device)
+    pv = os.environ.get("LOWVRAM_PV") or _DEFAULT_PV
+    if pv not in pv_choices(arch):
         raise UnsupportedOpError(
-            f"LOWVRAM_PV={wanted} on {arch}: use one of {', '.join(pv_choices(arch))}"
+            f"LOWVRAM_PV={pv} on {arch}: use one of {', '.join(pv_choices(arch))}"
         )
-    return PV_DTYPES[wanted]
+    return PV_DTYPES[pv]
 
 
 def row_warps(elements: int) -> int:
-    """Warps of a kernel whose program holds `elements` values: at most 32 each thread."""
+    """Return the warps of a row kernel: one per 1024 elements of a program, from 1 to 16."""
     return min(16, max(1, elements // 1024))

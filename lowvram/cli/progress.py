@@ -24,7 +24,7 @@ from lowvram.progress import Listener, Progress
 from lowvram.units import format_bytes
 
 if TYPE_CHECKING:
-    from lowvram_quantize.progress import Progress as QuantizeProgress
+    from lowvram_quantize.progress import QuantizeProgress
 
 LINE_PERIOD_S = 15.0
 

@@ -1,3 +1,1 @@
-"""The offline quantizer: any checkpoint that `lowvram.checkpoint` reads becomes a store, in bounded
-memory and resumable.
-"""
+"""The offline quantizer: convert a checkpoint to a store, resumable and in bounded memory."""

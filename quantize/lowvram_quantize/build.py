@@ -1,6 +1,4 @@
-"""Builds a store inside a staging folder, continuing what is there, and moves it to its final
-names.
-"""
+"""Build or resume a store in a staging folder and move it to its final names."""
 
 from __future__ import annotations
 
@@ -28,19 +26,20 @@ from lowvram.store.manifest import (
 )
 from lowvram.store.writer import StoreWriter
 from lowvram_quantize.component import ComponentMaker
+from lowvram_quantize.journal import RunJournal
 from lowvram_quantize.progress import QUANTIZE, Meter, ProgressCallback
 from lowvram_quantize.recipe import Recipe, lowvram_version, run_identity, source_record
-from lowvram_quantize.report import Report, TensorError
+from lowvram_quantize.report import QuantizationReport, TensorError
 from lowvram_quantize.rows import ErrorSums, RowEngine
-from lowvram_quantize.state import RunState
 
-STATE_NAME = "run.jsonl"
+JOURNAL_NAME = "run.jsonl"
 
 
 @dataclass(frozen=True)
 class Build:
-    """One run: what it reads, what it makes of it, and the folder it works in until all is
-    complete.
+    """One build of a store: its source, recipe and layouts, and the staging folder.
+
+    layouts: by component; identity: what `recipe.run_identity` returns for this recipe and source.
     """
 
     source: Source
@@ -50,29 +49,33 @@ class Build:
     staging: Path
 
     def run(self, engine: RowEngine, progress: ProgressCallback | None) -> None:
-        """Writes whatever of the store is still missing in the staging folder, its manifest
-        last.
+        """Write the missing parts of the store into the staging folder, the manifest last.
+
+        Raises `ResumeError` if the staging folder belongs to another build, `CheckpointError` if
+        the source changed meanwhile, `DiskFullError` or `OutputError` if a write fails.
         """
         self.staging.mkdir(exist_ok=True)
-        with RunState(self.staging / STATE_NAME, self.identity) as state:
+        with RunJournal(self.staging / JOURNAL_NAME, self.identity) as journal:
             if (self.staging / MANIFEST_NAME).exists():
                 return
             meter = Meter(
                 QUANTIZE, sum(layout.total_bytes for layout in self.layouts.values()), progress
             )
-            components = {name: self.component(name, engine, state, meter) for name in self.layouts}
+            components = {
+                name: self.component(name, engine, journal, meter) for name in self.layouts
+            }
             self._check_source_unchanged()
             replace_file(self.staging / TOKENIZER_NAME, self.source.tokenizer)
-            replace_file(self.staging / REPORT_NAME, self._report(state).to_json().encode())
+            replace_file(self.staging / REPORT_NAME, self._report(journal).to_json().encode())
             self._manifest(components).write(self.staging)
 
     def component(
-        self, name: str, engine: RowEngine, state: RunState, meter: Meter
+        self, name: str, engine: RowEngine, journal: RunJournal, meter: Meter
     ) -> ComponentManifest:
-        """Writes the file of one component, from where an earlier run stopped."""
+        """Write the file of one component, continuing where an earlier run stopped."""
         layout = self.layouts[name]
         run = ComponentRun(
-            name, ComponentMaker(self.source.components[name], layout, engine), state, meter
+            name, ComponentMaker(self.source.components[name], layout, engine), journal, meter
         )
         file = component_file(name)
         with StoreWriter(
@@ -83,26 +86,26 @@ class Build:
     def _check_source_unchanged(self) -> None:
         try:
             same = run_identity(self.recipe, self.source) == self.identity
-        except OSError:  # a file of it is gone
+        except OSError:  # one of its files was removed
             same = False
         if not same:
             raise CheckpointError(
                 f"{self.source.path} changed while it was read: start again without --resume"
             )
 
-    def _report(self, state: RunState) -> Report:
+    def _report(self, journal: RunJournal) -> QuantizationReport:
         order = [
             (name, stored.name)
             for name, layout in self.layouts.items()
             for stored in layout.tensors
         ]
-        errors = tuple(state.errors[key] for key in order if key in state.errors)
+        errors = tuple(journal.errors[key] for key in order if key in journal.errors)
         source_bytes = sum(
             info.nbytes
             for component in self.source.components.values()
             for info in component.tensors.values()
         )
-        return Report(
+        return QuantizationReport(
             self.recipe.to_dict(),
             source_bytes,
             sum(layout.total_bytes for layout in self.layouts.values()),
@@ -122,10 +125,10 @@ class Build:
 
 
 def commit(staging: Path, model: Path) -> None:
-    """Moves a complete store from `staging` to `model`. While it is under way there is no manifest,
-    so nothing opens a mixture.
+    """Move a complete store from `staging` to `model`.
 
-    Needs no room on the disk. Done again after a crash, it finishes what is left.
+    The folder has no manifest meanwhile, so a mixture of two stores cannot be opened. It needs no
+    disk space, and after a crash a second call completes the move.
     """
     if (staging / MANIFEST_NAME).exists():
         (model / MANIFEST_NAME).unlink(missing_ok=True)
@@ -140,30 +143,31 @@ def commit(staging: Path, model: Path) -> None:
 
 
 class ComponentRun:
-    """Writes one component's file: the next tensor is made while a thread hashes and writes the one
-    before.
+    """Writes the file of one component.
+
+    Each tensor is converted while a background thread hashes and writes the previous one.
     """
 
     def __init__(
-        self, component: str, maker: ComponentMaker, state: RunState, meter: Meter
+        self, component: str, maker: ComponentMaker, journal: RunJournal, meter: Meter
     ) -> None:
         self._component = component
         self._maker = maker
-        self._state = state
+        self._journal = journal
         self._meter = meter
 
     def write(self, writer: StoreWriter) -> dict[str, str]:
-        """Name -> sha256 of the whole file, what an earlier run wrote included."""
+        """Write the remaining tensors; return name -> SHA-256 for all tensors of the file."""
         remaining = writer.remaining
         self._meter.skip(writer.written_bytes)
         self._restore_errors(writer.tensors[: len(writer.tensors) - len(remaining)])
         with ThreadPoolExecutor(1) as background:
             pending = None
             for stored in remaining:
-                made = self._maker.make(stored)
+                converted = self._maker.make(stored)
                 if pending:
                     pending.result()
-                pending = background.submit(self._write_one, writer, stored, *made)
+                pending = background.submit(self._write_one, writer, stored, *converted)
             if pending:
                 pending.result()
         return writer.finish()
@@ -172,18 +176,19 @@ class ComponentRun:
         self, writer: StoreWriter, stored: StoredTensor, tensor: Tensor, error: ErrorSums | None
     ) -> None:
         writer.write(tensor)
-        self._note(stored, error)
+        self._record(stored, error)
         self._meter.advance(self._component, stored.name, stored.nbytes)
 
     def _restore_errors(self, written: tuple[StoredTensor, ...]) -> None:
-        """Measures again what a crash took from the state."""
+        """Measure again the errors of written tensors that a crash removed from the journal."""
         for stored in written:
             if (
-                self._maker.loses(stored)
-                and (self._component, stored.name) not in self._state.errors
+                self._maker.is_lossy(stored)
+                and (self._component, stored.name) not in self._journal.errors
             ):
-                self._note(stored, self._maker.make(stored)[1])
+                self._record(stored, self._maker.make(stored)[1])
 
-    def _note(self, stored: StoredTensor, error: ErrorSums | None) -> None:
+    def _record(self, stored: StoredTensor, error: ErrorSums | None) -> None:
+        """Add the error of a tensor, if it has one, to the journal."""
         if error is not None:
-            self._state.add(TensorError.of(self._component, stored.name, stored.dtype, error))
+            self._journal.add(TensorError.of(self._component, stored.name, stored.dtype, error))

@@ -1,4 +1,4 @@
-"""Makes the stored tensors of one component out of its source, one at a time."""
+"""Convert the tensors of one component to their stored form, one at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from lowvram_quantize.rows import ErrorSums, RowEngine, cast_rows, quantize_rows
 
 
 class ComponentMaker:
-    """Any stored tensor in any order; the scales of a matrix are kept from its making until they
-    are asked for.
+    """Makes the stored tensors of one component, in any order.
+
+    The scales of a matrix are kept from its quantization until they are requested.
     """
 
     def __init__(self, source: ComponentSource, layout: ComponentLayout, engine: RowEngine) -> None:
@@ -24,9 +25,10 @@ class ComponentMaker:
         self._engine = engine
         self._scales: dict[str, Tensor] = {}
 
-    def loses(self, stored: StoredTensor) -> bool:
-        """Whether `make` measures an error: what is stored cannot hold every value of its
-        source.
+    def is_lossy(self, stored: StoredTensor) -> bool:
+        """Return whether the stored dtype cannot hold every value of the source tensor.
+
+        For such tensors `make` returns an error.
         """
         cast = stored.role == "copy" and stored.dtype not in (
             "F32",
@@ -35,8 +37,9 @@ class ComponentMaker:
         return cast or stored.role == "weight"
 
     def make(self, stored: StoredTensor) -> tuple[Tensor, ErrorSums | None]:
-        """The tensor as it is stored, and its error where it `loses`. Raises `NonFiniteError` where
-        the rotation overflows.
+        """Return the tensor as it is stored, and its error if it `is_lossy`, else None.
+
+        Raises `NonFiniteError` if the rotation overflows.
         """
         if stored.role == "weight":
             codes, self._scales[stored.source], error = self._quantize(stored.source)
@@ -49,7 +52,7 @@ class ComponentMaker:
         tensor, dtype = self._source.read(stored.source), TORCH_DTYPES[stored.dtype]
         return (
             cast_rows(self._engine, tensor, dtype)
-            if self.loses(stored)
+            if self.is_lossy(stored)
             else (tensor.to(dtype), None)
         )
 

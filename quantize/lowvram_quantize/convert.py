@@ -1,7 +1,7 @@
-"""The quantizer's driver: from a checkpoint in any layout to a store, resumable at every tensor.
+"""Convert a checkpoint of any supported layout to a store; resumable at every tensor.
 
-Everything is made in `MODEL/quantize.partial` and moved to its final names when all is complete,
-the manifest last: what stood in MODEL before stays whole until then.
+The store is written to `MODEL/quantize.partial` and moved to its final names when it is complete,
+the manifest last. Until then an earlier store in MODEL stays intact.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lowvram.store.manifest import (
 )
 from lowvram.units import format_bytes
 from lowvram.variants import COMPONENTS
-from lowvram_quantize.build import STATE_NAME, Build, commit
+from lowvram_quantize.build import JOURNAL_NAME, Build, commit
 from lowvram_quantize.progress import SCAN, Meter, ProgressCallback
 from lowvram_quantize.recipe import Recipe, check_same, manifest_identity, run_identity
-from lowvram_quantize.report import Report, read_report
+from lowvram_quantize.report import QuantizationReport, read_report
 from lowvram_quantize.rows import RowEngine, count_nonfinite
 
-_NOTE_BYTES = 1024  # per tensor: its part of header, journals, manifest and report
-_NAMED = 6  # of many offending tensors
+_METADATA_BYTES = 1024  # per tensor, of header, journals, manifest and report together
+_MAX_NAMED = 6  # tensors with NaN that an error message lists
 _log = logging.getLogger(__name__)
 
 
@@ -47,19 +47,25 @@ def quantize(
     progress: ProgressCallback | None = None,
     threads: int | None = None,
     device: str = "cpu",
-) -> Report:
-    """Makes the store MODEL of the checkpoint SOURCE. The same source, format and version give the
-    same bytes on any machine.
+) -> QuantizationReport:
+    """Quantize the checkpoint `source` into the store `model` and return the report.
 
-    `resume` continues an interrupted run (and starts one where there is none); without it, what
-    such a run left is removed. `progress` is called after each tensor, from a thread of the
-    quantizer. Whatever goes wrong, a store that stood in MODEL before stays as it was. Raises
-    `CheckpointError` (`NonFiniteError` for NaN or infinity), `DiskFullError`, `OutputError`,
-    `ResumeError`.
+    The same source, format and version give the same bytes on every machine.
+
+    format: a key of `lowvram.formats.FORMATS`.
+    resume: continue an interrupted run, or start one if there is none; without it the files of an
+    interrupted run are removed.
+    allow_pickle: read `.pth` files with torch's restricted unpickler.
+    overwrite: replace a store in `model`; it stays intact if the run fails.
+    progress: called after each tensor, from a thread of the quantizer.
+    threads: default torch's number of threads; device: does the arithmetic.
+
+    Raises `CheckpointError` (`NonFiniteError` for NaN or infinity), `DiskFullError`, `OutputError`,
+    `ResumeError`, and `UsageError` for an unknown format.
     """
     source, model, recipe = Path(source), Path(model), Recipe(format)
     if model.resolve() == source.resolve():
-        raise OutputError(f"{model} is the checkpoint itself: choose another folder for the store")
+        raise OutputError(f"{model} is the checkpoint itself: choose another folder for the result")
     with open_source(source, allow_pickle) as opened, RowEngine(threads, device) as engine:
         layouts = {
             component: component_layout(component, opened.config, format)
@@ -70,10 +76,10 @@ def quantize(
             if _is_finished(build, model, resume, overwrite):
                 return read_report(model)
             if not (resume and build.staging.exists()):
-                _check_free(model, overwrite)
+                _check_vacant(model, overwrite)
                 _remove_leftovers(model)
             _check_room(build, model)
-            if not (build.staging / STATE_NAME).exists():  # which says that an earlier run did this
+            if not (build.staging / JOURNAL_NAME).exists():  # the journal means: checked
                 check_finite(opened, engine, progress)
             build.run(engine, progress)
             commit(build.staging, model)
@@ -83,8 +89,9 @@ def quantize(
 def check_finite(
     source: Source, engine: RowEngine, progress: ProgressCallback | None = None
 ) -> None:
-    """Reads every weight. Raises `NonFiniteError` that names the tensors with NaN or infinity and
-    counts the elements.
+    """Read every weight and raise `NonFiniteError` if any is NaN or infinite.
+
+    The message names the tensors and counts their elements.
     """
     infos = [(part, info) for part in source.components.values() for info in part.tensors.values()]
     meter = Meter(SCAN, sum(info.nbytes for _, info in infos), progress)
@@ -94,8 +101,8 @@ def check_finite(
             bad[f"{part.component} {info.name}"] = count
         meter.advance(part.component, info.name, info.nbytes)
     if bad:
-        texts = ", ".join(f"{name} ({count})" for name, count in list(bad.items())[:_NAMED])
-        rest = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        texts = ", ".join(f"{name} ({count})" for name, count in list(bad.items())[:_MAX_NAMED])
+        rest = f" and {len(bad) - _MAX_NAMED} more" if len(bad) > _MAX_NAMED else ""
         raise NonFiniteError(
             f"{source.path}: NaN or infinity in {len(bad)} tensors: {texts}{rest}: download "
             f"the checkpoint again"
@@ -104,17 +111,18 @@ def check_finite(
 
 @contextmanager
 def _output_folder(model: Path) -> Iterator[None]:
-    """Makes the folder; takes it away again where the run ended before it wrote anything. Says how
-    to go on after an interruption.
+    """Create the output folder for a run; remove it if the run ends before it writes anything.
+
+    After an interruption it logs how to continue.
     """
     try:
         model.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.filename is None:  # not about a file: no memory to map the source, for one
+        if error.filename is None:  # not about a file, such as no memory to map the source
             raise LowvramError(
                 f"cannot quantize to {model}: {error.strerror or error}: go on with --resume "
-                f"when that is mended"
+                f"once that is fixed"
             ) from error
         raise output_error(
             Path(error.filename), error, "make room and go on with --resume"
@@ -122,25 +130,27 @@ def _output_folder(model: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         if (model / STAGING_NAME).exists():
             _log.warning(
-                "interrupted: go on with --resume, what is finished is kept in %s",
+                "interrupted: go on with --resume; the finished part is kept in %s",
                 model / STAGING_NAME,
             )
         raise
     finally:
-        with suppress(OSError):  # not empty: there is something to keep
+        with suppress(OSError):  # the folder is not empty
             model.rmdir()
 
 
 def _is_finished(build: Build, model: Path, resume: bool, overwrite: bool) -> bool:
-    """Whether this very store is complete already: a run that was killed at its last step is
-    resumed by doing nothing.
+    """Return whether `model` already holds the complete store of this build.
+
+    That is so when an earlier run was killed at its last step. It removes the staging folder then.
+    Raises `ResumeError` if `model` holds the store of another build.
     """
     if not (resume and (model / MANIFEST_NAME).exists()) or (overwrite and build.staging.exists()):
         return False
     try:
         found = manifest_identity(read_manifest(model))
     except CheckpointError:
-        if build.staging.exists():  # an unreadable old store is being replaced
+        if build.staging.exists():  # the run replaces an unreadable store
             return False
         raise
     if not build.staging.exists():
@@ -150,25 +160,27 @@ def _is_finished(build: Build, model: Path, resume: bool, overwrite: bool) -> bo
     return found == build.identity
 
 
-def _check_free(model: Path, overwrite: bool) -> None:
+def _check_vacant(model: Path, overwrite: bool) -> None:
+    """Raise `OutputError` if `model` holds a store or files of its names and not `overwrite`."""
     if overwrite:
         return
     if (model / MANIFEST_NAME).exists():
         raise OutputError(
-            f"{model} holds a finished store: choose another folder, or --overwrite to replace it"
+            f"{model} holds a quantized model: choose another folder, or --overwrite to replace it"
         )
     taken = [name for name in STORE_FILES if (model / name).exists()]
     if taken:
         raise OutputError(
-            f"{model} holds {', '.join(taken)} of something else: choose another folder, or "
+            f"{model} holds other files named {', '.join(taken)}: choose another folder, or "
             f"--overwrite to replace them"
         )
 
 
 def _remove_leftovers(model: Path) -> None:
+    """Remove the files of an unfinished run."""
     for path in leftovers(model):
         _log.warning(
-            "removing %s, left by a run that did not finish (--resume would have continued it)",
+            "removing %s of an unfinished run (--resume would have continued it)",
             path,
         )
         if path.is_dir() and not path.is_symlink():
@@ -178,19 +190,19 @@ def _remove_leftovers(model: Path) -> None:
 
 
 def _check_room(build: Build, model: Path) -> None:
-    """Before any work: what the store needs beyond what an earlier run has written."""
+    """Raise `DiskFullError` if the rest of the store does not fit on the disk."""
     if (build.staging / MANIFEST_NAME).exists():
-        return  # nothing is left but to move files
+        return  # complete; moving files needs no space
     tensors = sum(len(layout.tensors) for layout in build.layouts.values())
     total = (
         sum(layout.total_bytes for layout in build.layouts.values())
         + len(build.source.tokenizer)
-        + _NOTE_BYTES * tensors
+        + _METADATA_BYTES * tensors
     )
-    there = (
+    existing = (
         [path.stat().st_size for path in build.staging.glob("*")] if build.staging.exists() else []
     )
-    needed, free = max(0, total - sum(there)), shutil.disk_usage(model).free
+    needed, free = max(0, total - sum(existing)), shutil.disk_usage(model).free
     if needed > free:
         raise DiskFullError(
             f"{model} needs {format_bytes(needed)}, but its file system has "

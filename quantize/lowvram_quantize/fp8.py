@@ -1,4 +1,7 @@
-"""Fp8 weights (e4m3fn) per row: `scale = max|row| / 448`, `q = fp8(w / scale)`."""
+"""Quantize weights to fp8 (e4m3fn) with one scale per row.
+
+`scale = max|row| / 448`, `q = fp8(w / scale)`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from lowvram_quantize.rows import ErrorSums, RowEngine, RowFormat, quantize_rows
 
 
 def _saturate_(quotients: Tensor) -> None:
-    """448 is the largest; without this a quotient rounded up would become NaN. The cast itself
-    rounds half to even.
+    """Clamp to ±448, the largest e4m3 value; the cast would turn larger quotients into NaN.
+
+    The cast itself rounds half to even.
     """
     quotients.clamp_(-qfloat8_e4m3fn.qmax, qfloat8_e4m3fn.qmax)
 
@@ -19,7 +23,9 @@ FP8 = RowFormat(qfloat8_e4m3fn, rotated=False, round_=_saturate_)
 
 
 def quantize_fp8(weight: Tensor, engine: RowEngine) -> tuple[Tensor, Tensor, ErrorSums]:
-    """`W ≈ q * scale`: q [N, K] float8_e4m3fn, scale [N, 1] fp32. Rounded by torch: compiled Triton
-    misrounds to e4m3 on some GPUs.
+    """Quantize a weight [N, K] to fp8: `W ≈ q * scale`.
+
+    Returns q [N, K] float8_e4m3fn, scale [N, 1] fp32, and the error. torch does the rounding,
+    because compiled Triton misrounds to e4m3 on some GPUs.
     """
     return quantize_rows(engine, weight, FP8)

@@ -1,4 +1,4 @@
-"""How far a run is, for whoever shows it: bytes, speed and time left."""
+"""Progress of a quantizer run: bytes done, speed and time left."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ QUANTIZE = "quantize"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """One tensor is done. `phase`: `scan` counts bytes read in search of NaN, `quantize` bytes of
-    the store written.
+class QuantizeProgress:
+    """The state of a run after one tensor.
+
+    phase: `SCAN` (bytes read in the search for NaN) or `QUANTIZE` (bytes of the store written).
+    left_s: estimated seconds left in the phase.
     """
 
     phase: str
@@ -25,13 +27,11 @@ class Progress:
     left_s: float
 
 
-ProgressCallback = Callable[[Progress], None]
+ProgressCallback = Callable[[QuantizeProgress], None]
 
 
 class Meter:
-    """Counts the bytes of one phase; what an earlier run did (`skip`) counts as done, but not as
-    speed.
-    """
+    """Counts the bytes of one phase and reports each tensor to `callback`."""
 
     def __init__(self, phase: str, total_bytes: int, callback: ProgressCallback | None) -> None:
         self._phase = phase
@@ -42,9 +42,11 @@ class Meter:
         self._done_bytes = 0
 
     def skip(self, nbytes: int) -> None:
+        """Count bytes of an earlier run as done, without an effect on the speed."""
         self._skipped_bytes += nbytes
 
     def advance(self, component: str, tensor: str, nbytes: int) -> None:
+        """Count a finished tensor and report it."""
         self._done_bytes += nbytes
         if self._callback is None:
             return
@@ -52,5 +54,5 @@ class Meter:
         speed = self._done_bytes / max(time.monotonic() - self._start_s, 1e-9)
         left_s = (self._total_bytes - done) / speed if speed else 0.0
         self._callback(
-            Progress(self._phase, component, tensor, done, self._total_bytes, speed, left_s)
+            QuantizeProgress(self._phase, component, tensor, done, self._total_bytes, speed, left_s)
         )

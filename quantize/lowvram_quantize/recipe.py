@@ -1,6 +1,4 @@
-"""What a run makes of its source: the format, the rules behind its bytes, and the identity that a
-resumed run must share.
-"""
+"""The recipe of a run (format and quantizer version), and the identity that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -19,14 +17,17 @@ from lowvram_quantize.fp8 import FP8
 from lowvram_quantize.int8 import INT8, INT8_PLAIN
 from lowvram_quantize.rows import RowFormat
 
-QUANTIZER_VERSION = 1  # counts up when the same source and format would give other bytes
+QUANTIZER_VERSION = 1  # increased when the same source and format give other bytes
 ROW_FORMATS: dict[str, RowFormat] = {"int8": INT8, "int8-plain": INT8_PLAIN, "fp8": FP8}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The format of the experts' block linears; `store.layout.component_format` derives that of the
-    other components.
+    """What determines the bytes of a store besides its source.
+
+    format: of the experts' block linears, a key of `lowvram.formats.FORMATS`;
+    `store.layout.component_format` derives the formats of the other components. Raises `UsageError`
+    for an unknown format.
     """
 
     format: str = "int8"
@@ -37,10 +38,12 @@ class Recipe:
             raise UsageError(f"unknown format {self.format!r}: use one of {', '.join(FORMATS)}")
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as stored in the manifest and the report."""
         return asdict(self)
 
 
 def lowvram_version() -> str:
+    """Return the installed version of lowvram, or "not installed" in a bare source tree."""
     try:
         return metadata.version("lowvram")
     except metadata.PackageNotFoundError:
@@ -48,14 +51,14 @@ def lowvram_version() -> str:
 
 
 def source_record(source: Source) -> dict[str, str]:
-    """Layout and one fingerprint per component, as the manifest keeps them."""
+    """Return the layout and one fingerprint per component, as stored in the manifest."""
     return {"layout": source.layout} | {
         name: component.fingerprint() for name, component in source.components.items()
     }
 
 
 def run_identity(recipe: Recipe, source: Source) -> dict[str, str]:
-    """All that the bytes of the store depend on."""
+    """Return everything that the bytes of the store depend on, as name -> value."""
     return _identity(
         recipe.to_dict(),
         source_record(source),
@@ -66,7 +69,7 @@ def run_identity(recipe: Recipe, source: Source) -> dict[str, str]:
 
 
 def manifest_identity(manifest: Manifest) -> dict[str, str]:
-    """The identity of the run that made a finished store."""
+    """Return the identity of the run that wrote a finished store, as `run_identity`."""
     return _identity(
         manifest.recipe,
         manifest.source,
@@ -77,15 +80,16 @@ def manifest_identity(manifest: Manifest) -> dict[str, str]:
 
 
 def check_same(found: dict[str, str], wanted: dict[str, str], where: str) -> None:
-    """Raises `ResumeError` with both values of everything that differs between an interrupted run
-    and this one.
+    """Raise `ResumeError` if the identities of the interrupted run and this one differ.
+
+    The message gives both values of each difference. where: the folder of the interrupted run.
     """
     different = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if different:
         texts = "; ".join(f"{key} was {found.get(key)}, now {wanted.get(key)}" for key in different)
         raise ResumeError(
-            f"cannot continue the run in {where}: {texts}: repeat the old request, or start "
-            f"again without --resume"
+            f"cannot continue the run in {where}: {texts}: use the same options and source, "
+            f"or start again without --resume"
         )
 
 

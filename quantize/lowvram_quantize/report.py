@@ -1,6 +1,4 @@
-"""What quantization lost, tensor by tensor, as JSON beside the manifest and as one table for
-people.
-"""
+"""The quantization error of every tensor, as JSON beside the manifest and as a printed table."""
 
 from __future__ import annotations
 
@@ -24,10 +22,11 @@ from lowvram_quantize.rows import ErrorSums
 
 @dataclass(frozen=True)
 class TensorError:
-    """Error of one tensor against its source; for a rotated one in the rotated space, where every
-    error has the same length.
+    """The error of one stored tensor relative to its source.
 
-    `sqnr_db` is None where nothing was lost (or all is zero).
+    For a rotated tensor it is measured in the rotated space; rotation preserves norms.
+    dtype: of the stored tensor; sqnr_db: signal to quantization noise ratio in dB, None if the
+    tensor is exact or all zero; cosine: similarity of the dequantized tensor and the source.
     """
 
     component: str
@@ -39,6 +38,7 @@ class TensorError:
 
     @classmethod
     def of(cls, component: str, name: str, dtype: str, sums: ErrorSums) -> TensorError:
+        """Return the error of a tensor from its sums, rounded as stored."""
         sqnr = round(sums.sqnr_db, 3) if math.isfinite(sums.sqnr_db) else None
         return cls(
             component, name, dtype, sqnr, round(sums.cosine, 8), float(f"{sums.largest:.6g}")
@@ -46,16 +46,14 @@ class TensorError:
 
     @property
     def kind(self) -> str:
-        """`blocks.7.self_attn.q.weight` -> `self_attn.q`; all outside the blocks is `rest`."""
+        """Kind of tensor: `self_attn.q` of `blocks.7.self_attn.q.weight`; `rest` outside blocks."""
         parts = self.name.removesuffix(".weight").split(".")
         return ".".join(parts[2:]) if parts[0] == "blocks" else "rest"
 
 
 @dataclass(frozen=True)
-class Report:
-    """The result of a run: its recipe, its bytes, and the error of every tensor whose values
-    changed.
-    """
+class QuantizationReport:
+    """The result of a run: its recipe, sizes in bytes, and the error of every changed tensor."""
 
     recipe: dict[str, Any]
     source_bytes: int
@@ -63,9 +61,7 @@ class Report:
     tensors: tuple[TensorError, ...]
 
     def to_json(self) -> str:
-        """The same for the same source and recipe, wherever and however often the run was
-        interrupted.
-        """
+        """Return the report as JSON; interruptions of the run do not change it."""
         data = {
             "recipe": self.recipe,
             "source_bytes": self.source_bytes,
@@ -76,20 +72,24 @@ class Report:
         return json.dumps(data, indent=1) + "\n"
 
 
-def read_report(model: Path) -> Report:
-    """The report that lies in a store. Raises `CheckpointError` where there is none."""
+def read_report(model: Path) -> QuantizationReport:
+    """Read the report of a store; raise `CheckpointError` if it is missing or damaged."""
     path = model / REPORT_NAME
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         errors = tuple(TensorError(**entry) for entry in data["tensors"])
-        return Report(data["recipe"], data["source_bytes"], data["stored_bytes"], errors)
+        return QuantizationReport(
+            data["recipe"], data["source_bytes"], data["stored_bytes"], errors
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no quantization report: {error}") from error
+        raise CheckpointError(f"{path} is not a readable quantization report: {error}") from error
 
 
 def summarize(errors: Iterable[TensorError]) -> list[dict[str, Any]]:
-    """Per component and kind of tensor: how many, mean and least SQNR in dB, least cosine, largest
-    absolute error.
+    """Summarize the errors per component and kind of tensor.
+
+    Each entry has the number of tensors, the mean and minimum SQNR in dB, the minimum cosine and
+    the largest absolute error.
     """
     groups: dict[tuple[str, str], list[TensorError]] = defaultdict(list)
     for error in errors:
@@ -110,8 +110,8 @@ def _group(component: str, kind: str, members: list[TensorError]) -> dict[str, A
     }
 
 
-def summary_table(report: Report) -> Table:
-    """One row per component and kind of linear."""
+def summary_table(report: QuantizationReport) -> Table:
+    """Return the report as a table with one row per component and kind of tensor."""
     sizes = f"{format_bytes(report.source_bytes)} -> {format_bytes(report.stored_bytes)}"
     table = Table(
         title=f"{report.recipe['format']}: {sizes}",

@@ -1,5 +1,4 @@
-"""ConvRot: the rotation by the regular Hadamard matrix of 256, which spreads outliers over a group
-of inputs.
+"""ConvRot: rotation by the regular 256x256 Hadamard matrix, which spreads outliers over a group.
 
 `R = H4 ⊗ H4 ⊗ H4 ⊗ H4`, `H4 = [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]] / 2`: symmetric and
 orthogonal, so `R·R = I` and `(x·R)·(W·R)ᵀ = x·Wᵀ`. The source of the format is comfy-kitchen's
@@ -18,9 +17,7 @@ _STAGES = 4  # 4^4 = 256
 
 
 def rotation_matrix() -> Tensor:
-    """`R: [256, 256] fp32`, the dense definition that `rotate_` is tested against; its elements are
-    ±1/16.
-    """
+    """Return R as a dense matrix, [256, 256] fp32 with elements ±1/16, to test `rotate_`."""
     h4 = torch.tensor(_H4) / 2
     matrix = torch.ones(1, 1)
     for _ in range(_STAGES):
@@ -29,13 +26,13 @@ def rotation_matrix() -> Tensor:
 
 
 def rotate_(x: Tensor, other: Tensor, half: Tensor) -> None:
-    """`x <- x·R` in each group of 256 along the last axis, by elementwise fp32 adds in a fixed
-    order and one scaling by 1/16.
+    """Compute `x <- x·R` in place, in each group of 256 along the last axis.
 
     x, other: fp32, contiguous, the same number of elements; half: fp32, half as many. `other` and
-    `half` are overwritten. Each stage transforms the leading base-4 digit of the index and moves it
-    to the end, so that four stages restore the order. No sum depends on threads, chunks or the
-    machine.
+    `half` are overwritten. The sums are elementwise fp32 additions in a fixed order, scaled once by
+    1/16, so that the result does not depend on threads, chunks or the machine. Each stage
+    transforms the leading base-4 digit of the index and moves it to the end; four stages restore
+    the order.
     """
     left, right = half.view(2, -1, ROTATION_GROUP // 4)
     for _ in range(_STAGES):
@@ -54,7 +51,7 @@ def rotate_(x: Tensor, other: Tensor, half: Tensor) -> None:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """`x·R` per 256 along the last axis, as a new fp32 tensor."""
+    """Return `x·R` for each group of 256 along the last axis, as a new fp32 tensor."""
     rotated = x.to(torch.float32, copy=True).contiguous()
     rotate_(rotated, torch.empty_like(rotated), rotated.new_empty(rotated.numel() // 2))
     return rotated

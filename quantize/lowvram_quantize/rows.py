@@ -1,5 +1,6 @@
-"""Quantizes a matrix in chunks of rows: each row's result depends on that row alone, so neither
-chunks nor threads change a bit.
+"""Quantize matrices row by row, in chunks of rows on several threads.
+
+The result of a row depends on that row alone, so chunks and threads do not change it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from lowvram.errors import NonFiniteError
 from lowvram_quantize.rotate import rotate_
 
 CHUNK_ELEMENTS = 2**19  # 2 MB of fp32: chunk and workspace stay in a core's cache
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros gets this, not 0
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a row of zeros, instead of 0
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """`W·R ≈ codes * scale` per row. `round_`: fp32 quotients, in place, to values that the dtype
-    of `qtype` holds (or rounds itself).
+    """How rows are quantized: `W·R ≈ codes * scale` per row, or `W ≈ codes * scale`.
+
+    qtype: quanto's type of the codes; rotated: whether R applies; round_: prepares fp32 quotients
+    in place for the cast to the dtype of `qtype`.
     """
 
     qtype: qtype
@@ -38,7 +41,10 @@ class RowFormat:
 
 @dataclass
 class ErrorSums:
-    """Sums over elements w of what is stored and errors e = dequantized - w."""
+    """Sums over the elements w of a tensor and their errors e = dequantized - w.
+
+    signal: Σw²; noise: Σe²; cross: Σw·e; largest: max|e|.
+    """
 
     elements: int = 0
     signal: float = 0.0
@@ -47,6 +53,7 @@ class ErrorSums:
     largest: float = 0.0
 
     def add(self, other: ErrorSums) -> None:
+        """Add the sums of other elements."""
         self.elements += other.elements
         self.signal += other.signal
         self.noise += other.noise
@@ -55,21 +62,23 @@ class ErrorSums:
 
     @property
     def sqnr_db(self) -> float:
-        """10·log10(Σw² / Σe²); infinite where nothing was lost."""
+        """Signal to quantization noise ratio, 10·log10(Σw² / Σe²), in dB; infinite if exact."""
         if self.noise == 0:
             return math.inf
         return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
 
     @property
     def cosine(self) -> float:
-        """w·(w+e) / (|w|·|w+e|); 1 for zeros."""
+        """Cosine similarity w·(w+e) / (|w|·|w+e|); 1 for zeros."""
         norms = self.signal * (self.signal + 2 * self.cross + self.noise)
         return (self.signal + self.cross) / math.sqrt(norms) if norms > 0 else 1.0
 
 
 class RowEngine:
-    """Runs a function over chunks of rows on its own threads, one core each. `device` does the
-    arithmetic, threads feed it.
+    """Runs a function over chunks of rows on its own threads; torch uses one core in each.
+
+    threads: default torch's number of threads; device: does the arithmetic. Use it as a context
+    manager, which restores torch's number of threads.
     """
 
     def __init__(self, threads: int | None = None, device: str = "cpu") -> None:
@@ -91,20 +100,23 @@ class RowEngine:
         trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        # the workers' setting is also the default of later threads
+        # set_num_threads in a worker also sets the default of later threads
         torch.set_num_threads(self._before)
 
     def over_rows(
         self, matrix: Tensor, work: Callable[[slice], Result], chunk_elements: int = CHUNK_ELEMENTS
     ) -> Iterator[Result]:
-        """`work` of each range of rows of `matrix`, results in the order of the rows."""
+        """Call `work` for each chunk of rows of `matrix`; yield the results in row order."""
         step = max(1, chunk_elements // max(1, matrix.shape[1]))
         return self._pool.map(
             work, [slice(start, start + step) for start in range(0, matrix.shape[0], step)]
         )
 
     def workspace(self, shape: torch.Size, halves: int) -> list[Tensor]:
-        """Fp32 buffers of this thread: two of `shape` and, flat, `halves` halves of one more."""
+        """Return fp32 buffers of this thread: two of `shape`, and a flat one.
+
+        halves: the size of the flat buffer in halves of `shape`. Later calls reuse the memory.
+        """
         count = shape.numel()
         sizes = (count, count, count // 2 * halves)
         buffer = getattr(self._local, "buffer", None)
@@ -114,48 +126,50 @@ class RowEngine:
         return [first.view(shape), second.view(shape), half]
 
 
-def row_scales(absmax: Tensor, kind: qtype) -> Tensor:
-    """`absmax / qmax: [N, 1] fp32`, by optimum-quanto's `AbsmaxOptimizer`, floored at
-    `SMALLEST_SCALE`.
+def row_scales(absmax: Tensor, code_type: qtype) -> Tensor:
+    """Return the scales `absmax / qmax`, [N, 1] fp32, at least `SMALLEST_SCALE`.
 
-    absmax: [N, 1] fp32, max|w| of each row: it stands in for the row, whose scale it gives, so that
-    no copy of |w| is made. It is on the CPU, since a GPU divides by a number by multiplying with
-    its rounded inverse.
-    Symmetric optimisers only: those of quanto that shift (`MaxOptimizer`, `HqqOptimizer`) need zero
-    points, which `int8_tensorwise` has not.
+    absmax: [N, 1] fp32, max|w| of each row, on the CPU, because a GPU divides by a constant as a
+    multiplication with its rounded inverse. optimum-quanto's `AbsmaxOptimizer` computes the scales;
+    given absmax in place of the rows, it makes no copy of |w|. quanto's optimizers with a shift
+    (`MaxOptimizer`, `HqqOptimizer`) need zero points, which `int8_tensorwise` does not have.
+    Raises `NonFiniteError` if a scale is not finite.
     """
-    scales: Tensor = AbsmaxOptimizer()(absmax, kind, axis=0)
-    # quanto gives one row a scale without axes
+    scales: Tensor = AbsmaxOptimizer()(absmax, code_type, axis=0)
+    # for a single row quanto returns a scale without dimensions
     scales = scales.reshape(-1, 1).clamp_(min=SMALLEST_SCALE)
     if not torch.isfinite(scales).all():
         raise NonFiniteError(
-            "weights are so large that their rotation overflows fp32: the checkpoint is damaged"
+            "the weights are too large, their rotation overflows fp32: the checkpoint is damaged"
         )
     return scales
 
 
 def quantize_rows(
-    engine: RowEngine, weight: Tensor, form: RowFormat
+    engine: RowEngine, weight: Tensor, row_format: RowFormat
 ) -> tuple[Tensor, Tensor, ErrorSums]:
-    """Codes [N, K] in the format's dtype, scales [N, 1] fp32, and the error of `codes * scale`
-    against what was rounded.
+    """Quantize a weight [N, K]; return its codes, scales and error.
+
+    Codes: [N, K] in the dtype of the format; scales: [N, 1] fp32; error: of `codes * scale`
+    relative to the weight, which is rotated if the format says so.
+    Raises `NonFiniteError` if the rotation overflows.
     """
     codes, scales = (
-        torch.empty(weight.shape, dtype=form.qtype.dtype),
+        torch.empty(weight.shape, dtype=row_format.qtype.dtype),
         torch.empty(weight.shape[0], 1),
     )
 
     def work(rows: slice) -> ErrorSums:
         x, y, half = engine.workspace(weight[rows].shape, 1)
         x.copy_(weight[rows])
-        if form.rotated:
+        if row_format.rotated:
             rotate_(x, y, half)
-        scale = row_scales(torch.abs(x, out=y).amax(1, keepdim=True).cpu(), form.qtype)
+        scale = row_scales(torch.abs(x, out=y).amax(1, keepdim=True).cpu(), row_format.qtype)
         scales[rows] = scale
         scale = scale.to(engine.device)
         torch.div(x, scale, out=y)
-        form.round_(y)
-        codes[rows] = y.to(form.qtype.dtype)
+        row_format.round_(y)
+        codes[rows] = y.to(row_format.qtype.dtype)
         y.copy_(codes[rows])
         return _error(x, y.mul_(scale))
 
@@ -163,7 +177,7 @@ def quantize_rows(
 
 
 def cast_rows(engine: RowEngine, tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, ErrorSums]:
-    """The tensor in `dtype`, rounded to nearest even, and what that lost."""
+    """Cast a tensor to `dtype`, rounded half to even; return it and its error."""
     result = torch.empty(tensor.shape, dtype=dtype)
     source, target = _as_matrix(tensor), _as_matrix(result)
 
@@ -177,8 +191,9 @@ def cast_rows(engine: RowEngine, tensor: Tensor, dtype: torch.dtype) -> tuple[Te
 
 
 def count_nonfinite(engine: RowEngine, tensor: Tensor) -> int:
-    """How many elements are NaN or infinite: one pass over the extremes, which NaN spreads into,
-    where all are finite.
+    """Return the number of elements that are NaN or infinite.
+
+    If all are finite it takes one pass, for minimum and maximum, into which NaN propagates.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return 0
@@ -190,7 +205,7 @@ def count_nonfinite(engine: RowEngine, tensor: Tensor) -> int:
 
 def _count_nonfinite(chunk: Tensor) -> int:
     if chunk.dtype.itemsize in (1, 8):
-        # 8-bit floats have no comparisons; an fp64 must be finite as the fp32 that is made of it
+        # torch does not compare 8-bit floats; fp64 must be finite after its conversion to fp32
         chunk = chunk.float()
     if all(math.isfinite(extreme.item()) for extreme in torch.aminmax(chunk)):
         return 0
@@ -198,11 +213,12 @@ def _count_nonfinite(chunk: Tensor) -> int:
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
+    """Return a 2-D view: [1, K] of a vector, [N, ...] flattened otherwise."""
     return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
 
 
 def _error(x: Tensor, dequantized: Tensor) -> ErrorSums:
-    """Overwrites `dequantized`."""
+    """Return the sums of x and dequantized - x; overwrites `dequantized`."""
     error = dequantized.sub_(x).view(-1)
     x = x.view(-1)
     signal, cross, noise = torch.dot(x, x), torch.dot(x, error), torch.dot(error, error)
@@ -213,6 +229,7 @@ def _error(x: Tensor, dequantized: Tensor) -> ErrorSums:
 
 
 def _total(parts: Iterator[ErrorSums]) -> ErrorSums:
+    """Return the sum of all parts."""
     total = ErrorSums()
     for part in parts:
         total.add(part)

@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from lowvram_quantize.build import Build
 from lowvram_quantize.convert import check_finite
+from lowvram_quantize.journal import RunJournal
 from lowvram_quantize.progress import QUANTIZE, Meter
 from lowvram_quantize.recipe import Recipe, run_identity
 from lowvram_quantize.rows import RowEngine
-from lowvram_quantize.state import RunState
 
 from lowvram.checkpoint.names import Shape, dit_shapes, text_encoder_shapes, vae_shapes
 from lowvram.checkpoint.source import Source, open_source
@@ -103,7 +103,7 @@ def measure(source: Source, work: Path, format: str, threads: int | None) -> dic
     build.staging.mkdir(parents=True)
     with (
         RowEngine(threads) as engine,
-        RunState(build.staging / "run.jsonl", build.identity) as state,
+        RunJournal(build.staging / "run.jsonl", build.identity) as state,
     ):
         start_s = time.monotonic()
         check_finite(one, engine)

@@ -6,7 +6,7 @@ import time
 from io import StringIO
 
 import pytest
-from lowvram_quantize.progress import Progress as QuantizeProgress
+from lowvram_quantize.progress import QuantizeProgress
 from rich.console import Console
 
 from lowvram.cli import progress

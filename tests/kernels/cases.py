@@ -1,6 +1,4 @@
-"""Faults to plant in the calls of `lowvram_kernels.cases`, and the error of a whole attention
-against fp64.
-"""
+"""Faults for the calls of `lowvram_kernels.cases`, and the error of attention against fp64."""
 
 from __future__ import annotations
 
@@ -49,12 +47,12 @@ __all__ = [
 
 
 def rolled(name: str, dim: int = 0) -> Callable[[Inputs], Inputs]:
-    """A fault: the input's rows are one row off."""
+    """Return a fault that rolls an input by one along `dim`."""
     return lambda inputs: inputs | {name: inputs[name].roll(1, dim).contiguous()}
 
 
 def rolled_bytes(name: str, dim: int) -> Callable[[Inputs], Inputs]:
-    """The same for dtypes that torch does not roll."""
+    """Return the same fault for a dtype that torch does not roll (e4m3)."""
 
     def roll(inputs: Inputs) -> Inputs:
         tensor = inputs[name]
@@ -66,12 +64,12 @@ def rolled_bytes(name: str, dim: int) -> Callable[[Inputs], Inputs]:
 
 
 def changed(**values: Any) -> Callable[[Inputs], Inputs]:
-    """A fault: other arguments."""
+    """Return a fault that replaces arguments."""
     return lambda inputs: inputs | values
 
 
 class AttentionOps(NamedTuple):
-    """One backend of what a block calls for attention."""
+    """The ops of one backend that a block calls for attention."""
 
     rms_rope_quantize: Callable[..., None]
     quantize_values: Callable[..., None]
@@ -90,12 +88,12 @@ def attention_error(
     rope: tuple[Tensor, Tensor] | None = None,
     device: str = "cpu",
 ) -> float:
-    """Relative RMSE against attention in fp64, heads of 128, of random q, k, v in bf16 that go
-    through RMSNorm as in the model.
+    """Return the relative RMSE of attention against fp64, for random q, k, v in bf16.
 
+    m queries, n keys, heads of 128, RMSNorm as in the model; dtype: of the stored values.
     Outliers as in kernels 2.8: four channels of each head of k are shifted by 15; every 48th
-    channel of v is `value_outliers` as large. Smoothing is the mean of at most 256 keys, evenly
-    spaced, as the model takes it. rope: (cos, sin), each [max(m, n), 64].
+    channel of v is `value_outliers` times as large. Smoothing is the mean of at most 256 evenly
+    spaced keys, as in the model. rope: (cos, sin), each [max(m, n), 64].
     """
     dim, tiles = heads * 128, math.ceil(n / 64)
     q, k, v = (random(rows, dim, seed=seed, device=device) for seed, rows in enumerate((m, n, n)))

@@ -1,5 +1,6 @@
-"""Tests in Triton's interpreter run in a process of their own: Triton decides when it is imported
-whether it interprets.
+"""Collects the tests of Triton's interpreter only if TRITON_INTERPRET=1 is set.
+
+Triton decides on import whether it interprets, so these tests need a separate process.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Each op's torch reference against an independent formula, with poisoned outputs, ragged shapes
-and strided inputs (promise 18).
+"""Tests each op's torch reference against an independent formula (promise 18).
+
+Outputs are poisoned, shapes are ragged and inputs strided.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RAGGED = [1, 33, 100]
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An output that shows every element left unwritten: NaN, or 0x5A in integers and in fp8."""
+    """Return an output that shows unwritten elements: NaN, or 0x5A for integers and fp8."""
     if dtype.is_floating_point and dtype.itemsize > 1:
         return torch.full(shape, float("nan"), dtype=dtype)
     return torch.full(shape, 0x5A, dtype=torch.uint8).view(dtype)
@@ -92,9 +93,7 @@ def test_a_zero_row_has_a_finite_scale() -> None:
 
 
 def test_rotation_makes_outliers_harmless() -> None:
-    """The reason for the default format: with outlier channels the rotated product is at least
-    three times more exact.
-    """
+    """With outlier channels the error of the rotated product is at most a third."""
     x, w = with_outliers(random(64, 512)), random(128, 512, seed=1)
     exact = x.double() @ w.double().t()
 
@@ -155,7 +154,7 @@ def test_int8_linear_is_exact_integers_and_its_epilogue(m: int, n: int, k: int) 
 
 
 def test_gelu_is_exact_to_a_few_units_of_fp32() -> None:
-    """From its own bend to where it is zero or x; against fp64."""
+    """The error against fp64, over the range in which GELU is neither 0 nor x, and beyond."""
     x = torch.cat((torch.linspace(-12, 12, 100_001), torch.tensor([-1e20, -40.0, 0.0, 40.0, 1e20])))
     wide = x.double()
     expected = wide / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
@@ -226,7 +225,7 @@ def test_rms_rope_normalises_over_all_channels_and_turns_adjacent_pairs() -> Non
 
 
 def attention_inputs(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Two heads of 128, keys with a strong common bias that smoothing takes away."""
+    """Return q, k, v for two heads of 128; keys have a common bias that smoothing removes."""
     q, k, v = (
         random(m, 256, seed=seed),
         random(n, 256, seed=seed + 1),
@@ -266,7 +265,7 @@ def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (33, 65), (100, 200), (64, 1000)])
 def test_int8_attention_is_close_to_exact_attention(m: int, n: int) -> None:
-    """Relative RMSE of 0.8 % at most, keys with outlier channels, smoothed by their mean."""
+    """Relative RMSE of at most 0.8 % for keys with outlier channels, smoothed by their mean."""
     q, k, v = attention_inputs(m, n)
     smoothing = rms_rope(k, torch.ones(256), None, None, num_heads=2, eps=0.0).mean(1)
     expected = exact_attention(q, k, v)
@@ -293,16 +292,17 @@ def test_smoothing_helps() -> None:
 
 @pytest.mark.parametrize(("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("fp8", 0.045)])
 def test_attention_of_a_long_clip_with_outlier_channels(pv: str, largest: float) -> None:
-    """4,096 keys, four of the model's heads, all ops as a block calls them."""
+    """All ops in the order in which a block calls them: 4,096 keys, four heads of 128."""
     ops = cases.AttentionOps(rms_rope_quantize, quantize_values, attention_int8)
     assert cases.attention_error(ops, 128, 4096, 4, dtype=PV_DTYPES[pv]) <= largest
 
 
 @pytest.mark.parametrize("rope", [True, False])
 def test_attention_of_harder_data(rope: bool) -> None:
-    """For the record: RoPE turns a bias of the keys from token to token, so that smoothing takes
-    less of it away; channels of v that are 20 times as large weigh as much in the error as all
-    others together.
+    """Two cases with larger errors.
+
+    RoPE rotates the bias of the keys differently per token, so smoothing removes less of it.
+    Channels of v that are 20 times as large dominate the error.
     """
     turned = (
         RopeTable((4, 32, 32), 128, torch.device("cpu")).at(torch.arange(4096)) if rope else None
@@ -341,8 +341,8 @@ def test_a_query_depends_on_no_other_query_in_a_float_product(pv: str, threads: 
 def test_values_are_stored_to_half_a_step(
     dtype: torch.dtype, relative: float, absolute: float
 ) -> None:
-    """absolute: of the largest value of a tile and channel."""
-    v = with_outliers(random(130, 256)) * 1e5  # past the range of fp16
+    """absolute: relative to the largest value of a tile and channel."""
+    v = with_outliers(random(130, 256)) * 1e5  # beyond the range of fp16
     out, scale = poisoned((2, 128, 192), dtype), poisoned((2, 128, 3), torch.float32)
     quantize_values(v, out, scale)
     stored = (out.float().unflatten(-1, (3, 64)) * scale.unsqueeze(-1)).flatten(-2)

@@ -1,5 +1,7 @@
-"""Static bounds: instructions are counted as the model says, the committed table is what the code
-gives, and the gate sees a bound fall.
+"""Tests the static bounds of the compiled kernels.
+
+Instructions are counted correctly, the committed table matches the code, and the gate fails when a
+bound falls.
 """
 
 from __future__ import annotations
@@ -232,9 +234,7 @@ def test_no_bound_of_ours_has_fallen() -> None:
 @pytest.mark.slow
 @triton
 def test_the_gate_sees_a_worse_loop(tmp_path: Path) -> None:
-    """A logarithm and an exponential more for every output: a copy of the code is made worse and
-    compiled.
-    """
+    """Compile a copy of the code with one more logarithm and exponential per output."""
     for name in ("scripts", "kernels", "lowvram", "quantize"):
         (tmp_path / name).mkdir()
         for path in (ROOT / name).rglob("*.py"):

@@ -1,6 +1,4 @@
-"""The benchmarks run from end to end on a CPU at toy sizes, and a quantized block is as close to
-fp32 as it must be.
-"""
+"""Runs the benchmarks on a CPU at toy sizes and checks the error of a quantized block."""
 
 from __future__ import annotations
 
@@ -30,8 +28,9 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def test_an_int8_block_is_close_to_fp32() -> None:
-    """Cosine 0.9995 at least, of the block's output and of what it adds; channels 20 times as large
-    as the others among its inputs.
+    """Cosine of at least 0.9995, of the block's output and of what the block adds to its input.
+
+    Some input channels are 20 times as large as the others.
     """
     found = {
         result.provider: result
@@ -51,8 +50,9 @@ def test_an_int8_block_is_close_to_fp32() -> None:
 
 
 def test_p18_an_int8_block_of_the_models_proportions_is_close_to_fp32() -> None:
-    """Heads of 128, 512 tokens, a quarter of the model's width: cosine 0.9995 at least, of the
-    output and of what the block adds.
+    """Cosine of at least 0.9995, of the output and of what the block adds to its input.
+
+    Heads of 128, 512 tokens, a quarter of the model's width.
     """
     config = tiny_config(dim=1280, ffn_dim=3584, num_heads=10, text_len=128)
     _, block = bench_block.results(config, (2, 16, 16), ("int8",), "cpu")
@@ -113,9 +113,7 @@ def test_rows_have_rates_and_go_into_a_table_a_file_and_a_plot(
 
 
 def test_the_table_lists_every_op_at_every_shape() -> None:
-    """The five products of a block at three numbers of tokens, attention over 32,760 and 75,600
-    keys and over the text.
-    """
+    """Products at three numbers of tokens; attention over 32,760 and 75,600 keys and the text."""
     benches = list(bench_kernels.all_benches(device="cpu"))
     for name, (n, k) in bench_kernels.LINEARS.items():
         for m in (8192, 32760, 75600):
@@ -152,7 +150,7 @@ def test_the_table_lists_every_op_at_every_shape() -> None:
 def test_installed_peers_are_measured_and_named_with_their_version(
     monkeypatch: pytest.MonkeyPatch, package: str, op: str
 ) -> None:
-    """Stand-ins with the packages' own signatures: sageattention 1.0.6, comfy-kitchen's public
+    """Stubs with the signatures of the packages: sageattention 1.0.6 and comfy-kitchen's public
     `int8_linear`.
     """
 
@@ -293,7 +291,7 @@ def test_no_speed_is_reported_where_the_gate_is_red(
     said: str,
     ran: list[str],
 ) -> None:
-    """And the file of tests that is red is named: one about memory says nothing of a kernel."""
+    """The message names the failed file of tests: a failed memory test is not a kernel's fault."""
     started: list[str] = []
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
@@ -333,7 +331,7 @@ def test_the_gates_are_files_that_exist() -> None:
 
 
 def without(modules: tuple[str, ...], code: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` where none of these modules can be imported."""
+    """Run `code` in a process in which these modules cannot be imported."""
     start = f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n"
     return subprocess.run(
         [sys.executable, "-c", start + code], capture_output=True, text=True, cwd=SCRIPTS.parent
@@ -412,8 +410,9 @@ def test_a_block_needs_little_else() -> None:
 
 
 def test_green_gate_measures_with_triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel's refusal must stop the benchmark: the torch reference would be measured in its
-    name.
+    """A kernel that does not support a call must fail the benchmark.
+
+    Otherwise the torch reference would be measured under the kernel's name.
     """
     monkeypatch.setattr(bench_commands, "require_cuda", lambda command: True)
     monkeypatch.setattr(bench_commands, "gate", lambda files: True)
@@ -463,7 +462,7 @@ SLOW, FAST, WRONG = (
 
 
 def present_tile() -> LinearTile:
-    """What a task's wrapper takes its tile from, which the search replaces."""
+    """Return the tile of a task's wrapper; the search replaces this function."""
     return SLOW
 
 
@@ -472,8 +471,9 @@ def toy_task(
     broken: tuple[LinearTile, ...] = (),
     dead: tuple[LinearTile, ...] = (),
 ) -> tune.Task:
-    """A task on the CPU that counts as a device's: `broken` tiles raise, `dead` ones take the
-    device with them.
+    """Return a task on the CPU that the search treats as a GPU task.
+
+    `broken` tiles raise; `dead` ones also make the device unusable.
     """
     out = torch.zeros(4)
     ran: list[LinearTile] = []
@@ -532,7 +532,7 @@ def test_a_search_that_finds_no_tile_fails(
     capsys: pytest.CaptureFixture[str],
     broken: tuple[LinearTile, ...],
 ) -> None:
-    """Whether the candidates do not run, or the present tile itself."""
+    """Either the candidates do not run, or not even the present tile."""
     task = toy_task(monkeypatch, broken)
     monkeypatch.setattr(tune, "jobs", lambda *_: [(lambda: task, [FAST, WRONG])])
     assert tune.tune(8, "cuda", "", False) == 1

@@ -1,6 +1,4 @@
-"""Every kernel compiles for every architecture within its limits, and each gate of that check fails
-where it should.
-"""
+"""Compiles every kernel for every architecture and tests each gate of that check."""
 
 from __future__ import annotations
 
@@ -65,7 +63,7 @@ print(check.faults(store, "sm_86", 0, 100 * 1024, {{}}, 1, 16, 0))
 print(check.faults(variant("attention fp16", "sm_86"), "sm_86", 0, 0, {{"int8": 1 << 30}}, 4, 16, 0))
 """
 
-# Every launch of a step of A14B, without a GPU: what integers the kernels get.
+# Records the integer arguments of every kernel launch of one A14B step, without a GPU.
 REAL = """
 import sys
 from types import SimpleNamespace
@@ -204,7 +202,7 @@ def test_a_capability_without_a_row_is_refused_with_a_reason(
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(constraints, "broken_triton", lambda: None)
-    index = 10 * (capability[0] - 10) + capability[1]  # reasons are kept per device
+    index = 10 * (capability[0] - 10) + capability[1]  # reasons are cached per device
     tensor: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
     reason = constraints.wrong_device(tensor)
     assert (

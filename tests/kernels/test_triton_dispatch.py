@@ -1,6 +1,4 @@
-"""Which backend runs an op: by the device of its tensors, with a reason for every refusal, and
-never without a trace.
-"""
+"""Tests the selection of an op's backend: by device, with a logged reason for every fallback."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 
 
 def arguments(case: cases.Case, **changes: object) -> dict[str, object]:
-    """The call's arguments by name; the first one is positional in the library."""
+    """Return the call's arguments by name."""
     return (
         case.inputs
         | {name: output.cut(output.whole) for name, output in case.outputs.items()}
@@ -65,7 +63,7 @@ def test_the_cpu_takes_the_reference_and_says_so_below_warnings(
 ) -> None:
     monkeypatch.delenv("LOWVRAM_BACKEND", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level(logging.DEBUG, "lowvram_kernels.dispatch"):
         assert choose(case) is ops.OPS[case.op].reference
         choose(case)
@@ -108,7 +106,7 @@ def test_each_refusal_has_its_reason() -> None:
     linear, add, rope, values, attention, adaln, rows, _ = ALL
     wide = torch.zeros(256, 2)
     wrong = {
-        "operands of one dtype": refusal(linear, weight=linear.inputs["weight"].float()),
+        "a and weight need the same dtype": refusal(linear, weight=linear.inputs["weight"].float()),
         "K = 40 is not a multiple of 16": refusal(cases.linear(3, 32, 40)),
         "the residual stream is torch.bfloat16": refusal(
             add, out=torch.zeros(3, 32, dtype=torch.bfloat16)
@@ -140,7 +138,9 @@ def test_each_refusal_has_its_reason() -> None:
         "GELU(y) or adds gate": refusal(add, gelu=True),
         "v is torch.float32": refusal(attention, v=attention.inputs["v"].float()),
         "q is torch.float16": refusal(attention, q=attention.inputs["q"].half()),
-        "tokens of q and k": refusal(attention, q=torch.zeros(1, 6, 128, dtype=torch.int8)[:, ::2]),
+        "tokens of a head are not contiguous": refusal(
+            attention, q=torch.zeros(1, 6, 128, dtype=torch.int8)[:, ::2]
+        ),
     }
     assert {want: got for want, got in wrong.items() if want not in got} == {}
 
@@ -151,12 +151,10 @@ def test_p19_heads_of_another_width_take_the_reference_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The Triton kernels take heads of 64 and 128; on a GPU, where nothing else refuses them,
-    others fall back and say why.
-    """
+    """Heads that are not 64 or 128 wide fall back on a GPU, with the reason in the log."""
     monkeypatch.setattr(constraints, "wrong_device", lambda tensor: None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     monkeypatch.delenv("LOWVRAM_BACKEND", raising=False)
     sizes = (5, 64, 2) if make is cases.attention else (5, 2)
     for width in (64, 128):
@@ -229,7 +227,7 @@ def test_p19_a_gpu_that_the_references_serve_takes_every_product(
 def test_p19_a_triton_that_does_not_start_is_a_reason_to_fall_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on a machine without a C compiler, which it needs at its first launch."""
+    """Without a C compiler, which Triton needs at its first launch."""
 
     class Broken:
         def get_current_target(self) -> None:
@@ -326,14 +324,15 @@ def test_p19_tensors_on_several_devices_are_refused(monkeypatch: pytest.MonkeyPa
     )
     assert op.refusal(**case.inputs, **out) is None
     elsewhere = {"weight": case.inputs["weight"].to("meta")}
-    assert op.refusal(**(case.inputs | elsewhere), **out) == "its tensors lie on cpu and meta"
+    assert op.refusal(**(case.inputs | elsewhere), **out) == "its tensors are on cpu and meta"
 
 
 def test_an_op_runs_with_the_gpu_of_its_tensors_as_the_current_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Triton launches on the current device, whichever the tensors lie on; a CPU's ops leave it
-    alone.
+    """Triton launches on the current device, whatever the device of its tensors.
+
+    An op on the CPU leaves the current device alone.
     """
     events: list[str] = []
 

@@ -1,4 +1,4 @@
-"""RMSNorm with RoPE, the values' layout and attention in Triton's interpreter."""
+"""Tests `rms_rope_quantize`, `quantize_values` and `attention_int8` in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -149,9 +149,7 @@ def _shrunk(x):  # type: ignore[no-untyped-def]
 def test_p18_a_fault_inside_attention_shows(
     monkeypatch: pytest.MonkeyPatch, pv: str, name: str, fault: object
 ) -> None:
-    """Another tile's scales, probabilities that are as large as others at the maximum, or too
-    small.
-    """
+    """Scales of another tile; probabilities too large, or too small, at the maximum."""
     case = cases.attention(40, 200, 2, pv=pv)
     monkeypatch.setattr(attention_int8_triton, name, fault)
     assert case.mismatch()
@@ -173,7 +171,7 @@ def test_a_query_depends_on_no_other_query(pv: str) -> None:
 def test_attention_of_data_with_outliers_is_close_to_exact_attention(
     m: int, n: int, heads: int, pv: str, largest: float
 ) -> None:
-    """All three kernels one after the other, as a block calls them."""
+    """All three kernels in the order in which a block calls them."""
     assert cases.attention_error(triton_ops(), m, n, heads, dtype=PV_DTYPES[pv]) <= largest
 
 
@@ -186,7 +184,7 @@ def triton_ops() -> cases.AttentionOps:
 
 
 def test_heads_and_values_past_2_to_the_31_elements() -> None:
-    """Rows 2^30 elements apart, in memory that is reserved and never filled."""
+    """Rows that are 2^30 elements apart, in memory that is reserved but never touched."""
     stride = 2**30 + 256
     case = cases.rms_rope(3, 2)
     x = torch.empty(2 * stride + 256, dtype=torch.bfloat16).as_strided((3, 256), (stride, 1))
@@ -202,8 +200,9 @@ def test_heads_and_values_past_2_to_the_31_elements() -> None:
 
 
 def far_heads(rows: int, columns: int) -> torch.Tensor:
-    """[3, rows, columns] int8, whose heads lie 2^30 elements apart, in memory that is reserved and
-    never filled.
+    """Return [3, rows, columns] int8 whose heads are 2^30 elements apart.
+
+    The memory between them is reserved but never touched.
     """
     stride = 2**30 + 256
     return torch.empty(2 * stride + rows * columns, dtype=torch.int8).as_strided(

@@ -1,6 +1,4 @@
-"""Every Triton kernel against its reference, in Triton's interpreter: starts the tests that need a
-process of their own (promise 18).
-"""
+"""Runs the tests of Triton's interpreter in a separate process (promise 18)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""`quantized_linear` in Triton's interpreter: the reference's bits for int8, e4m3 decoded from its
-bytes, faults that must show.
+"""Tests `quantized_linear` in Triton's interpreter.
+
+int8 must be bit-identical to the reference, e4m3 (decoded from its bytes) close to it, and injected
+faults must show.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from lowvram_kernels.quantized_linear_triton import row_pointers
 
 from tests.kernels import cases
 
-# the last has more rows of tiles than one group
+# the last shape has more rows of tiles than one group
 SHAPES = [(1, 17, 32), (33, 65, 96), (70, 130, 256), (31, 64, 400), (300, 65, 96)]
 
 
@@ -44,7 +46,7 @@ def test_p18_int8_linear_with_gelu_has_the_bits_of_the_reference(
 
 
 def test_p18_e4m3_linear_with_gelu_is_close() -> None:
-    """Sums of e4m3 differ in their last bits; GELU amplifies none of it where it is not flat."""
+    """Sums of e4m3 differ in their last bits; GELU does not amplify that."""
     case = cases.linear_gelu(33, 65, 96, code=cases.E4M3)
     expected, actual = (case.run(backend)["out"][1:-1, :65] for backend in ("reference", "triton"))
     assert torch.allclose(expected, actual, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -120,8 +122,9 @@ def test_p18_a_second_group_of_tiles_in_the_place_of_the_first_shows(
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_p18_e4m3_linear_sums_in_fp32(m: int, n: int, k: int) -> None:
-    """The interpreter multiplies decoded bytes, as sm_80 does; the tensor cores' own e4m3 is for
-    the tests on a GPU.
+    """The interpreter multiplies decoded bytes, as sm_80 does.
+
+    The e4m3 instructions of tensor cores are covered by the tests on a GPU.
     """
     case = cases.linear(m, n, k, code=cases.E4M3)
     expected, actual = case.run("reference")["out"], case.run("triton")["out"]
@@ -150,9 +153,7 @@ def _encode(x_ptr, code_ptr, back_ptr, SIZE: tl.constexpr):  # type: ignore[no-u
 
 
 def test_e4m3_is_rounded_and_read_by_bits_as_torch_does() -> None:
-    """All codes, all midpoints between neighbours, values next to them, subnormals and both
-    zeros.
-    """
+    """All codes, midpoints between neighbours, values next to these, subnormals and both zeros."""
     every = torch.arange(256, dtype=torch.uint8).view(cases.E4M3).float()
     exact = every[every.isfinite()]
     sizes = exact.abs().unique()
@@ -192,9 +193,7 @@ def test_bf16_is_rounded_half_to_even() -> None:
 
 
 def test_p20_nan_stays_nan_in_bf16_whatever_its_bits() -> None:
-    """A GPU's own NaN has all bits set, which adding a half of the last place would turn into
-    zero.
-    """
+    """A GPU's own NaN has all bits set; rounding by addition would overflow it to zero."""
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, -0x400000], dtype=torch.int32).repeat(256)
     out = torch.zeros(1024, dtype=torch.bfloat16)
     _round[(1,)](bits.view(torch.float32), out, SIZE=1024)
@@ -214,7 +213,7 @@ def test_row_addresses_pass_2_to_the_31() -> None:
 
 
 def test_linear_reads_and_writes_rows_past_2_to_the_31_elements() -> None:
-    """Three rows 2^30 elements apart, in memory that is reserved and never filled."""
+    """Three rows that are 2^30 elements apart, in memory that is reserved but never touched."""
     stride, k, n = 2**30 + 64, 64, 32
     case = cases.linear(3, n, k, out=torch.bfloat16)
     far = torch.empty(2 * stride + k, dtype=torch.int8).as_strided((3, k), (stride, 1))

@@ -1,6 +1,4 @@
-"""One step of whole models, one block against fp32 and the search for tiles, with every kernel
-forced to Triton's interpreter.
-"""
+"""Runs whole models, a block and the search for tiles with all kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ CONFIG = tiny_config(num_layers=1)
 
 
 class Compared:
-    """`quantized_linear` of both backends side by side; `same`: one entry per call."""
+    """Runs `quantized_linear` on both backends; `same` has one entry per call."""
 
     def __init__(self, exact: bool) -> None:
         self.linear, self.reference = ops.quantized_linear, ops.OPS["quantized_linear"].reference
@@ -50,7 +48,7 @@ class Compared:
 def one_step(
     pipeline: Pipeline, request: Request, monkeypatch: pytest.MonkeyPatch, exact: bool
 ) -> tuple[Compared, float]:
-    """What `Compared` saw, and the mean difference of the frames in grey levels of 255."""
+    """Return the comparison and the mean difference of the frames, in grey levels of 255."""
     monkeypatch.setenv("LOWVRAM_BACKEND", "reference")
     expected = pipeline.generate(request).frames
     monkeypatch.setenv("LOWVRAM_BACKEND", "triton")
@@ -76,11 +74,10 @@ def test_one_step_gives_the_bits_of_the_reference_in_every_int8_linear(
 def test_one_step_of_the_demo_gives_the_bits_of_the_reference_in_every_linear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model that ships, quantized here: 64x64, 9 frames, 48 tokens, four blocks, heads of 64;
-    without guidance, for its time.
+    """The demo model, quantized here: 64x64, 9 frames, 48 tokens, four blocks, heads of 64.
 
-    Frames differ where a probability or a row's code rounds the other way: by less than one of 255
-    grey levels in the mean.
+    Without guidance, to save time. Frames differ where a probability or a row's code rounds
+    differently: by less than one of 255 grey levels in the mean.
     """
     quantize(MODEL, tmp_path / "model", "int8")
     with open_store(tmp_path / "model") as store:
@@ -101,8 +98,9 @@ def test_one_step_of_the_demo_gives_the_bits_of_the_reference_in_every_linear(
 
 @pytest.mark.parametrize("pv", ["int8", "fp8"])
 def test_a_block_on_triton_is_close_to_fp32(monkeypatch: pytest.MonkeyPatch, pv: str) -> None:
-    """Cosine 0.9995 at least of an int8 block's output and of what it adds, outlier channels among
-    its inputs; less with e4m3 values.
+    """Cosine of at least 0.9995 of an int8 block's output and of what it adds to its input.
+
+    The inputs have outlier channels. With e4m3 values the limit of what it adds is lower.
     """
     monkeypatch.setenv("LOWVRAM_BACKEND", "triton")
     found = {
@@ -115,9 +113,7 @@ def test_a_block_on_triton_is_close_to_fp32(monkeypatch: pytest.MonkeyPatch, pv:
 
 
 def test_tiles_are_searched_among_candidates_that_agree(capsys: pytest.CaptureFixture[str]) -> None:
-    """The search that `scripts/tune.py` makes on a GPU, at toy sizes; a tile whose result differs
-    is left out and named.
-    """
+    """The search of `scripts/tune.py` at toy sizes; a tile with a wrong result is named."""
     task = tune.linear_task("ffn.2 +=", 40, 64, 96, torch.int8, "cpu")
     found = tune.search(
         task, [LinearTile(32, 32, 32, 4, 1), LinearTile(16, 64, 64, 4, 1)], "cpu", repeats=1

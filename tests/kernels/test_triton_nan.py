@@ -1,5 +1,6 @@
-"""A NaN comes out of every kernel that it goes into (promise 20): the references keep it, and
-the run's watch looks for it.
+"""Tests that NaN in an input reaches the output of every kernel (promise 20).
+
+The references keep NaN, and a run stops when it finds one.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from lowvram_kernels.tuning import PV_DTYPES
 from tests.kernels import cases
 
 NAN = float("nan")
-# numpy warns of what a GPU does without a word.
+# numpy warns where a GPU does not.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value encountered", "ignore:overflow encountered", "ignore:All-NaN slice"
 )
 
 
 def with_nan(case: cases.Case, name: str, *where: int) -> dict[str, torch.Tensor]:
-    """What Triton gives with one NaN, or a slice of them, in an input; the reference has NaN in the
-    same places.
+    """Return Triton's outputs with NaN at `where` in an input.
+
+    The reference must have NaN in the same places.
     """
     poisoned = case.inputs[name].clone()
     poisoned[where] = NAN
@@ -69,7 +71,7 @@ def test_a_linear_hands_nan_on(name: str) -> None:
     ("name", "where"), [("q_scale", (0, 1)), ("k_scale", (0,)), ("v_scale", (0, 5, 1))]
 )
 def test_attention_hands_nan_on(pv: str, name: str, where: tuple[int, ...]) -> None:
-    """Of one query's scale to its row, of all keys' and of one tile's values to every row."""
+    """NaN in a query's scale reaches its row; in all keys' or a tile's value scales, every row."""
     case = cases.attention(3, 70, 1, pv=pv)
     out = case.outputs["out"].cut(with_nan(case, name, *where)["out"])
     assert bool(out[1].isnan().any())

@@ -1,4 +1,4 @@
-"""Row quantization, GELU and adaLN in Triton's interpreter."""
+"""Tests row quantization, GELU and adaLN in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.kernels import cases
 
 OPS = ("adaln_quantize", "quantize_rows", "gelu_quantize")
 CODES = {"int8": torch.int8, "fp8": cases.E4M3}
-# numpy warns where exp(-u) is infinite, and x / infinity is the zero that GELU has there.
+# numpy warns where exp(-u) is infinite; x / infinity is 0 there, the correct GELU.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
 
@@ -63,7 +63,7 @@ def test_p18_a_wrong_argument_of_a_row_kernel_shows(
 def test_p18_a_wrong_constant_of_a_row_kernel_shows(
     monkeypatch: pytest.MonkeyPatch, op: str, constant: str, value: float, code: str
 ) -> None:
-    """Truncation instead of rounding, scales that are one step off."""
+    """Truncation instead of rounding; scales that are one step off."""
     case = cases.rows(op, 3, 512, code=CODES[code], rotated=False)
     monkeypatch.setattr(common_triton, constant, tl.constexpr(value))
     assert case.mismatch()
@@ -72,7 +72,7 @@ def test_p18_a_wrong_constant_of_a_row_kernel_shows(
 def test_p18_halves_rounded_to_odd_show(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.rows("quantize_rows", 3, 512, code=torch.int8, rotated=False)
     halves = torch.arange(512).remainder(250) / 2 - 60.0
-    halves[0] = 127  # a scale of 1
+    halves[0] = 127  # the scale of the row becomes 1
     case.inputs["x"][:] = halves
     assert not case.mismatch()
     monkeypatch.setattr(common_triton, "ROUND", tl.constexpr(12582911.0))
@@ -80,7 +80,7 @@ def test_p18_halves_rounded_to_odd_show(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_rows_past_2_to_the_31_elements() -> None:
-    """The third of three rows 2^30 elements apart, in memory that is reserved and never filled."""
+    """Three rows that are 2^30 elements apart, in memory that is reserved but never touched."""
     stride, k = 2**30 + 256, 256
     case = cases.rows("quantize_rows", 3, k, code=torch.int8, rotated=True, x=torch.bfloat16)
     adaln = cases.rows("adaln_quantize", 3, k, code=torch.int8, rotated=True, x=torch.bfloat16)

@@ -1,5 +1,6 @@
-"""GEMM and attention compile with the oldest and the newest supported Triton, and all documents
-name the same range.
+"""Compiles the GEMM and attention with the oldest and newest supported Triton.
+
+Also checks that all documents name the same range of versions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ENDS = ("3.6.0", "3.9.0")
 
 
 def installed(version: str) -> Path:
-    """A folder with this Triton alone, kept below build/ for the next run."""
+    """Return a folder with this Triton alone; it is kept in build/ for the next run."""
     folder = ROOT / "build" / f"triton-{version}"
     if folder.exists():
         return folder
@@ -54,9 +55,7 @@ def installed(version: str) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="triton compiles on Linux alone")
 @pytest.mark.parametrize("version", ENDS)
 def test_kernels_compile_with_both_ends_of_the_range(version: str) -> None:
-    """Those with gates: no spill, copies of 16 bytes, matrix instructions, and no fused sum in an
-    int8 linear.
-    """
+    """Gates: no spill, 16-byte copies, matrix instructions, no fused sum in an int8 linear."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [
         str(installed(version)),
@@ -71,7 +70,7 @@ def test_kernels_compile_with_both_ends_of_the_range(version: str) -> None:
         "--jobs",
         "2",
     ]
-    # sm_86 differs from sm_89 by having no e4m3
+    # sm_86 is left out: it is sm_89 without e4m3
     command += ["--arch", "sm_80", "sm_89", "sm_90", "sm_120", "gfx1100"]
     done = subprocess.run(
         command,
@@ -116,7 +115,7 @@ def test_all_documents_name_the_same_range() -> None:
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """What is installed: package -> version."""
+    """Installed packages: name -> version."""
     packages: dict[str, str] = {}
 
     def version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""The quantizer from a checkpoint to a store: what is stored, what is refused, what is reported."""
+"""Tests the conversion of a checkpoint to a store: contents, errors and report."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from lowvram_quantize import build, recipe
 from lowvram_quantize.convert import quantize
 from lowvram_quantize.int8 import dequantize_int8
-from lowvram_quantize.progress import Progress
+from lowvram_quantize.journal import RunJournal
+from lowvram_quantize.progress import QuantizeProgress
 from lowvram_quantize.report import read_report, summarize, summary_table
 from lowvram_quantize.rotate import rotate
-from lowvram_quantize.state import RunState
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -62,7 +62,7 @@ class Stopped(Exception):
 
 
 class StopAt:
-    """A progress callback that ends the run at the n-th event of the phase."""
+    """A progress callback that aborts the run at the n-th event of the phase."""
 
     def __init__(
         self, count: int, phase: str = "quantize", error: type[BaseException] = Stopped
@@ -71,7 +71,7 @@ class StopAt:
         self.phase = phase
         self.error = error
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: QuantizeProgress) -> None:
         self.count -= progress.phase == self.phase
         if self.count == 0:
             raise self.error
@@ -149,7 +149,7 @@ def test_both_layouts_give_the_same_files(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "one")
     quantize(write_diffusers(tmp_path / "diffusers", CONFIG), tmp_path / "two")
     one, two = hashes(tmp_path / "one"), hashes(tmp_path / "two")
-    assert one.pop(MANIFEST_NAME) != two.pop(MANIFEST_NAME)  # which names the source
+    assert one.pop(MANIFEST_NAME) != two.pop(MANIFEST_NAME)  # the manifest names the source
     assert one == two
 
 
@@ -187,7 +187,7 @@ def test_p01_a_stopped_run_is_resumed_to_the_same_bytes(
         quantize(source, tmp_path / "m", progress=StopAt(stop))
     with pytest.raises(CheckpointError, match="--resume"):
         open_store(tmp_path / "m")
-    events: list[Progress] = []
+    events: list[QuantizeProgress] = []
     quantize(source, tmp_path / "m", resume=True, progress=events.append)
     assert {event.phase for event in events} == {"quantize"}  # the search for NaN is not repeated
     assert hashes(tmp_path / "m") == hashes(tmp_path / "whole")
@@ -198,7 +198,7 @@ def test_resume_where_there_is_nothing_starts_and_where_all_is_done_does_nothing
 ) -> None:
     quantize(source, tmp_path / "m", resume=True)
     before = hashes(tmp_path / "m")
-    events: list[Progress] = []
+    events: list[QuantizeProgress] = []
     report = quantize(source, tmp_path / "m", resume=True, progress=events.append)
     assert not events
     assert report.tensors
@@ -209,7 +209,7 @@ def test_resume_measures_again_what_the_state_lost(source: Path, tmp_path: Path)
     quantize(source, tmp_path / "whole")
     with pytest.raises(Stopped):
         quantize(source, tmp_path / "m", progress=StopAt(100))
-    state = tmp_path / "m" / STAGING_NAME / build.STATE_NAME
+    state = tmp_path / "m" / STAGING_NAME / build.JOURNAL_NAME
     lines = state.read_bytes().splitlines(keepends=True)
     assert len(lines) > 10
     state.write_bytes(b"".join(lines[:4]) + b'{"component": "hi')
@@ -223,7 +223,7 @@ def test_p05_another_format_is_refused_with_both(source: Path, tmp_path: Path) -
     with pytest.raises(ResumeError, match=r"format was int8, now fp8"):
         quantize(source, tmp_path / "m", "fp8", resume=True)
     quantize(source, tmp_path / "m", "int8", resume=True)
-    with pytest.raises(ResumeError, match=r"format was int8, now fp8"):  # a finished store as well
+    with pytest.raises(ResumeError, match=r"format was int8, now fp8"):  # also for a finished store
         quantize(source, tmp_path / "m", "fp8", resume=True)
 
 
@@ -251,7 +251,7 @@ def test_p05_another_source_is_refused(tmp_path: Path) -> None:
 def test_a_source_that_changes_under_the_run_gives_no_store(tmp_path: Path) -> None:
     source = write_official(tmp_path / "source", CONFIG)
 
-    def touch(progress: Progress) -> None:
+    def touch(progress: QuantizeProgress) -> None:
         if progress.phase == "quantize":
             os.utime(source / "Wan2.1_VAE.safetensors", ns=(1, 1))
 
@@ -367,8 +367,8 @@ def test_p02_files_of_the_user_that_end_in_partial_survive(source: Path, tmp_pat
     (model / "thesis.partial-draft").mkdir(parents=True)
     (model / "thesis.partial-draft" / "one.txt").write_text("years")
     (model / "movie.mkv.partial").write_text("hours")
-    (model / "vae.safetensors.partial").mkdir()  # a folder: no run makes one of this name
-    # nor are they taken for an unfinished run
+    (model / "vae.safetensors.partial").mkdir()  # no run creates a folder of this name
+    # the files above are not taken for an unfinished run
     with pytest.raises(CheckpointError, match="it is not a complete quantized model"):
         open_store(model)
     for name in (
@@ -405,7 +405,7 @@ def test_p06_too_little_room_is_told_before_any_work(
 ) -> None:
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    events: list[Progress] = []
+    events: list[QuantizeProgress] = []
     with pytest.raises(DiskFullError, match=r"needs .* MB, .*1\.00 MB free"):
         quantize(source, tmp_path / "m", progress=events.append)
     assert not events
@@ -413,7 +413,7 @@ def test_p06_too_little_room_is_told_before_any_work(
 
 
 def test_progress_counts_bytes_speed_and_time_left(source: Path, tmp_path: Path) -> None:
-    events: list[Progress] = []
+    events: list[QuantizeProgress] = []
     quantize(source, tmp_path / "m", progress=events.append)
     for phase in ("scan", "quantize"):
         of_phase = [event for event in events if event.phase == phase]
@@ -423,19 +423,19 @@ def test_progress_counts_bytes_speed_and_time_left(source: Path, tmp_path: Path)
         assert {event.component for event in of_phase} == set(COMPONENTS)
         assert all(event.bytes_per_s > 0 for event in of_phase)
         assert of_phase[0].left_s > 0 == of_phase[-1].left_s
-    # scan first
+    # the scan comes first
     assert [event.phase for event in events] == sorted(
         (event.phase for event in events), reverse=True
     )
 
 
 def test_a_resumed_run_counts_what_is_done_but_not_as_speed(source: Path, tmp_path: Path) -> None:
-    whole: list[Progress] = []
+    whole: list[QuantizeProgress] = []
     quantize(source, tmp_path / "whole", progress=whole.append)
     whole = [event for event in whole if event.phase == "quantize"]
     with pytest.raises(Stopped):
         quantize(source, tmp_path / "m", progress=StopAt(100))
-    events: list[Progress] = []
+    events: list[QuantizeProgress] = []
     quantize(source, tmp_path / "m", resume=True, progress=events.append)
     assert [(event.tensor, event.done_bytes) for event in events] == [
         (event.tensor, event.done_bytes) for event in whole[100:]
@@ -506,13 +506,13 @@ def test_a_state_cut_at_any_byte_keeps_its_whole_lines(source: Path, tmp_path: P
     with pytest.raises(Stopped):
         quantize(source, tmp_path / "m", progress=StopAt(8))
     lines = (
-        (tmp_path / "m" / STAGING_NAME / build.STATE_NAME).read_bytes().splitlines(keepends=True)
+        (tmp_path / "m" / STAGING_NAME / build.JOURNAL_NAME).read_bytes().splitlines(keepends=True)
     )
     content = json.dumps({"identity": identity}).encode() + b"\n" + b"".join(lines[1:4])
     path = tmp_path / "state"
     for length in range(len(content) + 1):
         path.write_bytes(content[:length])
-        with RunState(path, identity) as state:
+        with RunJournal(path, identity) as state:
             assert len(state.errors) == max(0, content[:length].count(b"\n") - 1)
         assert path.read_bytes().startswith(b'{"identity": {"format": "int8"}}\n')
         assert path.read_bytes().endswith(b"\n")

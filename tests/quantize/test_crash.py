@@ -1,4 +1,4 @@
-"""The quantizer under SIGKILL, full disks, rival runs and tight memory."""
+"""Tests the quantizer under SIGKILL, full disks, concurrent runs and little memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The files of an uninterrupted run."""
+    """Return the file hashes of an uninterrupted run."""
     model = tmp_path_factory.mktemp("whole") / "m"
     quantize(source, model)
     return hashes(model)
@@ -55,19 +55,17 @@ def hashes(model: Path) -> dict[str, str]:
 
 
 def start(work: Callable[[], Any]) -> int:
-    """Runs `work` in a forked process and returns its id; it ends with 0, or 1 where `work`
-    raised.
-    """
+    """Run `work` in a forked process and return its id; it exits with 0, or 1 if `work` raised."""
     child = os.fork()
     if child:
         return child
     code = 1
     with (
         contextlib.suppress(BaseException),
-        # journal within a file, as large models do
+        # several journal entries per file, as with large models
         mock.patch.object(build, "StoreWriter", partial(StoreWriter, sync_bytes=100_000)),
     ):
-        torch.set_num_threads(1)  # the parent's pool of threads did not come along
+        torch.set_num_threads(1)  # fork does not copy the parent's threads
         work()
         code = 0
     os._exit(code)
@@ -79,8 +77,9 @@ def wait(child: int) -> int:
 
 @dataclass
 class Ticker:
-    """Counts a forked run's progress reports in its parent, so that a kill lands at a chosen point
-    however slow the machine is.
+    """Counts the progress reports of a forked run in its parent.
+
+    So a kill can be timed by the number of reports, however slow the machine is.
     """
 
     ends: tuple[int, int] = field(default_factory=os.pipe)
@@ -94,7 +93,7 @@ class Ticker:
         return child
 
     def wait_for(self, count: int) -> int:
-        """Waits for `count` reports or the end of the run; returns how many came."""
+        """Wait for `count` reports or the end of the run; return the number of reports."""
         seen = 0
         while seen < count and os.read(self.ends[0], 1):
             seen += 1
@@ -105,7 +104,7 @@ class Ticker:
 
 
 def count_reports(source: Path, model: Path) -> int:
-    """The progress reports of an uninterrupted run."""
+    """Return the number of progress reports of an uninterrupted run."""
     ticker = Ticker()
     child = ticker.start(partial(quantize, source, model, threads=1, progress=ticker.report))
     seen = ticker.wait_for(1 << 30)
@@ -122,7 +121,7 @@ def test_p01_killed_at_any_moment_and_resumed_it_ends_in_the_same_bytes(
     draw, stages, done = random.Random(7), set(), 0
     for number in range(KILLS // 2):
         model = tmp_path / str(number)
-        # the second run continues the first, so it has less to report
+        # the second run continues the first, so it has fewer reports
         for latest in (reports, reports // 2):
             ticker = Ticker()
             child = ticker.start(
@@ -148,7 +147,7 @@ def test_p01_killed_at_any_moment_and_resumed_it_ends_in_the_same_bytes(
 
 
 def stage(model: Path) -> str:
-    """The file that a killed run was writing."""
+    """Return the component whose file a killed run was writing, or "none"."""
     partials = [
         path.name.split(".")[0] for path in (model / STAGING_NAME).glob("*.safetensors.partial")
     ]
@@ -156,12 +155,15 @@ def stage(model: Path) -> str:
 
 
 class Crash(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 @pytest.fixture
 def crash_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], list[int]]:
-    """Makes the n-th call of a function of `os` end the process; the list counts the calls."""
+    """Return a function that makes the n-th call of a function of `os` raise `Crash`.
+
+    It returns a list that holds the number of calls.
+    """
 
     def install(name: str, count: int) -> list[int]:
         real, calls = getattr(os, name), [0]
@@ -208,13 +210,13 @@ def test_p01_a_crash_between_any_two_renames_is_resumed(
                 assert store.format == "fp32"
         quantize(source, model, resume=True)
         assert hashes(model) == whole
-    # files and notes in the staging folder, then files, tokenizer, report and manifest to their
-    # names
+    # Renames: four component files and tokenizer, report and manifest in the staging folder, then
+    # all seven to their final names. The last attempt is the one without a crash.
     assert count == 1 + 4 + 3 + 7
 
 
 class FullDisk:
-    """`os.write` on a disk that fills up: a short write, then ENOSPC for ever."""
+    """Replaces `os.write` with one on a disk that fills up: a short write, then ENOSPC."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room_bytes: int) -> None:
         self.room_bytes = room_bytes

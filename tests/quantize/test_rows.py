@@ -1,5 +1,6 @@
-"""Rotation, int8 and fp8 against formulas written down a second time, and their independence of
-chunks and threads.
+"""Tests rotation, int8 and fp8 against independent formulas.
+
+Also checks that the results do not depend on chunks and threads.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def test_rotate_leaves_its_input() -> None:
 
 
 def naive_int8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One row at a time in numpy fp32."""
+    """Quantize to int8 one row at a time, in numpy fp32."""
     codes, scales = np.empty(weight.shape, np.int8), np.empty((len(weight), 1), np.float32)
     for index, row in enumerate(weight):
         scales[index] = max(
@@ -105,8 +106,9 @@ def test_int8_rounds_half_to_even(engine: RowEngine) -> None:
 
 
 def e4m3_values() -> np.ndarray:
-    """All finite values of e4m3fn by its definition: 4 bits of exponent with bias 7, 3 of mantissa,
-    0x7f is NaN.
+    """Return all finite non-negative values of e4m3fn from its definition.
+
+    4 bits of exponent with bias 7, 3 bits of mantissa; 0x7f is NaN.
     """
     codes = np.arange(127)
     exponent, mantissa = codes >> 3, codes & 7
@@ -116,7 +118,7 @@ def e4m3_values() -> np.ndarray:
 
 
 def naive_fp8(quotients: np.ndarray) -> np.ndarray:
-    """The code of the nearest value, the even code where two are as near."""
+    """Return the code of the nearest value, the even code in a tie."""
     values = e4m3_values()
     distance = np.abs(np.abs(quotients.astype(np.float64))[..., None] - values)
     odd = np.arange(127) & 1
@@ -179,8 +181,7 @@ def test_p04_neither_chunks_nor_threads_change_a_bit(
             quantize_int8(weight, one, False),
             quantize_fp8(weight, one),
         ]
-    # The default of `over_rows` was bound at definition, so it is the function's default that
-    # changes.
+    # The default of `over_rows` is bound at definition, so change the default itself.
     monkeypatch.setattr(RowEngine.over_rows, "__defaults__", (chunk_elements,))
     with RowEngine(threads) as many:
         found = [
@@ -224,7 +225,8 @@ def test_errors_are_those_of_the_dequantized_weight(engine: RowEngine) -> None:
         torch.cosine_similarity(values.flatten(), restored.flatten(), dim=0).item(), abs=1e-6
     )
     assert error.largest == pytest.approx((restored - values).abs().max().item(), rel=1e-5)
-    # The rotation is orthogonal: the error in the rotated space is that of the weight turned back.
+    # The rotation is orthogonal, so the error in the rotated space equals that of the weight
+    # rotated back.
     back = rotate(restored.float()).double() - weight.double()
     assert (back**2).sum().item() == pytest.approx(noise.item(), rel=1e-3)
 

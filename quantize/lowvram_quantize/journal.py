@@ -1,8 +1,8 @@
-"""The journal of a run: its identity, and the error of every tensor that lost anything.
+"""The journal of a quantizer run: its identity and the error of every lossy tensor.
 
-JSON lines, the identity first. The identity is synced before anything else is written; the rest is
-a note (what is written, the writer's own journals say): a line that a crash took is made again from
-the source.
+A file of JSON lines, the identity first, which is synced before anything else is written. Errors
+are not synced: those that a crash removes are measured again from the source. The writer keeps its
+own journals of the tensors written.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from lowvram_quantize.recipe import check_same
 from lowvram_quantize.report import TensorError
 
 
-class RunState:
-    """Errors by (component, tensor). Its file's existence says that the source was searched for NaN
-    and found clean.
+class RunJournal:
+    """The errors of a run by (component, tensor), kept in a file.
+
+    The file exists only after the source has been checked for NaN and infinity.
     """
 
     def __init__(self, path: Path, identity: dict[str, str]) -> None:
-        """Starts the journal, or continues the one at `path`. Raises `ResumeError` where that has
-        another identity.
+        """Create the journal at `path`, or continue an existing one.
+
+        Raises `ResumeError` if it has another identity, `OutputError` if it cannot be written.
         """
         self.path = path
         self.errors: dict[tuple[str, str], TensorError] = {}
@@ -44,7 +46,7 @@ class RunState:
         except OSError as error:
             raise output_error(path, error) from error
 
-    def __enter__(self) -> RunState:
+    def __enter__(self) -> RunJournal:
         return self
 
     def __exit__(
@@ -56,6 +58,7 @@ class RunState:
         os.close(self._fd)
 
     def add(self, error: TensorError) -> None:
+        """Record the error of a tensor; raise `OutputError` if it cannot be written."""
         self.errors[error.component, error.name] = error
         try:
             self._append(asdict(error))
@@ -67,7 +70,7 @@ class RunState:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """The lines up to the first that a crash cut or garbled."""
+    """Return the lines before the first that a crash truncated or damaged."""
     if not path.exists():
         return []
     lines = []
