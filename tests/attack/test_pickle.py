@@ -8,9 +8,12 @@ import re
 import zipfile
 from pathlib import Path
 
+import lowvram_kernels
+import lowvram_quantize
 import pytest
 import torch
 
+import lowvram
 from lowvram.checkpoint.readers import pickle as pickle_import
 from lowvram.checkpoint.readers.pickle import PickleFile
 from lowvram.checkpoint.source import open_source
@@ -19,7 +22,6 @@ from lowvram.variants import COMPONENTS
 from tests.helpers.checkpoints import tiny_config, tiny_weights, write_official
 
 CONFIG = tiny_config()
-ROOT = Path(__file__).parents[2]
 
 
 class Payload:
@@ -152,8 +154,8 @@ def test_p13_torch_load_occurs_in_one_file_and_restricted() -> None:
     pattern = re.compile(r"torch\.load\(|pickle\.loads?\(|Unpickler\(|allow_pickle=True")
     sources = [
         path
-        for folder in ("lowvram", "kernels", "quantize")
-        for path in (ROOT / folder).rglob("*.py")
+        for package in (lowvram, lowvram_kernels, lowvram_quantize)
+        for path in Path(package.__path__[0]).rglob("*.py")
     ]
     users = [path for path in sources if pattern.search(path.read_text(encoding="utf-8"))]
     assert users == [Path(pickle_import.__file__)]
