@@ -1,4 +1,4 @@
-"""Ways of storing the experts' weights and of multiplying them: one `Format` per name."""
+"""Formats of the experts' weights, one `Format` each: storage dtype, rotation and marker."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ ROTATION_GROUP = 256
 
 @dataclass(frozen=True)
 class Format:
-    """How a format stores and multiplies the linears of an expert's blocks.
+    """How the linears of an expert's blocks are stored and multiplied.
 
-    weights: their dtype in a safetensors file; rest: that of the linears outside the blocks, in
-    which floats travel between operations too; marker: the `comfy_quant` JSON of a quantized
-    linear, None where nothing is quantized; rotated: whether inputs are rotated (ConvRot).
+    weights: dtype in a safetensors file; rest: dtype of the linears outside the blocks and of
+    activations between ops; marker: the `comfy_quant` JSON of a quantized linear, None for
+    unquantized formats; rotated: whether inputs are rotated (ConvRot).
     """
 
     name: str
@@ -31,12 +31,12 @@ class Format:
 
     @property
     def float_bytes(self) -> int:
-        """Bytes of a float in flight."""
+        """Bytes of one activation between ops."""
         return 4 if self.rest == "F32" else 2
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of an activation as linears read it."""
+        """Bytes of one input value of a linear."""
         return 1 if self.quantized else self.float_bytes
 
 

@@ -1,4 +1,6 @@
-"""From a prompt to frames, as phases that each hand their memory back before the next begins."""
+"""Run requests on a store: text, conditioning, denoising and decoding as phases, each of which
+releases its memory at its end.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Video:
-    """frames: [F, H, W, 3] uint8; `peak_bytes` are what the ledgers counted, by budget."""
+    """Decoded frames and how they were made. frames: [F, H, W, 3] uint8; peak_bytes: peaks counted
+    by the ledgers, by budget.
+    """
 
     frames: Tensor
     request: Request
@@ -56,8 +60,10 @@ class Video:
     peak_bytes: dict[str, int]
 
     def save(self, path: str | Path, *, overwrite: bool = False, scale: int = 1) -> None:
-        """H.264 in mp4, whose metadata holds the whole request. Raises `OutputError` where the file
-        exists and `overwrite` is not set.
+        """Write H.264 in mp4 with the request in its metadata. scale: enlarge each pixel this many
+        times.
+
+        Raises `OutputError` if the file exists and `overwrite` is not set.
         """
         metadata = clip_metadata(self.request, self.model)
         write_video(
@@ -71,17 +77,17 @@ class Video:
 
 
 def draw_noise(shape: LatentShape, seed: int) -> Tensor:
-    """[C, T, h, w] float32 from the CPU's generator, so that a seed means the same on every
-    machine.
+    """Noise [C, T, h, w] float32 from the CPU's generator, so that a seed gives the same noise on
+    every machine.
     """
     return torch.randn(shape.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def moved(expert: Expert, device: torch.device) -> Expert:
-    """Copies on `device` of all that an expert keeps, one after the other.
+    """Copy an expert's tensors to `device`, one after the other.
 
-    By way of the host and an empty cache they come to lie together: made between large weights,
-    tensors of a few megabytes would keep segments of hundreds in torch's allocator.
+    Copied by way of the host with an empty cache, they are packed into few segments. Made between
+    large weights, tensors of a few megabytes would keep segments of hundreds in torch's allocator.
     """
     time, modulation, contexts = expert.conditioning
     copies = [
@@ -96,8 +102,8 @@ def moved(expert: Expert, device: torch.device) -> Expert:
 class Pipeline:
     """A store, a device and two budgets. `generate` runs one request under a `MemoryPlan`.
 
-    On a CPU the VRAM budget bounds the loop's workspace, which then lies in host memory beside the
-    RAM budget.
+    On a CPU the VRAM budget bounds the denoising loop's workspace, which is host memory in addition
+    to the RAM budget.
     """
 
     def __init__(
@@ -110,10 +116,8 @@ class Pipeline:
         profile: MachineProfile | None = None,
         prompt_cache: PromptCache | None = None,
     ) -> None:
-        """profile: this machine's speeds, by which plans are chosen and their time predicted; None
-        where they were not measured.
-
-        prompt_cache: where prompts' features are kept between runs; None keeps none.
+        """profile: speeds of this machine, for choosing plans and predicting their time; None if
+        not measured. prompt_cache: cache of encoded prompts; None for no cache.
         """
         self.prompt_cache = prompt_cache
         self.store = store
@@ -128,8 +132,8 @@ class Pipeline:
         self.model = hashlib.sha256((store.path / "lowvram.json").read_bytes()).hexdigest()
 
     def plan(self, request: Request) -> MemoryPlan:
-        """Raises `BudgetError` naming the smallest budgets that would do, `UsageError` for an
-        impossible size.
+        """The memory plan of a request. Raises `BudgetError` with the smallest budgets that work,
+        `UsageError` for an impossible size.
         """
         workload, profile = self.workload(request), self.profile
         return choose_plan(
@@ -146,8 +150,8 @@ class Pipeline:
         return Workload.of_request(self.store.config, self.store.format, request)
 
     def request(self, prompt: str, **changes: Any) -> Request:
-        """A request with this model's defaults; `changes` are fields of `Request`, or `frames` and
-        `size`: (width, height) or "832x480".
+        """A request with this model's defaults. changes: fields of `Request`, or `frames` and
+        `size` ((width, height) or "832x480").
 
         Raises `UsageError` for unknown fields and impossible values.
         """
@@ -177,8 +181,8 @@ class Pipeline:
         return Request(prompt=prompt, **values)
 
     def __call__(self, prompt: str, **settings: Any) -> Video:
-        """`pipe(prompt="…", seed=0, size=(832, 480), frames=81)`: one video with this model's
-        defaults.
+        """Generate one video: `pipe(prompt="…", seed=0, size=(832, 480), frames=81)`. settings: as
+        in `request`.
         """
         return self.generate(self.request(prompt, **settings))
 
@@ -193,10 +197,11 @@ class Pipeline:
         resume: bool = False,
         listener: Listener = silent,
     ) -> Video:
-        """state_file: where latents and solver are kept after each step; `resume` continues from it
-        and ends in the same bits.
+        """Run one request.
 
-        noise: [C, T, h, w] float32 instead of the seed's. Raises `LowvramError`s only, and
+        plan: a plan other than the one that `plan` chooses; noise: [C, T, h, w] float32 in place of
+        the seed's; state_file: file for latents and solver state, written after each step; resume:
+        continue from that file, with the same result. Raises `LowvramError`s only, and
         `KeyboardInterrupt`.
         """
         return_freed_memory()
@@ -214,6 +219,7 @@ class Pipeline:
         )
 
     def new_run(self, request: Request, plan: MemoryPlan, listener: Listener = silent) -> Run:
+        """A run of `request` under `plan` on this pipeline's store and device."""
         return Run(self.store, self.device, self.host, request, plan, listener, self._transport)
 
     def latents(
@@ -223,8 +229,8 @@ class Pipeline:
         state_file: Path | None = None,
         resume: bool = False,
     ) -> Tensor:
-        """Text, conditioning and the denoising loop: the clean latents, [C, T, h, w] float32 on the
-        device.
+        """Text, conditioning and denoising: the clean latents, [C, T, h, w] float32 on the device.
+        Arguments as in `generate`.
         """
         request, shape = run.request, run.workload.latents
         schedule = make_schedule(request.solver, request.steps, request.shift)
@@ -266,13 +272,13 @@ class Pipeline:
         return denoise_within_budgets(run, experts, schedule, solver, latents, on_step)
 
     def prompt_tokens(self, request: Request) -> dict[str, dict[str, int]]:
-        """`tokens` of each prompt, its end included, and how many of them are `kept`: no model
-        reads more than its `text_len`.
+        """Token counts of each prompt, the end token included: `tokens`, and `kept` after
+        truncation to the model's `text_len`.
         """
         return prompt_tokens(self.store, request)
 
     def _load_state(self, path: Path, request: Request, values: str, solver: Solver) -> Tensor:
-        """The latents of an interrupted run, on the device; `solver` goes on from its step."""
+        """Latents of an interrupted run, on the device; sets the solver's state."""
         state = load_state(path, request, self.model, values)
         solver.load_state_dict(
             {
@@ -339,14 +345,11 @@ def load(
     device: str = "auto",
     prompt_cache: bool = True,
 ) -> Pipeline:
-    """Opens a quantized model. vram, ram: bytes, or text like `8GiB`, or `auto` for what is free
-    now.
+    """Open a quantized model. vram, ram: bytes, text such as `8GiB`, or `auto` for a share of the
+    free memory; prompt_cache: whether to cache encoded prompts on disk.
 
-    prompt_cache: whether prompts' features are kept in the user's cache folder, so that a repeated
-    prompt loads no text encoder.
-
-    Raises `CheckpointError` where MODEL is not a store, `UsageError` for a budget or device that
-    cannot be read.
+    Raises `CheckpointError` if `model` is not a store, `UsageError` for an invalid budget or
+    device.
     """
     from lowvram.doctor.kernel_check import trust_kernels_before_a_run
     from lowvram.doctor.measure import on_disk_of, this_machine

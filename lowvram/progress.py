@@ -1,4 +1,4 @@
-"""What a running job tells whoever watches: one event type, and the time left estimated from it."""
+"""Progress events of a run, with the estimated time left."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` units of `phase` are over; `seconds_left` is None until one unit has been
-    timed.
+    """One event: `done` of `total` units of `phase` are finished. seconds_left is None until a unit
+    was timed.
     """
 
     phase: str
@@ -24,12 +24,12 @@ Listener = Callable[[Progress], None]
 
 
 def silent(event: Progress) -> None:
-    """A listener that ignores everything."""
+    """A listener that ignores all events."""
 
 
 class PhaseClock:
-    """Reports one phase: the time left is the mean time of the units done here, times those that
-    remain.
+    """Report the progress of one phase. Time left: the mean time of the finished units, times the
+    remaining ones.
     """
 
     def __init__(self, listener: Listener, phase: str, total: int, first: int = 0) -> None:
@@ -38,6 +38,7 @@ class PhaseClock:
         self.report(first)
 
     def report(self, done: int, detail: str = "") -> None:
+        """Send an event: `done` units are finished."""
         finished = done - self._first
         left = (
             (time.monotonic() - self._began) / finished * (self._total - done)

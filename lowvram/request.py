@@ -25,8 +25,8 @@ _DEFAULTS = SamplingDefaults()
 
 @dataclass(frozen=True)
 class Request:
-    """One video. Guidance, shift and steps are those of the official code; `guidance_high` goes
-    with the high-noise expert.
+    """A request for one video. Defaults of guidance, shift and steps are the official ones;
+    `guidance_high` belongs to the high-noise expert.
     """
 
     prompt: str
@@ -75,7 +75,7 @@ class Request:
 
 
 def check_clip(width: int, height: int, num_frames: int, steps: int) -> None:
-    """What a request and a plan both ask: sizes are multiples of 16, frames 4n+1, steps 1 to
+    """Check a clip's size and steps: width and height multiples of 16, frames 4n+1, steps 1 to
     `MAX_STEPS`. Raises `UsageError`.
     """
     for name, value in (
@@ -127,7 +127,7 @@ def _check_text(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class LatentShape:
-    """Latents `[channels, frames, height, width]` of one clip and the DiT's token grid over
+    """Shape of a clip's latents [channels, frames, height, width], and the DiT's token grid over
     them.
     """
 
@@ -139,16 +139,18 @@ class LatentShape:
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens of the DiT."""
         return math.prod(self.grid)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """(channels, frames, height, width)."""
         return (self.channels, self.frames, self.height, self.width)
 
 
 def latent_shape(config: ModelConfig, width: int, height: int, num_frames: int) -> LatentShape:
-    """Raises `UsageError` where the size does not divide into the VAE's cells and the DiT's
-    patches.
+    """The latents of a clip in pixels. Raises `UsageError` if the size is no multiple of the VAE's
+    stride times the DiT's patch.
     """
     pt, ph, pw = config.dit.patch_size
     stride = config.vae.spatial_stride
@@ -186,7 +188,8 @@ class Workload:
         num_frames: int | None = None,
         steps: int | None = None,
     ) -> Workload:
-        """A video with the model's defaults for what is None; size: (width, height) in pixels.
+        """A video with the model's defaults for arguments that are None. size: (width, height) in
+        pixels.
 
         Raises `UsageError` for an unknown format and for a clip that no request accepts.
         """
@@ -226,11 +229,14 @@ class Workload:
 
     @cached_property
     def latents(self) -> LatentShape:
-        """Raises `UsageError` where the size does not divide into the VAE's cells and patches."""
+        """The clip's latents. Raises `UsageError` if the size is no multiple of the VAE's stride
+        times the DiT's patch.
+        """
         return latent_shape(self.config, self.width, self.height, self.num_frames)
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens of the DiT."""
         return self.latents.num_tokens
 
     @property

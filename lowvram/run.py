@@ -1,6 +1,4 @@
-"""One request under one memory plan: its ledgers, its streams, and what happens when memory is
-gone.
-"""
+"""One request under one plan: ledgers, block streams and retries after out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -31,11 +29,11 @@ T = TypeVar("T")
 
 
 class Run:
-    """What every phase of a request works with. `vram` and `ram` count what is handed out and
-    refuse more than the plan grants.
+    """State shared by the phases of a request. vram, ram: ledgers that refuse more than the plan
+    grants.
 
-    lean: the phase at work is to do with the least it can (`Phase.leaner`); resumable: finished
-    steps of this request are saved.
+    lean: the current phase is to use its leaner way (`Phase.leaner`); resumable: finished steps of
+    this request are saved.
     """
 
     def __init__(
@@ -48,7 +46,7 @@ class Run:
         listener: Listener,
         make_transport: Callable[[], Transport],
     ) -> None:
-        """make_transport: how blocks reach the device, made anew for every stream."""
+        """make_transport: makes the transport of a stream; called for every stream."""
         self.store, self.device, self.host = store, device, host
         self.request, self.plan, self.listener = request, plan, listener
         self._make_transport = make_transport
@@ -62,6 +60,7 @@ class Run:
 
     @property
     def workload(self) -> Workload:
+        """The workload of the request."""
         return self.plan.workload
 
     def describe(self, choice: PlanChoice) -> MemoryPlan:
@@ -69,13 +68,14 @@ class Run:
         return describe_plan(self.workload, choice, self.host)
 
     def go_on_with(self, plan: MemoryPlan) -> None:
-        """From here on the ledgers grant what this plan does."""
+        """Replace the plan; the ledgers grant what the new one does."""
         self.plan = plan
         self.vram.limit_bytes, self.ram.limit_bytes = plan.peak_vram_bytes, plan.peak_ram_bytes
 
     def stream(
         self, schedule: Sequence[BlockId], buffers: Buffers
     ) -> AbstractContextManager[Blocks]:
+        """Open a stream of the blocks in `schedule`."""
         return open_stream(
             self.store.files,
             schedule,
@@ -112,8 +112,8 @@ class Run:
         return retry_out_of_memory(self.device, work, recover)
 
     def exhausted(self, phase: str, where: str, short: str, failure: str) -> OutOfMemoryError:
-        """What the phase needs by the plan that the run has come down to, and what there is to do
-        about it. phase: its name in the plan.
+        """The error for a phase that found too little memory: what it needs by the current plan,
+        and what to do. phase: its name in the plan; short: the budget.
         """
         planned = {
             peak.phase: peak.vram_bytes if short == VRAM else peak.ram_bytes
@@ -148,7 +148,7 @@ def _leaner(phase: str) -> str | None:
 
 
 def _follows_the_size(phase: str, short: str, host: bool) -> bool:
-    """Whether a smaller or shorter video lessens what the phase takes of a budget. host: both
-    budgets are the same memory.
+    """Whether a smaller or shorter video reduces the phase's use of a budget. host: both budgets
+    are the same memory.
     """
     return phase == "denoise" or (phase == "decode" and (short == RAM or host))

@@ -1,6 +1,4 @@
-"""The official sigmas and timesteps as numbers (spec section 5.1), and which expert works at which
-timestep.
-"""
+"""Official sigmas and timesteps as numbers (spec section 5.1), and the expert of each timestep."""
 
 from __future__ import annotations
 
@@ -16,13 +14,13 @@ def shifted(sigma: float, shift: float) -> float:
 
 
 def sigmas(steps: int, shift: float) -> list[float]:
-    """shifted(FIRST_SIGMA * (1 - i / N)) of every step, in fp64."""
+    """Sigma of every step: shifted(FIRST_SIGMA * (1 - i / N)), in fp64."""
     spacing = -FIRST_SIGMA / steps  # added as numpy.linspace adds it, for the same last bit
     return [shifted(i * spacing + FIRST_SIGMA, shift) for i in range(steps)]
 
 
 def timesteps(steps: int, shift: float) -> list[int]:
-    """trunc(1000 * sigma) of every step: what the model is told."""
+    """The model's input timestep of every step: trunc(1000 * sigma)."""
     return [int(NUM_TRAIN_TIMESTEPS * sigma) for sigma in sigmas(steps, shift)]
 
 
@@ -32,5 +30,5 @@ def expert_of(timestep: int, boundary: float) -> str:
 
 
 def high_noise_steps(steps: int, shift: float, boundary: float) -> int:
-    """How many of the steps the high-noise expert works."""
+    """Number of steps of the high-noise expert."""
     return sum(expert_of(timestep, boundary) == EXPERTS[0] for timestep in timesteps(steps, shift))

@@ -1,4 +1,4 @@
-"""The models: architecture, defaults and what each is conditioned on. Imports neither torch nor
+"""Architecture and sampling defaults of the models, one `Variant` each. Imports neither torch nor
 Triton.
 """
 
@@ -24,8 +24,8 @@ COMPONENTS = (*EXPERTS, "text_encoder", "vae")
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """One expert (spec section 2). `ffn_dim` and `dim` are multiples of 256 wherever a rotated
-    format is used.
+    """Dimensions of one expert (spec section 2). Rotated formats need `dim` and `ffn_dim` in
+    multiples of 256.
     """
 
     dim: Size
@@ -48,6 +48,7 @@ class DiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one attention head."""
         return self.dim // self.num_heads
 
 
@@ -68,9 +69,7 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The Wan2.1 VAE (spec section 4); `latents_mean` and `latents_std` are those of the official
-    model.
-    """
+    """Dimensions of the Wan2.1 VAE (spec section 4)."""
 
     base_dim: Size = 96
     z_dim: Size = 16
@@ -80,16 +79,18 @@ class VAEConfig:
 
     @property
     def spatial_stride(self) -> int:
+        """Pixels per latent cell along height and width."""
         return int(2 ** len(self.temporal_downsample))
 
     @property
     def temporal_stride(self) -> int:
+        """Frames per latent frame, after the first."""
         return int(2 ** sum(self.temporal_downsample))
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a request uses where the user says nothing (spec section 1)."""
+    """Sampling parameters of a request for which the user gives none (spec section 1)."""
 
     width: Size = 1280
     height: Size = 720
@@ -104,7 +105,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: what the store's manifest keeps and what the planner needs."""
+    """Dimensions and sampling defaults of a whole model, as stored in a manifest."""
 
     variant: str
     dit: DiTConfig
@@ -113,15 +114,15 @@ class ModelConfig:
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def to_dict(self) -> dict[str, Any]:
+        """The config as JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One model of the family: a row of `VARIANTS` is all that a new one needs.
+    """One model of the family; a row of `VARIANTS`.
 
-    conditioning: what it takes beside the prompt, "none" or "image"; note: what tables of plans
-    say about it.
+    conditioning: input beside the prompt, "none" or "image"; note: a remark for tables of plans.
     """
 
     config: ModelConfig

@@ -1,6 +1,4 @@
-"""Writes that survive a power cut, reads that are tried again, and errors of the file system in
-words.
-"""
+"""Durable writes, retried reads, and readable errors of the file system."""
 
 from __future__ import annotations
 
@@ -39,9 +37,9 @@ _log = logging.getLogger(__name__)
 
 
 def read_at(fd: int, target: memoryview, offset: int, seeking: threading.Lock) -> int:
-    """One read of at most len(target) bytes at `offset`; returns how many came. Raises `OSError`.
+    """Read at most len(target) bytes at `offset`; returns their number. Raises `OSError`.
 
-    seeking: taken where the system has one position per open file (Windows).
+    seeking: held on systems with one position per open file (Windows).
     """
     if hasattr(os, "preadv"):
         return os.preadv(fd, [target], offset)
@@ -53,14 +51,13 @@ def read_at(fd: int, target: memoryview, offset: int, seeking: threading.Lock) -
 
 
 class Reading:
-    """One read in parts, by threads that nobody has to wait for: when the last byte came, and how
-    the parts ended.
+    """One read in parts by several threads: its progress and the failures of its parts.
 
-    `over` is set when no part is under way any more, so that nothing writes into the buffers.
+    over: set when all parts have ended, so that nothing writes into the buffers any more.
     """
 
     def __init__(self, what: str, parts: int, stopped: threading.Event | None = None) -> None:
-        """what: begins the messages; stopped: set by whoever wants no more of it."""
+        """what: start of the messages; stopped: set to cancel the read."""
         self.over = threading.Event()
         self._what, self._left, self._stopped = what, parts, stopped
         self._moved_s = time.monotonic()
@@ -68,11 +65,11 @@ class Reading:
         self._ending = threading.Lock()
 
     def moved(self) -> None:
-        """The disk has answered."""
+        """Note that bytes have arrived."""
         self._moved_s = time.monotonic()
 
     def run(self, part: int, work: Callable[[], None]) -> None:
-        """In a thread of its own; what `work` raises is raised by `wait`."""
+        """Run one part in the current thread; `wait` raises its exception."""
         try:
             work()
         except BaseException as error:
@@ -81,10 +78,10 @@ class Reading:
             self._end(part, None)
 
     def wait(self) -> None:
-        """Until no part is under way; raises what the first of those that failed has raised.
+        """Wait for all parts; raises the exception of the first failed part.
 
-        Raises `CheckpointError`, and leaves the parts to themselves, where the disk gives no byte
-        for `HANGING_READ_S`, or for `STOP_GRACE_S` from when it was stopped.
+        Raises `CheckpointError`, without waiting for the parts, if no byte arrives for
+        `HANGING_READ_S`, or for `STOP_GRACE_S` after a stop.
         """
         begun_s, slow = time.monotonic(), False
         stopped_s: float | None = None
@@ -118,8 +115,8 @@ class Reading:
                 self.over.set()
 
     def _raise(self, failure: BaseException) -> None:
-        """Without a reference that would keep the failure's frames, and the buffers in them,
-        alive.
+        """Raise without keeping a reference, which would keep the traceback's frames and their
+        buffers alive.
         """
         self._failures.clear()
         try:
@@ -135,12 +132,12 @@ def read_ranges(
     what: str,
     seeking: threading.Lock,
 ) -> list[int]:
-    """Fills each of `ranges`, (target, offset in the file); returns how many bytes came: fewer only
-    where the file ends.
+    """Fill each of `ranges`, (target, offset in the file); returns the bytes read of each, fewer
+    only at the end of the file.
 
-    A read that fails is tried again after short growing delays. Raises `CheckpointError` that names
-    `path` and `what`, also where the disk hangs, and `OSError` where the system has no memory for a
-    read. Ctrl-C is heard while the disk is waited for.
+    Failed reads are retried after short, growing delays. Raises `CheckpointError` naming `path` and
+    `what`, also for a hanging disk, and `OSError` if the system has no memory for a read. Ctrl-C
+    works during the wait.
     """
     counts: list[int] = []
     reading = Reading(f"{path}: {what}", 1)
@@ -180,10 +177,10 @@ def _read_fully(
 def before_next_try(
     what: str, error: OSError, failures: int, pause: Callable[[float], object] = time.sleep
 ) -> None:
-    """Says in the log that `what` failed, and waits. failures: how often it had failed before.
+    """Log that `what` failed, and wait before the next try. failures: number of earlier failures.
 
-    Raises `CheckpointError` where that was often enough, and `error` itself where it is about
-    memory: whoever can give some up sees it.
+    Raises `CheckpointError` after the last try, and `error` itself if it is about memory, so that
+    the caller can free some.
     """
     if error.errno == errno.ENOMEM:
         raise error
@@ -195,7 +192,7 @@ def before_next_try(
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """All of `data`, however short the single writes are. Raises `OSError`."""
+    """Write all of `data`, in as many writes as needed. Raises `OSError`."""
     view = memoryview(data)
     while view.nbytes:
         view = view[os.write(fd, view) :]
@@ -204,8 +201,8 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 def output_error(
     path: Path, error: OSError, advice: str = "make room and run it again"
 ) -> OutputError:
-    """What an `OSError` while writing `path` means, and what to do; `DiskFullError`, with `advice`,
-    where room is the cause.
+    """The `OutputError` for an `OSError` while writing `path`; `DiskFullError`, with `advice`, if
+    there is no room.
     """
     if error.errno in _NO_ROOM:
         return DiskFullError(f"no room to write {path} ({error.strerror}): {advice}")
@@ -214,9 +211,7 @@ def output_error(
 
 
 def check_room(path: Path, needed_bytes: int) -> None:
-    """Raises `DiskFullError` where the file system that will hold `path` has less than
-    `needed_bytes` free.
-    """
+    """Raises `DiskFullError` if the file system of `path` has less than `needed_bytes` free."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
@@ -227,7 +222,7 @@ def check_room(path: Path, needed_bytes: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable, where the system can open a folder."""
+    """Make renames in `folder` durable, on systems that can sync a folder."""
     if os.name == "nt":
         return
     fd = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Recognise out-of-memory errors, try again after them, and release memory that nobody uses."""
+"""Recognize out-of-memory errors, retry after them, and release unused memory."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ SIGNS = (
 
 @contextmanager
 def as_out_of_memory() -> Iterator[None]:
-    """Whatever error is about memory leaves as `OutOfMemoryError`, with its first line and the
-    budget that is short; others pass.
+    """Raise memory errors of any library as `OutOfMemoryError`, with their first line and the
+    budget that is short.
 
-    Leave the handler before trying again: the error holds the frames below it, and they the memory.
+    Leave the handler before a retry: the error's traceback refers to the memory.
     """
     try:
         yield
@@ -43,8 +43,8 @@ def as_out_of_memory() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had: of the driver, of torch's allocators, of a library under
-    them, of Python or of the system.
+    """Whether an error means that memory could not be allocated: by the driver, torch, a library,
+    Python or the system.
     """
     if isinstance(error, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
         return True
@@ -83,8 +83,8 @@ def retry_out_of_memory(
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Returns what nothing refers to any more: Python's cycles, and what torch's allocator keeps of
-    the device for later.
+    """Free unreferenced memory: Python's cycles, the heap's free pages, and the device memory
+    cached by torch's allocator.
     """
     gc.collect()
     trim_heap()

@@ -57,6 +57,7 @@ class PhasePeaks:
         self._found: dict[str, PhaseUsage] = {}
 
     def __call__(self, event: PhaseEvent) -> None:
+        """Note the peaks of a finished phase, and pass the event on."""
         if event.phase != self._phase:
             self._close()
             self._phase = event.phase

@@ -1,5 +1,5 @@
-"""One expert's forward, computed in chunks of tokens over blocks that are streamed past (spec
-section 2, design section 5).
+"""Forward of one expert, computed in chunks of tokens over streamed blocks (spec section 2, design
+section 5).
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from lowvram.variants import DiTConfig
 
 
 class ReadTensor(Protocol):
-    """Reads one tensor of an expert's file by its official name."""
+    """Reads a tensor of an expert's file by its official name."""
 
-    def __call__(self, name: str) -> Tensor: ...
+    def __call__(self, name: str) -> Tensor:
+        """The tensor in the dtype of its file."""
 
 
 class Conditioning(NamedTuple):
-    """What time and text contribute to every step of one expert: computed once, before the loop.
+    """Contribution of time and text to all steps of one expert, computed once before the loop.
 
     time: [S, D] float32 (the head's e); modulation: [S, 6, D] float32 (e0); contexts: one
     [text_len, D] per branch.
@@ -44,7 +45,7 @@ class Conditioning(NamedTuple):
 
 
 class EmbeddingsAndHead(NamedTuple):
-    """The tensors before and after the blocks. patch: [D, C * 4]; head: [4 * out_dim, D] float32;
+    """Tensors before and after the blocks. patch: [D, C * 4]; head: [4 * out_dim, D] float32;
     head_modulation: [2, D] float32.
     """
 
@@ -56,13 +57,13 @@ class EmbeddingsAndHead(NamedTuple):
 
 
 def compute_dtype(format: str) -> torch.dtype:
-    """What floats in flight are: fp32 in `fp32`, bf16 in every other format."""
+    """Dtype of activations between ops: fp32 in `fp32`, bf16 in all other formats."""
     return TORCH_DTYPES[FORMATS[format].rest]
 
 
 def timestep_features(timesteps: Tensor, freq_dim: int) -> Tensor:
-    """[cos(t f_i), sin(t f_i)], f_i = 10000^(-i / (freq_dim / 2)); timesteps: [S]; returns [S,
-    freq_dim] float32 of fp64 angles.
+    """Sinusoidal features [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i / (freq_dim / 2)).
+    timesteps: [S]; returns [S, freq_dim] float32, from fp64 angles.
     """
     half = freq_dim // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -78,7 +79,7 @@ def condition(
     features: Sequence[Tensor],
     device: torch.device,
 ) -> Conditioning:
-    """Time and text embeddings of one expert; features: one [L, text_dim] per branch, padded here
+    """Time and text embeddings of one expert. features: one [L, text_dim] per branch, padded here
     with zeros (spec 2.1).
     """
 
@@ -113,6 +114,7 @@ def condition(
 def load_embeddings_and_head(
     read: ReadTensor, format: str, device: torch.device
 ) -> EmbeddingsAndHead:
+    """Read an expert's patch embedding and head."""
     compute = compute_dtype(format)
     return EmbeddingsAndHead(
         read("patch_embedding.weight").flatten(1).to(device, compute),
@@ -124,9 +126,7 @@ def load_embeddings_and_head(
 
 
 class WanTransformer:
-    """The forward of either expert for one size of video; every buffer that spans tokens lies in
-    the arena.
-    """
+    """Forward of either expert for one workload. Buffers that span tokens lie in the arena."""
 
     def __init__(
         self,
@@ -160,11 +160,11 @@ class WanTransformer:
         expert: str,
         after_block: Callable[[int, Tensor], None] | None = None,
     ) -> list[Tensor]:
-        """v of every branch, each [C, T, h, w] float32. `after_block(index, residual)` sees the
-        stream behind each block.
+        """Velocity of every branch, each [C, T, h, w] float32. after_block: called as
+        `after_block(index, residual)` after each block.
 
-        Branches that share visits run block by block together; otherwise one after the other.
-        Neither changes a bit.
+        Joint branches run together block by block, others one after the other; the result is the
+        same bit for bit.
         """
         numbers = range(len(conditioning.contexts))
         groups = [tuple(numbers)] if self._joint else [(number,) for number in numbers]

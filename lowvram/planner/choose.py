@@ -38,14 +38,14 @@ def choose_plan(
     clock: Clock | None = None,
     pinned_limit_bytes: int | None = None,
 ) -> MemoryPlan:
-    """The fastest plan that fits, by the clock's prediction; the simplest of equals: separate
-    branches, few slots, large chunks.
+    """The fastest plan within the budgets, by the clock's prediction; of equally fast plans the
+    simplest: separate branches, few slots, large chunks.
 
-    Without a clock: the largest chunk that fits beside two slots. In either case then as many
-    resident blocks as VRAM and as many cached blocks as RAM allow, of which the first are
-    page-locked up to the limit (None: half of the RAM budget).
+    Without a clock: the largest chunk that fits with two slots. Then as many resident blocks as
+    VRAM allows and as many cached blocks as RAM allows, the first of them page-locked up to
+    `pinned_limit_bytes` (None: half of the RAM budget).
 
-    Raises `BudgetError` naming the smallest budgets that would do.
+    Raises `BudgetError` with the smallest budgets that work.
     """
     tokens = workload.num_tokens
     padded = -(-tokens // KEY_TILE) * KEY_TILE
@@ -97,8 +97,8 @@ def choose_plan(
 def _undominated(
     bases: Iterable[MemoryPlan], vram_bytes: int, completed: Callable[[MemoryPlan], PlanChoice]
 ) -> Iterator[PlanChoice]:
-    """Choices that fit, of falling chunk length: a shorter chunk is worth a look only where it
-    makes room for another block.
+    """The choices that fit, by falling chunk length; a shorter chunk only if it makes room for
+    another resident block.
     """
     most = -1
     for choice in (completed(base) for base in bases if base.peak_vram_bytes <= vram_bytes):
@@ -116,11 +116,11 @@ def _distinct(choices: Iterable[PlanChoice]) -> Iterator[PlanChoice]:
 
 
 def _fastest(plans: Iterable[MemoryPlan], clock: Clock) -> MemoryPlan | None:
-    """The first plan whose predicted time is within `SAME_TIME` of the shortest; None where nothing
-    can be predicted.
+    """The first plan whose predicted time is within `SAME_TIME` of the shortest; None without
+    predictions.
 
-    The first plan has the longest chunk that fits: where its computing alone takes as long as all
-    of it, nothing can be faster.
+    The first plan has the longest chunk that fits. If its computing time alone equals its total
+    time, no other plan can be faster.
     """
     timed: list[tuple[float, MemoryPlan]] = []
     for plan in plans:
@@ -136,8 +136,8 @@ def _fastest(plans: Iterable[MemoryPlan], clock: Clock) -> MemoryPlan | None:
 def _add_host_blocks(
     base: MemoryPlan, choice: PlanChoice, ram_bytes: int, pinned_limit_bytes: int
 ) -> PlanChoice:
-    """Spends what is left of the denoising phase's RAM on cached blocks; the first of them are
-    page-locked beside the staging buffers.
+    """Fill the RAM left in the denoising phase with cached blocks. The first of them are
+    page-locked, within the limit that staging buffers share.
     """
     denoise = base.peak("denoise").ram_bytes
     spare = max(0, ram_bytes - denoise) // base.slot_bytes
@@ -147,8 +147,8 @@ def _add_host_blocks(
 
 
 def _add_residents(base: MemoryPlan, vram_bytes: int, slot_bytes: int) -> PlanChoice:
-    """Spends what is left of the denoising phase's VRAM on resident blocks of `slot_bytes`; a whole
-    expert needs no ring.
+    """Fill the VRAM left in the denoising phase with resident blocks of `slot_bytes`. A wholly
+    resident expert needs no ring.
     """
     denoise = base.peak("denoise").vram_bytes
     spare = (vram_bytes - denoise) // slot_bytes

@@ -1,9 +1,7 @@
-"""The smaller plans that a run falls back to, one after the other, when other programs take memory
-that its plan counts on.
+"""Fallback plans: smaller plans for a run when other programs take memory.
 
-In the quantized formats no fallback changes a bit of the video: residency, slots, chunks, shared
-visits and RAM buffers are the planner's to choose. In the unquantized ones libraries pick their
-products by the length of a chunk.
+In the quantized formats no fallback changes a bit of the video. In the unquantized ones, libraries
+choose their matrix product by the length of a chunk.
 """
 
 from __future__ import annotations
@@ -23,17 +21,16 @@ Smaller = tuple[PlanChoice, str] | None
 
 @dataclass(frozen=True)
 class Fallback:
-    """The plan to go on with, and what it does without."""
+    """A fallback plan, and what it gives up in words."""
 
     plan: MemoryPlan
     gives_up: str
 
 
 class FallbackPlans:
-    """The smaller plans of one plan; each is taken at most once, so that a run ends in its video or
-    in an error.
+    """The fallback plans of a plan. Each is used at most once, so every run ends.
 
-    `shared`: both budgets are the same memory (a CPU), so that what one gives up helps the other.
+    shared: both budgets are the same memory (a CPU), so freeing one also helps the other.
     """
 
     def __init__(self, plan: MemoryPlan, describe: Describe, shared: bool = False) -> None:
@@ -49,15 +46,13 @@ class FallbackPlans:
         }
 
     def down(self, short: str) -> Fallback | None:
-        """The next fallback that needs less of the budget `short` and more of none; None after
-        the last.
+        """The next fallback that needs less of the budget `short` and no more of the other; None
+        after the last.
         """
         return next(filter(None, map(self._next, self._order[short])), None)
 
     def less_cache(self) -> Fallback | None:
-        """The next fallback that gives up blocks kept in RAM and nothing else; None where no more
-        are kept.
-        """
+        """The next fallback that only caches fewer blocks in RAM; None if no block is cached."""
         return self._next(RAM)
 
     def _next(self, budget: str) -> Fallback | None:
@@ -75,7 +70,7 @@ class FallbackPlans:
 
 
 def _needs(plan: MemoryPlan, budget: str) -> int:
-    """What the denoising phase takes of a budget."""
+    """Peak of the denoising phase in a budget."""
     denoise = plan.peak("denoise")
     return denoise.vram_bytes if budget == VRAM else denoise.ram_bytes
 

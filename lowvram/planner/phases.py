@@ -78,9 +78,7 @@ class PlanChoice:
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """Everything that the peaks of a plan follow from. slot_bytes: a block and the slack of aligned
-    reads.
-    """
+    """Inputs of the peak formulas. slot_bytes: a block with the slack for aligned reads."""
 
     workload: Workload
     choice: PlanChoice
@@ -93,7 +91,7 @@ class PlanInputs:
 
     @cached_property
     def items(self) -> dict[str, int]:
-        """VRAM of the denoising phase by what it is for, the driver's context included."""
+        """VRAM of the denoising phase by purpose, including the driver's context."""
         return _denoise_items(self)
 
     @property

@@ -30,8 +30,8 @@ class PhasePeak:
 class MemoryPlan:
     """The memory of one run.
 
-    slot_bytes: a block and the slack of aligned reads; items: the VRAM of the denoising phase by
-    what it is for.
+    slot_bytes: a block with the slack for aligned reads; items: VRAM of the denoising phase by
+    purpose.
     """
 
     workload: Workload
@@ -90,7 +90,7 @@ class MemoryPlan:
 
 
 def describe_plan(workload: Workload, choice: PlanChoice, host: Host) -> MemoryPlan:
-    """The plan that follows from `choice`, whatever memory it takes."""
+    """The plan of a choice, whatever its memory."""
     config, format = workload.config, workload.format
     block, text_block = (
         component_layout(name, config, format.name).block_bytes + READ_SLACK_BYTES

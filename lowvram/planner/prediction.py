@@ -8,17 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds that a plan is predicted to take, by phase and in parts. Writing the file is not
-    predicted.
+    """Predicted seconds of a plan, by phase and in parts, without writing the file.
 
-    basis: whether the rates behind it were "measured" on this machine, are "predicted" for a card
-    or come from the "table" of cards.
-    block_s: computing one block for one guidance branch in the plan's chunks; step_s: a denoising
-    step between the first and the last of its expert; compute_step_s: what computing alone takes of
-    it, as if every block were there when it is wanted, and compute_s that of all steps;
-    resident_step_s: the step that a budget without limit gives, every block resident and chunks as
-    long as they get; switch_stall_s: what the expert switch adds. The bytes are those of the
-    denoising phase, by hop.
+    basis: rates "measured" on this machine, "predicted" for a card, or from the "table" of cards.
+    block_s: one block for one guidance branch in the plan's chunks; step_s: a denoising step,
+    neither the first nor the last of its expert; compute_step_s and compute_s: computing alone, of
+    a step and of all steps; resident_step_s: a step with all blocks resident and the longest
+    chunks; switch_stall_s: added by the expert switch. The byte counts are those of the denoising
+    phase, by hop.
     """
 
     machine: str
@@ -39,6 +36,7 @@ class Prediction:
 
     @property
     def phase_s(self) -> dict[str, float]:
+        """Seconds by phase."""
         return {
             "text": self.text_s,
             "conditioning": self.conditioning_s,
@@ -48,17 +46,19 @@ class Prediction:
 
     @property
     def video_s(self) -> float:
+        """Seconds of all phases."""
         return sum(self.phase_s.values())
 
     @property
     def overhead(self) -> float:
-        """What the budgets cost: how much longer a step takes than `resident_step_s`, as a share. 0
-        where streaming is hidden and chunks are long; what waiting alone costs is `step_s /
-        compute_step_s - 1`.
+        """Cost of the budgets: by which share a step is longer than `resident_step_s`. 0 if
+        streaming is hidden and chunks are long. Waiting alone costs `step_s / compute_step_s -
+        1`.
         """
         return max(0.0, self.step_s / self.resident_step_s - 1)
 
     def to_dict(self) -> dict[str, Any]:
+        """The prediction as JSON values."""
         phases = {f"{name}_s": getattr(self, f"{name}_s") for name in self.phase_s}
         rest = (
             "machine",

@@ -1,6 +1,4 @@
-"""Slots, buffers, files and workers for one schedule of blocks: opened together, handed back
-together however it ends.
-"""
+"""Open the slots, buffers, files and workers of one schedule of blocks, and close them together."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ from lowvram.streaming.transport import Transport
 
 
 class Buffers(NamedTuple):
-    """How many buffers of `slot_bytes` each there are.
+    """Numbers of buffers of `slot_bytes` each.
 
-    resident and ring: slots on the device; host: blocks kept in RAM, the first `pinned` of them
-    page-locked; staging: buffers in RAM, page-locked wherever the driver allows.
+    resident, ring: slots on the device; host: blocks cached in RAM, the first `pinned` of them
+    page-locked; staging: buffers in RAM, page-locked if the driver allows.
     """
 
     slot_bytes: int
@@ -45,10 +43,10 @@ def open_stream(
     device: torch.device,
     transport: Transport,
 ) -> Iterator[Streamer]:
-    """A streamer of `schedule`, whose memory is charged to the two budgets. files: the store's, by
+    """A streamer of `schedule`, with its memory charged to the two ledgers. files: the store's, by
     component.
 
-    Raises `OutOfMemoryError` where the machine has less memory than planned.
+    Raises `OutOfMemoryError` if the machine has less memory than planned.
     """
     cpu = torch.device("cpu")
     with ExitStack() as stack:
@@ -79,7 +77,7 @@ def open_stream(
 
 
 def streamed(file: StoreFile) -> StreamedComponent:
-    """Opens one component's file for block reads."""
+    """Open one component's file for reading blocks."""
     ranges = [(block.start, block.nbytes) for block in file.blocks]
     tensors = {
         name: (TORCH_DTYPES[dtype], shape, offset)

@@ -1,5 +1,5 @@
-"""Walks the schedule of blocks ahead of the computation, through steps and the expert switch; every
-hop in its own thread or stream.
+"""Bring blocks to the device ahead of the computation, through all steps and the expert switch.
+Each hop has its own thread or stream.
 """
 
 from __future__ import annotations
@@ -25,20 +25,18 @@ WAIT_S = 0.5  # at a time: Windows hears Ctrl-C only between two waits
 
 @dataclass(frozen=True)
 class StreamedComponent:
-    """One component's blocks: where they lie and what they hold."""
+    """The blocks of one component: their file, and the tensors of a block."""
 
     file: BlockFile
     tensors: BlockTensors
 
 
 class Stopped(Exception):
-    """The run is over: a worker that waits for something ends."""
+    """Ends a worker's wait after the run is over."""
 
 
 class Hops:
-    """What has happened so far: (hop, visit) -> the event of its end, or the failure that came
-    instead of it.
-    """
+    """Finished hops: (hop, visit) -> the event of its end, or the failure in its place."""
 
     def __init__(self) -> None:
         self._over: dict[tuple[str, int], object | None] = {}
@@ -46,14 +44,13 @@ class Hops:
         self._stopped = False
 
     def done(self, hop: str, number: int, event: object | None) -> None:
+        """Record the end of a hop, or its failure."""
         with self._changed:
             self._over[hop, number] = event
             self._changed.notify_all()
 
     def wait(self, hop: str, number: int) -> object | None:
-        """Blocks until the hop was issued and returns its event. Raises its failure, or
-        `Stopped`.
-        """
+        """Wait until the hop was issued and return its event. Raises its failure, or `Stopped`."""
         with self._changed:
             while not (self._stopped or (hop, number) in self._over):
                 self._changed.wait(WAIT_S)
@@ -65,12 +62,13 @@ class Hops:
         return event
 
     def forget(self, number: int) -> None:
-        """Drops what nobody will ask for again."""
+        """Drop the events of a visit that are no longer needed."""
         with self._changed:
             for hop in (DISK, STAGE, LINK, COMPUTE):
                 self._over.pop((hop, number), None)
 
     def stop(self) -> None:
+        """Wake all waiting workers with `Stopped`."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -155,8 +153,8 @@ class Streamer:
 
     @contextmanager
     def block(self, component: str, index: int) -> Iterator[BlockView]:
-        """The next visit's block, ready on the computing stream; its slot is free again when the
-        context ends.
+        """The block of the next visit, ready on the computing stream. Its slot is free again after
+        the context.
         """
         number = self._next
         if number >= len(self._visits) or self._visits[number].block != (component, index):
@@ -198,7 +196,7 @@ class Streamer:
         return visit.stage is not None and visit.host is not None
 
     def _from_disk(self, number: int, visit: Visit) -> None:
-        """Disk -> the block's RAM buffer where it has one, else its staging buffer."""
+        """Disk -> the block's RAM buffer if it has one, else its staging buffer."""
         if visit.host is not None:
             self._leave_host(visit.host_after)
             self._in_host[visit.host] = self._read(visit, self._host[visit.host])
@@ -219,7 +217,7 @@ class Streamer:
         self._in_stage[visit.stage] = staging
 
     def _to_device(self, number: int, visit: Visit) -> object | None:
-        """Staging or RAM -> slot; straight from the disk where the slot lies in host memory."""
+        """Staging or RAM -> slot; directly from the disk if the slot is host memory."""
         slot = self._slots[visit.slot]
         if self._copies_on_the_host(visit):
             self._hops.wait(STAGE, number)

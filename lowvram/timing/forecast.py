@@ -1,5 +1,5 @@
-"""What a plan is predicted to cost in seconds: the computing time of its blocks, run through the
-model of the streamer. No torch.
+"""Predicted seconds of a plan: computing times of its blocks in a simulation of the streamer. No
+torch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ SIMULATED_STEPS = 3
 
 
 class Forecast:
-    """Predicts plans of one request on one machine: `forecast(plan)` is what
-    `planner.plan.choose_plan` asks.
+    """Predicts the plans of one workload on one machine; the clock of `planner.choose.choose_plan`.
 
-    It is None where the rates of the workload's format are unknown.
+    A prediction is None if the rates of the workload's format are unknown.
     """
 
     def __init__(self, workload: Workload, profile: MachineProfile) -> None:
@@ -48,9 +47,11 @@ class Forecast:
 
     @property
     def pinned_limit_bytes(self) -> int:
+        """Host memory that may be page-locked."""
         return self._profile.pinned_limit_bytes
 
     def speeds(self, staged: bool) -> HopSpeeds:
+        """Rates of the hops. staged: blocks pass through staging buffers."""
         profile = self._profile
         return HopSpeeds(
             profile.disk_bytes_s, profile.host_copy_bytes_s, profile.link_bytes_s, staged
@@ -113,7 +114,7 @@ class Forecast:
     def _timeline(
         self, plan: MemoryPlan, block_s: float, steps: Sequence[int]
     ) -> tuple[Timeline, list[int]]:
-        """The first steps of each expert, and how many visits each of them makes."""
+        """The simulated first steps of each expert, and the number of visits in each step."""
         schedule: list[BlockId] = []
         compute_s: list[float] = []
         lengths: list[int] = []
@@ -139,8 +140,8 @@ class Forecast:
         steps: list[int],
         repeated: list[int],
     ) -> tuple[int, int, int]:
-        """(read, copied within the host, sent over the link) of all steps: those simulated, and the
-        repeated ones like the last of each.
+        """Bytes (read, copied within the host, sent over the link) of all steps. Steps that are not
+        simulated count like the last simulated one of their expert.
         """
         total = [timeline.read_bytes, timeline.host_copy_bytes, timeline.link_bytes]
         ends = [0, *(last + 1 for last in _running(lengths))]
@@ -159,7 +160,9 @@ class Forecast:
         return total[0], total[1], total[2]
 
     def _text_seconds(self, plan: MemoryPlan) -> float:
-        """Two prompts of full length through the encoder, whose blocks come from the disk."""
+        """Seconds for two prompts of full length through the encoder, with its blocks read from
+        disk.
+        """
         text = self._workload.config.text_encoder
         tokens = max(self._branches) * self._workload.config.dit.text_len
         compute_s = text_seconds(text, tokens, self._text_parameters, self._profile)
@@ -184,8 +187,8 @@ def simulate_choice(
     staging_buffers: int = 2,
     step_lengths: Sequence[int] = (),
 ) -> Timeline:
-    """The timeline of a schedule under a choice; step_lengths: visits of each step, at whose end
-    the host waits.
+    """Simulate a schedule under a choice. step_lengths: visits of each step; the host waits at the
+    end of each step.
     """
     pinned = range(choice.pinned_blocks)
     visits = assign_slots(
@@ -206,7 +209,7 @@ def simulate_choice(
 
 
 def _running(lengths: Sequence[int]) -> list[int]:
-    """The last visit of each step."""
+    """Index of the last visit of each step."""
     ends, total = [], -1
     for length in lengths:
         total += length

@@ -78,6 +78,7 @@ def every_37th(first: int, number: int, path: Path, offset: int) -> bool:
     return number >= first and (number - first) % 37 == 0
 
 
+@pytest.mark.slow
 def test_p16_reads_that_fail_now_and_then_change_no_bit(
     pipelines: list[Pipeline], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

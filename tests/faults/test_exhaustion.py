@@ -716,6 +716,7 @@ class Counted:
         self.peak_bytes[budget] = max(self.peak_bytes[budget], self.live_bytes[budget])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice",
     [CHOICE, PlanChoice(64, 1, 1, 1, True, pinned_blocks=1)],

@@ -145,6 +145,7 @@ def test_p16_what_libraries_say_when_the_device_is_full(message: str, is_memory:
     assert short_budget(RuntimeError(message)) == VRAM
 
 
+@pytest.mark.slow
 def test_p16_any_allocation_may_fail_once(
     pipeline: StagedPipeline,
     expected: str,
@@ -171,6 +172,7 @@ def test_p16_any_allocation_may_fail_once(
         assert memory.live_bytes == 0, "everything is handed back"
 
 
+@pytest.mark.slow
 def test_p16_any_block_of_any_step_may_fail(
     pipeline: StagedPipeline,
     expected: str,

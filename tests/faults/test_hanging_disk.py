@@ -130,6 +130,7 @@ pipeline.generate(request_of(pipeline, steps=1))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send to a process")
 def test_p20_a_read_that_never_returns_does_not_keep_the_process(tiny_store: StoreOf) -> None:
     root = Path(__file__).parents[2]

@@ -36,7 +36,12 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("format", ["int8", "int8-plain", "fp8"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "format", ["int8", pytest.param("int8-plain", marks=SLOW), pytest.param("fp8", marks=SLOW)]
+)
 def test_p17_no_plan_changes_a_bit(tiny_store: StoreOf, format: str) -> None:
     pipeline = pipeline_of(tiny_store(format))
     request = request_of(pipeline, steps=3, shift=8.0, **CLIP)
@@ -64,6 +69,7 @@ TIERS = {
 }
 
 
+@pytest.mark.slow
 def test_p17_no_tier_changes_a_bit(tiny_store: StoreOf) -> None:
     """The path of a GPU (staging, pinned and pageable RAM, three workers) gives the bits of reads
     straight into the slots.
@@ -90,6 +96,7 @@ def test_p17_no_tier_changes_a_bit(tiny_store: StoreOf) -> None:
         assert video.peak_bytes["ram"] <= plan.peak_ram_bytes, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["bf16", "fp32"])
 def test_unquantized_plans_agree_within_rounding(tiny_store: StoreOf, format: str) -> None:
     pipeline = pipeline_of(tiny_store(format))
@@ -129,6 +136,7 @@ def test_threads_and_chunks_change_no_bit_of_a_velocity(tiny_store: StoreOf, thr
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_p17_counted_peak_stays_under_the_plan(tiny_store: StoreOf) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
     request = request_of(pipeline, steps=2, **CLIP)
@@ -154,7 +162,7 @@ def interrupt_after(step: int) -> Callable[[Progress], None]:
     return listen
 
 
-@pytest.mark.parametrize("solver", ["unipc", "euler"])
+@pytest.mark.parametrize("solver", ["unipc", pytest.param("euler", marks=SLOW)])
 def test_p20_resumed_at_any_step_ends_in_the_same_bits(
     tiny_store: StoreOf, tmp_path: Path, solver: str
 ) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lowvram.demo.run import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +31,7 @@ def test_a_run_is_planned() -> None:
     assert "minutes, predicted" in run("plan.py")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_video(tmp_path: Path) -> None:
     assert "became" in run("quantize.py", MODEL, tmp_path / "model")
     clip = tmp_path / "clip.mp4"

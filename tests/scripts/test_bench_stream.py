@@ -422,6 +422,7 @@ def test_without_a_gpu_one_line_says_that_nothing_was_measured(
     assert "\n" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_the_whole_command_can_be_rehearsed_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -56,6 +56,7 @@ def named(names: list[str], limit: int = 6) -> str:
 
 
 def open_safetensors(root: Path, path: Path, into: RawTensors) -> None:
+    """Open one safetensors file and add its tensors."""
     into.add(path, TensorFile(inside(root, path)))
 
 

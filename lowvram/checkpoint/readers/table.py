@@ -18,14 +18,18 @@ class TensorReader(Protocol):
     """An open file of tensors, by their names in it."""
 
     @property
-    def tensors(self) -> dict[str, TensorInfo]: ...
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Dtypes, shapes and places by tensor name."""
 
     @property
-    def metadata(self) -> dict[str, str]: ...
+    def metadata(self) -> dict[str, str]:
+        """Texts stored with the tensors."""
 
-    def read(self, name: str) -> torch.Tensor: ...
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor. Raises `CheckpointError`."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the file; tensors that were read stay valid."""
 
 
 @dataclass(frozen=True)
