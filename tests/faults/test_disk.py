@@ -4,11 +4,9 @@ names what was read (promise 16).
 
 from __future__ import annotations
 
-import errno
+import builtins
 import logging
-import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,18 @@ from lowvram.progress import Progress
 from lowvram.sampling.state import RunState, load_state
 from lowvram.store.reader import Store
 from lowvram.streaming.block_file import BlockFile
+from tests.faults.inject import (
+    FAST_RETRIES_S,
+    Fails,
+    Injection,
+    always,
+    at,
+    cuda_error,
+    first,
+    io_error,
+    never,
+    no_memory,
+)
 from tests.helpers.runs import digest, pipeline_of, plan_of, request_of
 from tests.helpers.staged import StagedPipeline
 from tests.helpers.threads import lowvram_threads
@@ -33,34 +43,15 @@ StoreOf = Callable[[str], Store]
 CHOICE = PlanChoice(64, 1, 0, 1, False, pinned_blocks=1)
 
 
-class Disk:
-    """Counts reads; those that `fails` names end in an I/O error. Blocks are read in parts of 64
-    KiB, so that threads share them.
-    """
+def read_in_parts(patch: pytest.MonkeyPatch) -> None:
+    """Read blocks in parts of 64 KiB, so that threads share them, and retry at once."""
+    begin = BlockFile.__init__
 
-    def __init__(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        fails: Callable[[int, Path, int], bool] = lambda number, path, offset: False,
-    ) -> None:
-        self.reads, self.failures, self._lock = 0, 0, threading.Lock()
-        real, begin = BlockFile._pread, BlockFile.__init__
+    def small_parts(file: BlockFile, path: Path, ranges: list[tuple[int, int]]) -> None:
+        begin(file, path, ranges, 64 * 2**10)
 
-        def pread(file: BlockFile, target: memoryview, offset: int) -> int:
-            with self._lock:
-                number, self.reads = self.reads, self.reads + 1
-                failing = fails(number, file.path, offset)
-                self.failures += failing
-            if failing:
-                raise OSError(errno.EIO, "Input/output error")
-            return real(file, target, offset)
-
-        def small_parts(file: BlockFile, path: Path, ranges: list[tuple[int, int]]) -> None:
-            begin(file, path, ranges, 64 * 2**10)
-
-        monkeypatch.setattr(BlockFile, "_pread", pread)
-        monkeypatch.setattr(BlockFile, "__init__", small_parts)
-        monkeypatch.setattr(disk_module, "RETRY_DELAYS_S", (1e-4, 1e-4, 1e-4))
+    patch.setattr(BlockFile, "__init__", small_parts)
+    patch.setattr(disk_module, "RETRY_DELAYS_S", FAST_RETRIES_S)
 
 
 @pytest.fixture
@@ -74,8 +65,8 @@ def frames_of(pipeline: Pipeline) -> str:
     return digest(pipeline.generate(request, plan=plan).frames)
 
 
-def every_37th(first: int, number: int, path: Path, offset: int) -> bool:
-    return number >= first and (number - first) % 37 == 0
+def every_37th(first: int) -> Fails:
+    return lambda number, *arguments: number >= first and (number - first) % 37 == 0
 
 
 @pytest.mark.slow
@@ -83,14 +74,16 @@ def test_p16_reads_that_fail_now_and_then_change_no_bit(
     pipelines: list[Pipeline], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        disk = Disk(patch)
+        read_in_parts(patch)
+        disk = Injection(patch, BlockFile, "_pread", io_error, never)
         expected = frames_of(pipelines[0])
-    assert disk.reads > 50
+    assert disk.calls > 50
     for pipeline in pipelines:
-        for first in (0, 5, disk.reads // 2, disk.reads - 1):
+        for begin in (0, 5, disk.calls // 2, disk.calls - 1):
             caplog.clear()
             with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-                faulty = Disk(patch, partial(every_37th, first))
+                read_in_parts(patch)
+                faulty = Injection(patch, BlockFile, "_pread", io_error, every_37th(begin))
                 assert frames_of(pipeline) == expected
             assert faulty.failures
             assert (
@@ -108,15 +101,18 @@ def test_p16_a_block_that_cannot_be_read_is_named(
         block = pipeline.store.files[component].blocks[1]
         bad = block.start + block.nbytes // 2
 
-        def fails(number: int, path: Path, offset: int, bad: int = bad) -> bool:
-            return path.stem == component and offset <= bad < offset + 64 * 2**10
+        def fails(
+            number: int, file: BlockFile, target: object, offset: int, bad: int = bad
+        ) -> bool:
+            return file.path.stem == component and offset <= bad < offset + 64 * 2**10
 
         said = (
             rf"{component}\.safetensors: reading block 1 at byte \d+ failed: Input/output "
             rf"error, 4 times"
         )
         with monkeypatch.context() as patch:
-            Disk(patch, fails)
+            read_in_parts(patch)
+            Injection(patch, BlockFile, "_pread", io_error, fails)
             with pytest.raises(CheckpointError, match=said) as failed:
                 frames_of(pipeline)
         named = int(str(failed.value).split("at byte ")[1].split()[0])
@@ -128,7 +124,7 @@ def test_a_stopped_run_leaves_no_thread_and_no_open_file(
     pipelines: list[Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped by the listener while workers read ahead: as Ctrl-C would."""
-    Disk(monkeypatch)
+    read_in_parts(monkeypatch)
 
     def interrupt(event: object) -> None:
         if getattr(event, "phase", "") == "denoise" and getattr(event, "done", 0) == 1:
@@ -143,12 +139,8 @@ def test_a_stopped_run_leaves_no_thread_and_no_open_file(
         assert (len(list(Path("/proc/self/fd").iterdir())) if before else 0) == before
 
 
-def no_memory() -> OSError:
-    return OSError(errno.ENOMEM, "Cannot allocate memory")
-
-
 @pytest.mark.parametrize("staged", [False, True])
-def test_p16_a_read_without_memory_goes_down_the_ladder(
+def test_p16_a_read_without_memory_takes_a_fallback_plan(
     tiny_store: StoreOf,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -159,21 +151,17 @@ def test_p16_a_read_without_memory_goes_down_the_ladder(
     pipeline = StagedPipeline(store) if staged else pipeline_of(store)
     request = request_of(pipeline, steps=3, shift=5.0, negative_prompt="blurry")
     plan = plan_of(pipeline, request, CHOICE)
-    reads, fails, real, lock = 0, -1, BlockFile._pread, threading.Lock()
-
-    def pread(file: BlockFile, target: memoryview, offset: int) -> int:
-        nonlocal reads
-        if file.path.stem == "high_noise":
-            with lock:
-                reads += 1
-                failing = reads == fails
-            if failing:
-                raise no_memory()
-        return real(file, target, offset)
-
-    monkeypatch.setattr(BlockFile, "_pread", pread)
+    reads = Injection(
+        monkeypatch,
+        BlockFile,
+        "_pread",
+        no_memory,
+        never,
+        counts=lambda file, *arguments: file.path.stem == "high_noise",
+    )
     expected = digest(pipeline.generate(request, plan=plan).frames)
-    fails, reads = reads, 0  # the last read for the second step, which is the last of this expert
+    # The last read for the second step, which is the last of this expert.
+    reads.fails, reads.calls = at(reads.calls - 1), 0
     with caplog.at_level(logging.WARNING):
         assert digest(pipeline.generate(request, plan=plan).frames) == expected
     (said,) = [record.getMessage() for record in caplog.records]
@@ -183,34 +171,28 @@ def test_p16_a_read_without_memory_goes_down_the_ladder(
     assert not lowvram_threads()
 
 
-class Rest:
-    """Reads of one tensor outside the blocks fail where `fails` says so; the others, and blocks,
-    are left alone.
-    """
-
-    def __init__(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        store: Store,
-        component: str,
-        name: str,
-        fails: Callable[[int], OSError | None],
-    ) -> None:
-        self.reads, self.failures, real = 0, 0, disk_module.read_at
-        file = store.files[component]._file
-        info = file.header.tensors[name]
-
-        def read_at(fd: int, target: memoryview, offset: int, seeking: threading.Lock) -> int:
-            if fd == file._file.fileno() and info.start <= offset < info.end:
-                self.reads += 1
-                error = fails(self.reads - 1)
-                if error is not None:
-                    self.failures += 1
-                    raise error
-            return real(fd, target, offset, seeking)
-
-        monkeypatch.setattr(disk_module, "read_at", read_at)
-        monkeypatch.setattr(disk_module, "RETRY_DELAYS_S", (1e-4, 1e-4, 1e-4))
+def reads_of(
+    patch: pytest.MonkeyPatch,
+    store: Store,
+    component: str,
+    name: str,
+    error: Callable[[], OSError],
+    fails: Fails = always,
+) -> Injection:
+    """Reads of one tensor outside the blocks fail; all other reads are real."""
+    file = store.files[component]._file
+    info = file.header.tensors[name]
+    patch.setattr(disk_module, "RETRY_DELAYS_S", FAST_RETRIES_S)
+    return Injection(
+        patch,
+        disk_module,
+        "read_at",
+        error,
+        fails,
+        counts=lambda fd, target, offset, seeking: (
+            fd == file._file.fileno() and info.start <= offset < info.end
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +209,6 @@ REST = [
 ]
 
 
-def io_error() -> OSError:
-    return OSError(errno.EIO, "Input/output error")
-
-
 @pytest.mark.parametrize(("component", "name"), REST)
 def test_p16_tensors_outside_blocks_are_read_again(
     tiny_store: StoreOf,
@@ -241,16 +219,10 @@ def test_p16_tensors_outside_blocks_are_read_again(
     name: str,
 ) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
-    rest = Rest(
-        monkeypatch,
-        pipeline.store,
-        component,
-        name,
-        lambda number: io_error() if number < 3 else None,
-    )
+    rest = reads_of(monkeypatch, pipeline.store, component, name, io_error, first(3))
     with caplog.at_level(logging.WARNING):
         assert frames_of(pipeline) == expected
-    assert rest.failures == 3 < rest.reads
+    assert rest.failures == 3 < rest.calls
     assert (
         len(
             [
@@ -269,7 +241,7 @@ def test_p16_a_tensor_that_cannot_be_read_is_named(
     tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch, component: str, name: str
 ) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
-    Rest(monkeypatch, pipeline.store, component, name, lambda number: io_error())
+    reads_of(monkeypatch, pipeline.store, component, name, io_error)
     said = (
         rf"{component}\.safetensors: reading '{name}' at byte \d+ failed: Input/output "
         rf"error, 4 times: check the disk and its cable"
@@ -289,9 +261,7 @@ def test_p16_memory_that_is_gone_for_a_moment_while_a_tensor_is_read_changes_no_
     name: str,
 ) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
-    rest = Rest(
-        monkeypatch, pipeline.store, component, name, lambda number: None if number else no_memory()
-    )
+    rest = reads_of(monkeypatch, pipeline.store, component, name, no_memory, at(0))
     with caplog.at_level(logging.WARNING):
         assert frames_of(pipeline) == expected
     assert rest.failures == 1
@@ -342,14 +312,13 @@ def reading_raises(error: Callable[[], Exception]) -> Fault:
     """Where memory for a tensor of the state is asked for."""
 
     def plant(patch: pytest.MonkeyPatch, state: Path) -> None:
-        real = TensorFile.read
-
-        def read(file: TensorFile, name: str, mapped: bool = True) -> torch.Tensor:
-            if file.header.path == state:
-                raise error()
-            return real(file, name, mapped)
-
-        patch.setattr(TensorFile, "read", read)
+        Injection(
+            patch,
+            TensorFile,
+            "read",
+            error,
+            counts=lambda file, *arguments: file.header.path == state,
+        )
 
     return plant
 
@@ -358,25 +327,17 @@ def disk_raises(error: Callable[[], OSError]) -> Fault:
     """Where bytes of the state are asked for; the state is read before anything else."""
 
     def plant(patch: pytest.MonkeyPatch, state: Path) -> None:
-        def read_at(*_: object) -> int:
-            raise error()
-
-        patch.setattr(disk_module, "read_at", read_at)
-        patch.setattr(disk_module, "RETRY_DELAYS_S", (1e-4, 1e-4, 1e-4))
+        Injection(patch, disk_module, "read_at", error)
+        patch.setattr(disk_module, "RETRY_DELAYS_S", FAST_RETRIES_S)
 
     return plant
 
 
 def opening_raises(error: Callable[[], OSError]) -> Fault:
+    """When the state's file is opened."""
+
     def plant(patch: pytest.MonkeyPatch, state: Path) -> None:
-        real = open
-
-        def refuse(path: object, *rest: object, **named: object) -> object:
-            if path == state:
-                raise error()
-            return real(path, *rest, **named)  # type: ignore[call-overload]
-
-        patch.setattr("builtins.open", refuse)
+        Injection(patch, builtins, "open", error, counts=lambda path, *arguments: path == state)
 
     return plant
 
@@ -387,10 +348,7 @@ def device_is_full(patch: pytest.MonkeyPatch, state: Path) -> None:
     def loaded(*arguments: Any) -> RunState:
         result = load_state(*arguments)
 
-        def to(*_: object, **__: object) -> torch.Tensor:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-
-        patch.setattr(torch.Tensor, "to", to)
+        Injection(patch, torch.Tensor, "to", cuda_error)
         return result
 
     patch.setattr(pipeline_module, "load_state", loaded)
@@ -466,15 +424,14 @@ def test_p16_a_state_that_cannot_be_had_for_a_moment_is_loaded_after_all(
 ) -> None:
     """One failure of the disk, then one of memory."""
     pipeline, state = interrupted
-    errors, real = [io_error(), no_memory()], disk_module.read_at
-
-    def read_at(fd: int, target: memoryview, offset: int, seeking: threading.Lock) -> int:
-        if errors:
-            raise errors.pop(0)
-        return real(fd, target, offset, seeking)
-
-    monkeypatch.setattr(disk_module, "read_at", read_at)
-    monkeypatch.setattr(disk_module, "RETRY_DELAYS_S", (1e-4, 1e-4, 1e-4))
+    errors = [io_error(), no_memory()]
+    Injection(
+        monkeypatch,
+        disk_module,
+        "read_at",
+        fails=lambda *arguments: errors.pop(0) if errors else None,
+    )
+    monkeypatch.setattr(disk_module, "RETRY_DELAYS_S", FAST_RETRIES_S)
     with caplog.at_level(logging.WARNING):
         assert resumed(pipeline, state) == expected
     assert not errors

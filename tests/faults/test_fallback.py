@@ -5,17 +5,14 @@ stays the same (promise 16).
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
 from functools import partial
-from operator import eq
 
 import pytest
 import torch
 
 from lowvram.errors import OutOfMemoryError
 from lowvram.hardware.cgroups import HostMemory
-from lowvram.memory import arena
 from lowvram.memory.out_of_memory import is_out_of_memory, short_budget
 from lowvram.models import wan
 from lowvram.pipeline import Pipeline, Video
@@ -28,6 +25,7 @@ from lowvram.request import Request, Workload
 from lowvram.sampling import recovery
 from lowvram.store.reader import Store
 from lowvram.variants import T2V_A14B
+from tests.faults.inject import Allocator, Injection, at, cpu_error, cuda_error, first, python_error
 from tests.helpers.runs import digest, pipeline_of, plan_of, request_of
 from tests.helpers.staged import StagedPipeline, StagedTransport
 from tests.helpers.threads import lowvram_threads
@@ -35,52 +33,6 @@ from tests.helpers.threads import lowvram_threads
 StoreOf = Callable[[str], Store]
 CHOICE = PlanChoice(128, 1, 1, 1, True, pinned_blocks=1)
 GIB = 2**30
-
-
-def cuda_error() -> Exception:
-    return torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 336.00 MiB. GPU 0 has a total capacity of 8.00 GiB"
-    )
-
-
-def cpu_error() -> Exception:
-    return RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: "
-        "you tried to allocate 1 bytes"
-    )
-
-
-def python_error() -> Exception:
-    return MemoryError()
-
-
-class Memory:
-    """Stands for the allocator: counts what lives, and fails at chosen allocations. `peak_bytes`:
-    beside the process itself.
-    """
-
-    def __init__(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        error: Callable[[], Exception] = cuda_error,
-        fail: Callable[[int], bool] = lambda n: False,
-    ):
-        self.count = self.live_bytes = self.peak_bytes = 0
-        self._error, self._fail = error, fail
-        monkeypatch.setattr(arena, "new_buffer", self.new_buffer)
-
-    def new_buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        self.count += 1
-        if self._fail(self.count - 1):
-            raise self._error()
-        buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.live_bytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(buffer.untyped_storage(), self._freed, nbytes)
-        return buffer
-
-    def _freed(self, nbytes: int) -> None:
-        self.live_bytes -= nbytes
 
 
 @pytest.fixture
@@ -127,6 +79,10 @@ def fallbacks(caplog: pytest.LogCaptureFixture) -> list[str]:
 ERRORS = (cuda_error, cpu_error, python_error)
 
 
+def is_call(wanted: int, number: int, nbytes: int) -> bool:
+    return number == wanted
+
+
 @pytest.mark.parametrize(
     ("message", "is_memory"),
     [
@@ -153,7 +109,7 @@ def test_p16_any_allocation_may_fail_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with monkeypatch.context() as patch:
-        memory = Memory(patch)
+        memory = Allocator(patch)
         _, plan = run(pipeline)
         total = memory.count
     # slots and staging of text and blocks, one cached block, the arena
@@ -161,7 +117,7 @@ def test_p16_any_allocation_may_fail_once(
     for number in range(total):
         caplog.clear()
         with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-            memory = Memory(patch, ERRORS[number % 3], partial(eq, number))
+            memory = Allocator(patch, ERRORS[number % 3], partial(is_call, number))
             video, _ = run(pipeline)
         assert digest(video.frames) == expected, number
         assert len(fallbacks(caplog)) == 1, number
@@ -182,24 +138,14 @@ def test_p16_any_block_of_any_step_may_fail(
     """Finished steps are not computed again: each failure costs the blocks of its own step at
     most.
     """
-    real = wan.WanTransformer._run_block
     visits = 3 * 2 * 2
     for failing in range(visits):
-        calls = 0
-
-        def run_block(self: wan.WanTransformer, *arguments: object, failing: int = failing) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == failing + 1:
-                raise cuda_error()
-            real(self, *arguments)  # type: ignore[arg-type]
-
         caplog.clear()
         with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-            patch.setattr(wan.WanTransformer, "_run_block", run_block)
+            blocks = Injection(patch, wan.WanTransformer, "_run_block", cuda_error, at(failing))
             video, _ = run(pipeline)
         assert digest(video.frames) == expected, failing
-        assert calls == visits + 1 + failing % 4
+        assert blocks.calls == visits + 1 + failing % 4
         step = failing // 4
         assert f"step {step + 1} of 3" in fallbacks(caplog)[0]
         assert f"continuing from step {step} with" in fallbacks(caplog)[0]
@@ -213,48 +159,32 @@ def test_p16_the_other_phases_are_tried_once_more(
     caplog: pytest.LogCaptureFixture,
     phase: str,
 ) -> None:
-    real, calls = getattr(Pipeline, phase), []
-
-    def failing(self: Pipeline, *arguments: object) -> object:
-        calls.append(phase)
-        if len(calls) <= times:
-            raise cuda_error()
-        return real(self, *arguments)
-
-    monkeypatch.setattr(Pipeline, phase, failing)
-    for times in (1, 9):
-        calls.clear()
-        if times == 1:
-            assert digest(run(pipeline)[0].frames) == expected
-            assert "trying it once more" in caplog.text
-            assert len(calls) == 2
-        else:
-            with pytest.raises(
-                OutOfMemoryError, match=r"out of VRAM in the \w+ phase \(CUDA out of memory"
-            ):
-                run(pipeline)
-            assert len(calls) == (2 if phase == "_condition" else 3), (
-                "where there is a leaner way, that too"
-            )
+    with monkeypatch.context() as patch:
+        calls = Injection(patch, Pipeline, phase, cuda_error, first(1))
+        assert digest(run(pipeline)[0].frames) == expected
+    assert "trying it once more" in caplog.text
+    assert calls.calls == 2
+    calls = Injection(monkeypatch, Pipeline, phase, cuda_error)
+    with pytest.raises(
+        OutOfMemoryError, match=r"out of VRAM in the \w+ phase \(CUDA out of memory"
+    ):
+        run(pipeline)
+    assert calls.calls == (2 if phase == "_condition" else 3), (
+        "where there is a leaner way, that too"
+    )
 
 
-def test_p16_the_foot_of_the_ladder_is_a_clear_error(
+def test_p16_the_last_fallback_plan_is_a_clear_error(
     pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    calls = []
-
-    def run_block(self: wan.WanTransformer, *arguments: object) -> None:
-        calls.append(1)
-        raise cuda_error()
-
-    monkeypatch.setattr(wan.WanTransformer, "_run_block", run_block)
+    blocks = Injection(monkeypatch, wan.WanTransformer, "_run_block", cuda_error)
     with pytest.raises(
         OutOfMemoryError, match=r"out of VRAM in step 1 of 3 .* needs .* of VRAM; close .* --size"
     ) as failed:
         run(pipeline, PlanChoice(192, 2, 0, 2, True))
     assert "\n" not in str(failed.value)
     said = fallbacks(caplog)
-    assert len(calls) == len(said) + 1 == 8
+    assert blocks.calls == len(said) + 1 == 8
     assert "the same plan once more" in said[-1]
     for text in (
         "one slot",
@@ -269,16 +199,15 @@ def test_p16_the_foot_of_the_ladder_is_a_clear_error(
 def test_other_errors_are_raised_as_they_are(
     pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    calls = []
-
-    def run_block(self: wan.WanTransformer, *arguments: object) -> None:
-        calls.append(1)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(wan.WanTransformer, "_run_block", run_block)
+    blocks = Injection(
+        monkeypatch,
+        wan.WanTransformer,
+        "_run_block",
+        lambda: RuntimeError("CUDA error: an illegal memory access was encountered"),
+    )
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(pipeline)
-    assert len(calls) == 1
+    assert blocks.calls == 1
     assert not fallbacks(caplog)
 
 
@@ -339,10 +268,10 @@ def test_p16_blocks_in_ram_are_handed_back_under_pressure(
     assert "reading every block from the disk" in second
 
 
-def test_a_run_that_steps_down_reports_each_step_once(
+def test_a_run_with_fallback_plans_reports_each_step_once(
     pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Memory(monkeypatch, cuda_error, lambda n: n == 9)
+    Allocator(monkeypatch, cuda_error, lambda number, nbytes: number == 9)
     seen = []
     run(
         pipeline,
@@ -354,7 +283,7 @@ def test_a_run_that_steps_down_reports_each_step_once(
 def test_nothing_is_allocated_between_the_first_step_and_the_last(
     pipeline: StagedPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory, counts = Memory(monkeypatch), []
+    memory, counts = Allocator(monkeypatch), []
     run(
         pipeline,
         PlanChoice(64, 1, 0, 1, False),
@@ -393,7 +322,7 @@ def descend(fallbacks: FallbackPlans, short: str) -> list[MemoryPlan]:
 @pytest.mark.parametrize("short", [VRAM, RAM])
 @pytest.mark.parametrize("vram_gib", [6, 12, 24, 80])
 @pytest.mark.parametrize("ram_gib", [6, 16, 64])
-def test_every_rung_needs_less_and_there_are_a_handful(
+def test_every_fallback_plan_needs_less_and_there_are_a_handful(
     short: str, vram_gib: int, ram_gib: int
 ) -> None:
     plans = descend(FallbackPlans(*a14b(vram_gib, ram_gib)), short)
