@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowvram.errors import OutputError, UsageError
-from lowvram.files.io import output_error, replacing
+from lowvram.files.write import output_error, replacing
 from lowvram.request import Request
 
 if TYPE_CHECKING:  # otherwise imported when a video is written or read

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram.errors import OutputError
 from lowvram.files.cache import cache_folder
-from lowvram.files.io import replace_file
+from lowvram.files.write import replace_file
 from lowvram.hardware.cgroups import cpu_count
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lowvram.errors import OutputError
-from lowvram.files.io import output_error
+from lowvram.files.write import output_error
 
 LOCK_NAME = ".lowvram.lock"
 TIMEOUT_S = 0.1  # covers a holder that removes its file between our open and our lock

@@ -16,7 +16,7 @@ from typing import Any
 from lowvram.errors import OutputError, UsageError
 from lowvram.files.cache import cache_folder
 from lowvram.files.checked import checked
-from lowvram.files.io import replace_file
+from lowvram.files.write import replace_file
 
 logger = logging.getLogger(__name__)
 

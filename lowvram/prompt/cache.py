@@ -21,7 +21,7 @@ from torch import Tensor
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.errors import CheckpointError, OutputError
 from lowvram.files.cache import cache_folder
-from lowvram.files.io import PARTIAL, replacing, write_all
+from lowvram.files.write import PARTIAL, replacing, write_all
 from lowvram.variants import TextEncoderConfig
 
 FORMAT_VERSION = 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.errors import CheckpointError, OutOfMemoryError, ResumeError
 from lowvram.files.checked import checked
-from lowvram.files.io import replace_file
+from lowvram.files.write import replace_file
 from lowvram.memory.out_of_memory import as_out_of_memory
 from lowvram.request import Request
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.errors import ResumeError
-from lowvram.files.io import BINARY, write_all
+from lowvram.files.write import BINARY, write_all
 
 
 @dataclass

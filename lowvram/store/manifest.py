@@ -14,7 +14,7 @@ from lowvram.checkpoint.layouts.table import is_checkpoint
 from lowvram.checkpoint.readers.files import read_json
 from lowvram.errors import CheckpointError, IntegrityError, UsageError
 from lowvram.files.checked import checked
-from lowvram.files.io import PARTIAL, replace_file
+from lowvram.files.write import PARTIAL, replace_file
 from lowvram.formats import FORMATS
 from lowvram.store.writer import JOURNAL
 from lowvram.variants import COMPONENTS, ModelConfig

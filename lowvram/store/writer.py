@@ -17,7 +17,7 @@ import torch
 
 from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
 from lowvram.errors import CheckpointError, ResumeError
-from lowvram.files.io import BINARY, PARTIAL, check_room, output_error, sync_folder, write_all
+from lowvram.files.write import BINARY, PARTIAL, check_room, output_error, sync_folder, write_all
 from lowvram.store.journal import Journal
 from lowvram.store.layout import ALIGNMENT_BYTES, StoredTensor
 

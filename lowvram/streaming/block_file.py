@@ -17,7 +17,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lowvram.errors import CheckpointError, InternalLimitError
-from lowvram.files.io import BINARY, CHECK_DISK, STOP_GRACE_S, Reading, before_next_try, read_at
+from lowvram.files.read import CHECK_DISK, STOP_GRACE_S, Reading, before_next_try, read_at
+from lowvram.files.write import BINARY
 from lowvram.planner.workspace import PAGE_BYTES
 
 READ_THREADS = 4

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowvram.checkpoint.source import Source
 from lowvram.errors import CheckpointError
-from lowvram.files.io import replace_file, sync_folder
+from lowvram.files.write import replace_file, sync_folder
 from lowvram.store.layout import ComponentLayout, StoredTensor
 from lowvram.store.manifest import (
     MANIFEST_NAME,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lowvram.checkpoint.source import Source, open_source
 from lowvram.errors import CheckpointError, DiskFullError, LowvramError, NonFiniteError, OutputError
-from lowvram.files.io import output_error
 from lowvram.files.lock import OutputLock
+from lowvram.files.write import output_error
 from lowvram.store.layout import component_layout
 from lowvram.store.manifest import (
     MANIFEST_NAME,

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from lowvram.files.io import BINARY, output_error, write_all
+from lowvram.files.write import BINARY, output_error, write_all
 from lowvram_quantize.recipe import check_same
 from lowvram_quantize.report import TensorError
 

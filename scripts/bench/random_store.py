@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
-from lowvram.files.io import check_room
+from lowvram.files.write import check_room
 from lowvram.store.layout import StoredTensor, component_layout, marker_bytes
 from lowvram.store.manifest import TOKENIZER_NAME, ComponentManifest, Manifest, component_file
 from lowvram.store.reader import Store, open_store

@@ -26,7 +26,7 @@ from lowvram.checkpoint.readers.safetensors import (
     TensorFile,
 )
 from lowvram.errors import CheckpointError, HeaderError
-from lowvram.files import io as disk
+from lowvram.files import read as disk
 from lowvram.store.reader import StoreFile
 
 BIG = 2 * SMALL_BYTES

@@ -16,7 +16,7 @@ import torch
 from lowvram import pipeline as pipeline_module
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.errors import CheckpointError, LowvramError, OutOfMemoryError, ResumeError
-from lowvram.files import io as disk_module
+from lowvram.files import read as disk_module
 from lowvram.pipeline import Pipeline
 from lowvram.planner.phases import PlanChoice
 from lowvram.progress import Progress

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.errors import CheckpointError
-from lowvram.files import io as disk
+from lowvram.files import read as disk
 from lowvram.pipeline import Pipeline
 from lowvram.planner.phases import PlanChoice
 from lowvram.store.reader import Store

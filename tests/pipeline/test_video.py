@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import lowvram.files.io
+import lowvram.files.write
 import lowvram.video
 from lowvram.errors import DiskFullError, OutputError, UsageError
 from lowvram.request import Request
@@ -258,7 +258,7 @@ def test_p06_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lowvram.files.io, "_sync_file", full)
+    monkeypatch.setattr(lowvram.files.write, "_sync_file", full)
     with pytest.raises(DiskFullError, match="make room"):
         write_video(tmp_path / "clip.mp4", clip(), 16, {})
     assert os.listdir(tmp_path) == []

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lowvram.errors import DiskFullError, OutputError
-from lowvram.files.io import output_error, replace_file
+from lowvram.files.write import output_error, replace_file
 from lowvram.store.layout import StoredTensor
 from lowvram.store.writer import StoreWriter
 

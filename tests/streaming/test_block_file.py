@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from lowvram.errors import CheckpointError, InternalLimitError
-from lowvram.files import io as disk
+from lowvram.files import read as disk
 from lowvram.planner.workspace import PAGE_BYTES, READ_SLACK_BYTES
 from lowvram.streaming.block_file import BlockFile
 from tests.helpers.hanging import HangingReads

@@ -18,7 +18,7 @@ from lowvram.checkpoint.readers.safetensors_header import (
     read_header,
 )
 from lowvram.errors import CheckpointError, HeaderError
-from lowvram.files.io import read_ranges
+from lowvram.files.read import read_ranges
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,

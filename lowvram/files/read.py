@@ -1,22 +1,17 @@
-"""Durable writes, retried reads, and readable errors of the file system."""
+"""Reads that are retried, watched for hanging disks and cancelled."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lowvram.errors import CheckpointError, DiskFullError, OutputError
-from lowvram.units import format_bytes
+from lowvram.errors import CheckpointError
 
-BINARY = getattr(os, "O_BINARY", 0)  # without it Windows would write \r\n for every byte 10
-PARTIAL = ".partial"  # ends the name of a file that is still being written
 RETRY_DELAYS_S = (0.05, 0.25, 1.0)
 READ_BYTES = 16 * 2**20  # at a time, so that a slow disk is told from one that hangs
 SLOW_READ_S = 10.0
@@ -25,14 +20,6 @@ HANGING_READ_S = 300.0
 STOP_GRACE_S = 2.0  # what a stopped run waits for reads under way, which write into its buffers
 POLL_S = 0.25
 CHECK_DISK = "check the disk and its cable, or copy the model to another one"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_ADVICE = {
-    errno.EEXIST: "it is a file: choose a folder that does not exist",
-    errno.ENOTDIR: "a part of this path is a file: choose another folder",
-    errno.EISDIR: "it is a folder: choose another name",
-    errno.EACCES: "choose another folder or change its permissions",
-    errno.EPERM: "choose another folder or change its permissions",
-}
 _log = logging.getLogger(__name__)
 
 
@@ -189,86 +176,3 @@ def before_next_try(
         raise CheckpointError(f"{said}, {failures + 1} times: {CHECK_DISK}") from error
     _log.warning("%s; trying again in %.2f s", said, RETRY_DELAYS_S[failures])
     pause(RETRY_DELAYS_S[failures])
-
-
-def write_all(fd: int, data: bytes | memoryview) -> None:
-    """Write all of `data`, in as many writes as needed. Raises `OSError`."""
-    view = memoryview(data)
-    while view.nbytes:
-        view = view[os.write(fd, view) :]
-
-
-def output_error(
-    path: Path, error: OSError, advice: str = "make room and run it again"
-) -> OutputError:
-    """The `OutputError` for an `OSError` while writing `path`; `DiskFullError`, with `advice`, if
-    there is no room.
-    """
-    if error.errno in _NO_ROOM:
-        return DiskFullError(f"no room to write {path} ({error.strerror}): {advice}")
-    remedy = _ADVICE.get(error.errno or 0, "choose another folder or disk")
-    return OutputError(f"cannot write {path}: {error.strerror or error}: {remedy}")
-
-
-def check_room(path: Path, needed_bytes: int) -> None:
-    """Raises `DiskFullError` if the file system of `path` has less than `needed_bytes` free."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise DiskFullError(
-            f"{path} needs {format_bytes(needed_bytes)}, but {folder} has "
-            f"{format_bytes(free_bytes)} free: make room first"
-        )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable, on systems that can sync a folder."""
-    if os.name == "nt":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def replacing(path: Path, partial: Path | None = None, durable: bool = True) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when the block ends and removed when it raises.
-
-    `path` holds either its old content or all of the new one, at any moment. partial: the file
-    written to, by default `path` with `.partial`; durable: sync file and folder, so that the rename
-    survives a power cut. Raises `OutputError` in place of `OSError`.
-    """
-    partial = partial or path.with_name(path.name + PARTIAL)
-    try:
-        yield partial
-        if durable:
-            _sync_file(partial)
-        os.replace(partial, path)
-        if durable:
-            sync_folder(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise output_error(path, error) from error
-        raise
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR | BINARY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace `path` atomically by `content`; see `replacing`. Raises `OutputError`."""
-    with replacing(path) as partial:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
-        try:
-            write_all(fd, content)
-        finally:
-            os.close(fd)
