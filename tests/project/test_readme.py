@@ -29,8 +29,8 @@ ELSEWHERE = {
     "python scripts/bootstrap.py demo": "tests/scripts/test_bootstrap.py and `lowvram demo` below",
     "pip install -e . -c constraints.txt": "scripts/bootstrap.py installs so in CI",
     "hf download Wan-AI/Wan2.2-T2V-A14B --local-dir Wan2.2-T2V-A14B": "needs a network",
-    "python -m scripts.bench all --out FOLDER": "tests/scripts/test_bench_rehearsal.py",
-    "python -m scripts.bench all --rehearse --out FOLDER": "tests/scripts/test_bench_rehearsal.py",
+    "python -m scripts.bench all --out FOLDER": "tests/scripts/bench/test_rehearsal.py",
+    "python -m scripts.bench all --rehearse --out FOLDER": "tests/scripts/bench/test_rehearsal.py",
 }
 
 

@@ -24,7 +24,7 @@ from scripts.bench import plots
 from scripts.bench import timing as bench_timing
 from tests.helpers.checkpoints import tiny_config
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
 def test_an_int8_block_is_close_to_fp32() -> None:

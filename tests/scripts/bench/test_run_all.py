@@ -22,7 +22,7 @@ from scripts.bench.results import Results, ResultsNotWritten, commit_of, problem
 from scripts.bench.run_all import DEVICE_LOST, FAILED, LEFT_OUT, NO_DEVICE, OUT_OF_TIME, Step
 from scripts.bench.steps import Context, LeftOut, OutOfTime, Row, Unit
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 IDENTITY = "machine | torch | triton | source"
 
 
@@ -218,7 +218,7 @@ def test_the_code_that_is_measured_has_a_digest(tmp_path: Path) -> None:
 
 STUB = """
 import json, os, sys, time
-sys.path.insert(0, {scripts!r})
+sys.path.insert(0, {root!r})
 from pathlib import Path
 from scripts.bench.results import Results, ResultsNotWritten
 results = Results(Path({out!r}), {call!r})
@@ -246,7 +246,7 @@ def run_all(
 
     def command(run: Any, step: Step, seconds: float) -> list[str]:
         values = {
-            "scripts": str(ROOT / "scripts"),
+            "root": str(ROOT),
             "out": str(out),
             "call": run.results.call,
             "step": step.name,
@@ -353,7 +353,7 @@ def test_later_steps_are_dropped_when_no_time_is_left(
 def test_ctrl_c_ends_the_step_and_still_writes_the_page(tmp_path: Path) -> None:
     code = f"""
 import sys
-sys.path.insert(0, {str(ROOT / "scripts")!r})
+sys.path.insert(0, {str(ROOT)!r})
 from scripts.bench import run_all as bench_all
 bench_all.Run._command = lambda run, step, seconds: [sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"]
 sys.exit(bench_all.main(["--out", {str(tmp_path)!r}, "--work", {str(tmp_path / "work")!r}]))

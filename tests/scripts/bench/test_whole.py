@@ -25,7 +25,6 @@ pytestmark = [
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     module, group = (
         importlib.import_module("scripts.bench.whole"),
         importlib.import_module("scripts.bench.memory_group"),
