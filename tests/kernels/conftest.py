@@ -8,7 +8,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-INTERPRETED = ("linear", "rows", "heads", "nan", "model")
+INTERPRETED = (
+    "adaln_quantize",
+    "attention_int8",
+    "model",
+    "nan",
+    "quantize_rows",
+    "quantized_linear",
+    "rms_rope_quantize",
+)
 collect_ignore = []
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore = [

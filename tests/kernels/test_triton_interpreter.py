@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.conftest import INTERPRETED
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -31,7 +33,7 @@ def interpret(name: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear", "rows", "heads", "nan", "model"])
+@pytest.mark.parametrize("name", INTERPRETED)
 def test_p18_kernels_agree_with_their_references_in_the_interpreter(name: str) -> None:
     result = interpret(name)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

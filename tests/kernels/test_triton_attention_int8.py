@@ -1,4 +1,4 @@
-"""Tests `rms_rope_quantize`, `quantize_values` and `attention_int8` in Triton's interpreter."""
+"""Tests `attention_int8` and `quantize_values` in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from lowvram_kernels import attention_int8_triton, common_triton, rms_rope_quantize_triton
+from lowvram_kernels import attention_int8_triton, common_triton
 from lowvram_kernels.attention_int8 import VALUE_MAX
 from lowvram_kernels.attention_int8_triton import attention_int8, quantize_values
 from lowvram_kernels.common_triton import e4m3_bytes
@@ -16,35 +16,7 @@ from lowvram_kernels.rms_rope_quantize_triton import rms_rope_quantize
 from lowvram_kernels.tuning import PV_DTYPES
 
 from tests.kernels import cases
-
-
-@pytest.mark.parametrize(
-    ("rope", "smoothing"), [(True, True), (True, False), (False, True), (False, False)]
-)
-@pytest.mark.parametrize(("m", "heads", "head_dim"), [(1, 1, 128), (5, 3, 128), (4, 5, 64)])
-def test_p18_rms_rope_agrees_with_the_reference(
-    rope: bool, smoothing: bool, m: int, heads: int, head_dim: int
-) -> None:
-    assert not cases.rms_rope(
-        m, heads, rope=rope, smoothing=smoothing, head_dim=head_dim
-    ).mismatch()
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        cases.rolled("x"),
-        cases.rolled("weight"),
-        cases.rolled("cos"),
-        cases.rolled("sin"),
-        cases.changed(smoothing=None),
-        cases.changed(cos=None, sin=None),
-        cases.changed(eps=0.1),
-        cases.rolled("smoothing"),
-    ],
-)
-def test_p18_a_fault_in_rms_rope_shows(fault: Callable[[cases.Inputs], cases.Inputs]) -> None:
-    assert cases.rms_rope(5, 3).mismatch(fault)
+from tests.kernels.inputs import far_heads
 
 
 @pytest.mark.parametrize("pv", PV_DTYPES)
@@ -183,46 +155,6 @@ def triton_ops() -> cases.AttentionOps:
     return cases.AttentionOps(rms_rope_quantize, quantize_values, attention_int8)
 
 
-def test_heads_and_values_past_2_to_the_31_elements() -> None:
-    """Rows that are 2^30 elements apart, in memory that is reserved but never touched."""
-    stride = 2**30 + 256
-    case = cases.rms_rope(3, 2)
-    x = torch.empty(2 * stride + 256, dtype=torch.bfloat16).as_strided((3, 256), (stride, 1))
-    x.copy_(case.inputs["x"])
-    out, scale = torch.empty(2, 3, 128, dtype=torch.int8), torch.full((2, 3), float("nan"))
-    rms_rope_quantize_triton.rms_rope_quantize(**(case.inputs | {"x": x}), out=out, out_scale=scale)
-    assert torch.equal(out, case.run("reference")["out"][:, 1:-2])
-    one = cases.values(3, 2)
-    x.copy_(one.inputs["v"])
-    v, v_scale = torch.empty(2, 128, 64, dtype=torch.int8), torch.full((2, 128, 1), float("nan"))
-    quantize_values(x, v, v_scale)
-    assert torch.equal(v, one.run("reference")["out"][:, :, 64:])
-
-
-def far_heads(rows: int, columns: int) -> torch.Tensor:
-    """Return [3, rows, columns] int8 whose heads are 2^30 elements apart.
-
-    The memory between them is reserved but never touched.
-    """
-    stride = 2**30 + 256
-    return torch.empty(2 * stride + rows * columns, dtype=torch.int8).as_strided(
-        (3, rows, columns), (stride, columns, 1)
-    )
-
-
-def test_heads_and_values_are_written_past_2_to_the_31_elements() -> None:
-    case, out, scale = cases.rms_rope(5, 3), far_heads(5, 128), torch.full((3, 5), float("nan"))
-    rms_rope_quantize_triton.rms_rope_quantize(**case.inputs, out=out, out_scale=scale)
-    assert torch.equal(out, case.run("reference")["out"][:, 1:-2])
-    one, v, v_scale = (
-        cases.values(70, 3),
-        far_heads(128, 128),
-        torch.full((3, 128, 2), float("nan")),
-    )
-    quantize_values(one.inputs["v"], v, v_scale)
-    assert torch.equal(v, one.run("reference")["out"][:, :, 64:])
-
-
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_attention_reads_past_2_to_the_31_elements(name: str) -> None:
     case = cases.attention(3, 70, 3)
@@ -239,3 +171,24 @@ def test_attention_writes_rows_past_2_to_the_31_elements() -> None:
     attention_int8(**case.inputs, out=out)
     expected = case.run("triton")["out"][:-1]
     assert torch.equal(out, expected.bfloat16())
+
+
+def test_values_past_2_to_the_31_elements() -> None:
+    """Rows that are 2^30 elements apart, in memory that is reserved but never touched."""
+    stride = 2**30 + 256
+    one = cases.values(3, 2)
+    x = torch.empty(2 * stride + 256, dtype=torch.bfloat16).as_strided((3, 256), (stride, 1))
+    x.copy_(one.inputs["v"])
+    v, v_scale = torch.empty(2, 128, 64, dtype=torch.int8), torch.full((2, 128, 1), float("nan"))
+    quantize_values(x, v, v_scale)
+    assert torch.equal(v, one.run("reference")["out"][:, :, 64:])
+
+
+def test_values_are_written_past_2_to_the_31_elements() -> None:
+    one, v, v_scale = (
+        cases.values(70, 3),
+        far_heads(128, 128),
+        torch.full((3, 128, 2), float("nan")),
+    )
+    quantize_values(one.inputs["v"], v, v_scale)
+    assert torch.equal(v, one.run("reference")["out"][:, :, 64:])
