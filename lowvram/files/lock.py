@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +17,8 @@ from lowvram.errors import OutputError
 from lowvram.files.write import output_error
 
 LOCK_NAME = ".lowvram.lock"
+# Windows lets nobody read or write a locked file, so the holder's id stands in a file beside it.
+HOLDER_SUFFIX = ".pid" if os.name == "nt" else ""
 TIMEOUT_S = 0.1  # covers a holder that removes its file between our open and our lock
 _log = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ class OutputLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_NAME
+        self.holder_path = folder / (LOCK_NAME + HOLDER_SUFFIX)
         self._lock = FileLock(
             self.path, timeout=TIMEOUT_S, poll_interval=TIMEOUT_S / 5, thread_local=False
         )
@@ -52,28 +56,28 @@ class OutputLock:
         """Free the lock and remove its file; a second call does nothing."""
         if not self._lock.is_locked:
             return
-        if os.name != "nt":
-            # While the lock is held: a waiting process finds its inode unlinked and tries again.
-            self.path.unlink(missing_ok=True)
+        # While the lock is held: a waiting process finds its inode unlinked and tries again.
+        self.holder_path.unlink(missing_ok=True)
         self._lock.release()
-        if os.name == "nt":  # Windows does not remove an open file
-            self.path.unlink(missing_ok=True)
+        if HOLDER_SUFFIX:
+            with suppress(OSError):  # another process may hold it by now
+                self.path.unlink(missing_ok=True)
 
     def _acquire(self) -> None:
-        holder = _read_holder(self.path)
         try:
             self._lock.acquire()
         except Timeout:
-            raise self._refusal(_read_holder(self.path)) from None
+            raise self._refusal(_read_holder(self.holder_path)) from None
         try:
             # Some file systems grant every lock, so the named process must be dead as well.
+            holder = _read_holder(self.holder_path)
             if holder and holder == _process(holder.get("pid")):
                 raise self._refusal(holder)
             if holder:
                 _log.warning(
                     "took over %s, left by process %s, which is gone", self.path, holder.get("pid")
                 )
-            self.path.write_text(json.dumps(_process(os.getpid())), encoding="utf-8")
+            self.holder_path.write_text(json.dumps(_process(os.getpid())), encoding="utf-8")
         except BaseException:
             self._lock.release()
             raise
@@ -106,7 +110,5 @@ def _read_holder(path: Path) -> dict[str, object]:
     try:
         holder = json.loads(path.read_bytes()[:4096])
     except (FileNotFoundError, ValueError, RecursionError):
-        return {}
-    except PermissionError:  # Windows: the locked file of another process
         return {}
     return holder if isinstance(holder, dict) else {}

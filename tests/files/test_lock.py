@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from lowvram.errors import OutputError
+from lowvram.files import lock
 from lowvram.files.lock import LOCK_NAME, OutputLock
 
 
@@ -93,6 +94,19 @@ def test_p07_lock_file_removed_by_its_holder_in_between_is_made_again(
         assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
         with pytest.raises(OutputError):
             OutputLock(tmp_path)
+
+
+def test_p07_the_holder_stands_beside_the_lock_where_a_locked_file_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    monkeypatch.setattr(lock, "HOLDER_SUFFIX", ".pid")
+    with OutputLock(tmp_path):
+        assert (tmp_path / LOCK_NAME).read_bytes() == b""
+        assert json.loads((tmp_path / f"{LOCK_NAME}.pid").read_text())["pid"] == os.getpid()
+        with pytest.raises(OutputError, match=f"process {os.getpid()}:"):
+            OutputLock(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 STALE = {
