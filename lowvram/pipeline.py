@@ -14,6 +14,7 @@ import torch
 from lowvram_kernels.constraints import refused_gpu
 from lowvram_kernels.dispatch import distrusted
 from lowvram_kernels.errors import UnsupportedOpError
+from lowvram_kernels.tuning import pv_dtype, values_of
 from torch import Tensor
 
 from lowvram.errors import CheckpointError, UnsupportedError, UsageError
@@ -128,6 +129,7 @@ class Pipeline:
         self.host = replace(
             host,
             references=host.references or refused_gpu(device) is not None or bool(distrusted()),
+            values=values_of(pv_dtype(device)),
         )
         self.model = hashlib.sha256((store.path / "lowvram.json").read_bytes()).hexdigest()
 

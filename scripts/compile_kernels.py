@@ -37,11 +37,18 @@ import triton
 from lowvram_kernels import tuning
 from lowvram_kernels.adaln_quantize_triton import adaln_kernel
 from lowvram_kernels.attention_int8 import VALUE_MAX
-from lowvram_kernels.attention_int8_triton import attention_kernel, scale_copies, values_kernel
+from lowvram_kernels.attention_int8_triton import (
+    attention_kernel,
+    one_loop,
+    permuted,
+    scale_copies,
+    values_kernel,
+)
 from lowvram_kernels.common_triton import scalar_products
 from lowvram_kernels.quantize_rows_triton import groups_of, rows_kernel
 from lowvram_kernels.quantized_linear_triton import linear_kernel
 from lowvram_kernels.rms_rope_quantize_triton import rms_rope_kernel
+from lowvram_kernels.sizes import STORED_VALUES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -51,8 +58,8 @@ SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 
 # 480p, 75,600 and 1,182 at 720p. Each is not divisible by 16 at some shape of A14B; every other
 # integer is at all of them.
 NOT_ALIGNED = {
-    "attention_kernel": {"stride_qs", "stride_ks", "stride_vsd"},
-    "values_kernel": {"M", "stride_scale_d"},
+    "attention_kernel": {"stride_qs"},
+    "values_kernel": {"M"},
     "rms_rope_kernel": {"H", "stride_scale_h"},
 }
 ONE = {"stride_scale_m"}  # is 1, which Triton makes a constant of
@@ -222,18 +229,17 @@ def attention_variants(arch: str) -> Iterator[Variant]:
         for width, label in ((HEAD_DIM, ""), (DEMO_HEAD_DIM, f", heads of {DEMO_HEAD_DIM}")):
             types = {
                 "v_ptr": "*bf16",
-                "out_ptr": VALUE_TYPES[pv],
                 "out_scale_ptr": "*fp32",
                 "M": "i32",
             } | strides(values_kernel)
-            constants = {"HEAD_DIM": width, "VALUE_MAX": VALUE_MAX[tuning.PV_DTYPES[pv]]}
-            yield Variant(
-                f"values {pv}{label}",
-                values_kernel,
-                types,
-                constants,
-                {"num_warps": 4, "enable_fp_fusion": False},
-            )
+            if pv in VALUE_TYPES:
+                yield Variant(
+                    f"values {pv}{label}",
+                    values_kernel,
+                    types | {"out_ptr": VALUE_TYPES[pv]},
+                    {"HEAD_DIM": width, "VALUE_MAX": VALUE_MAX[tuning.PV_DTYPES[pv]]},
+                    {"num_warps": 4, "enable_fp_fusion": False},
+                )
             one = attention_variant(arch, pv, width, f"attention {pv}{label}")
             yield one
             if arch in MORE and width == HEAD_DIM:
@@ -242,11 +248,13 @@ def attention_variants(arch: str) -> Iterator[Variant]:
 
 def attention_variant(arch: str, pv: str, head_dim: int, name: str) -> Variant:
     tile, dtype = tuning.attention_tile(arch, pv, head_dim), tuning.PV_DTYPES[pv]
+    scaled = STORED_VALUES[pv].scaled
+    loops = 1 if one_loop(arch, pv) else 2  # the second takes the keys that are left
     types = dict.fromkeys(("q_ptr", "k_ptr"), "*i8") | {
         f"{letter}_scale_ptr": "*fp32" for letter in "qkv"
     }
     types |= {
-        "v_ptr": CODE_TYPES.get(pv, "*fp16"),
+        "v_ptr": CODE_TYPES.get(pv, f"*{pv}"),
         "out_ptr": "*bf16",
         "M": "i32",
         "N": "i32",
@@ -255,13 +263,21 @@ def attention_variant(arch: str, pv: str, head_dim: int, name: str) -> Variant:
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_M": tile.block_m,
+        "KEYS": tile.keys,
+        "STAGES": tile.stages,
+        "SCALED": scaled,
         "HALF_SUM": tile.half_sum,
-        "SCALE_COPIES": scale_copies(arch),
+        "PERMUTED": permuted(arch, pv),
+        "SCALE_COPIES": scale_copies(arch, pv),
+        "WIDE": False,
+        "ONE_LOOP": one_loop(arch, pv),
     }
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    one = 2 * tile.block_m * 64 * head_dim  # of the loop over keys and of the keys that are left
+    if tile.registers is not None:
+        options["maxnreg"] = tile.registers
+    one = loops * tile.block_m * tile.keys * head_dim
     matrix = {"int8": 2 * one} if pv == "int8" else {"int8": one, pv: one}
-    operands = 64 * head_dim * (1 + dtype.itemsize)
+    operands = tile.keys * head_dim * (1 + dtype.itemsize)
     return Variant(
         name,
         attention_kernel,
@@ -269,9 +285,9 @@ def attention_variant(arch: str, pv: str, head_dim: int, name: str) -> Variant:
         constants,
         options,
         matrix,
-        4,
+        loops * (3 if scaled else 2),
         operands,
-        scale_loads=1,
+        scale_loads=2 if scaled else 1,
     )
 
 
@@ -450,6 +466,7 @@ MATRIX = {
     "int8": r"(?:wg)?mma\.m\d+n\d+k\d+\.s32\.s8\.s8\S*|v_wmma_i32_16x16x16_iu8",
     "fp8": r"(?:wg)?mma\.m\d+n\d+k\d+\.f(?:16|32)\.e4m3\.e4m3\S*",
     "fp16": r"(?:wg)?mma\.m\d+n\d+k\d+\.f(?:16|32)\.f16\.f16\S*|v_wmma_f32_16x16x16_f16",
+    "bf16": r"(?:wg)?mma\.m\d+n\d+k\d+\.f32\.bf16\.bf16\S*|v_wmma_f32_16x16x16_bf16",
     "decode": r"(?:wg)?mma\.m\d+n\d+k\d+\.f32\.f16\.f16\S*|v_wmma_f32_16x16x16_f16",
 }
 SHORTER = re.compile(r"\.(sync|aligned|row|col|satfinite|mma_async)\b")

@@ -23,7 +23,6 @@ import torch
 from lowvram_kernels import attention_int8_triton, quantized_linear_triton
 from lowvram_kernels.tuning import (
     INTERPRETER,
-    PV_DTYPES,
     AttentionTile,
     LinearTile,
     architecture,
@@ -32,11 +31,12 @@ from lowvram_kernels.tuning import (
     pv_choices,
 )
 
-from scripts.bench.kernels import HEAD_DIM, HEADS, LINEARS, codes_of, scales_of
+from scripts.bench.kernels import HEAD_DIM, HEADS, LINEARS, codes_of, scales_of, values_of_keys
 from scripts.bench.timing import measure, reason, require_cuda
 
 MODULES = "lowvram_kernels"
-Candidates = Sequence[tuple[int, ...]]
+Tile = tuple[int | None, ...]
+Candidates = Sequence[Tile]
 
 
 class DeadDeviceError(RuntimeError):
@@ -156,11 +156,9 @@ def attention_task(tokens: int, heads: int, pv: str, device: str) -> Task:
     q, k = (
         codes_of(heads * tokens, HEAD_DIM, device).view(heads, tokens, HEAD_DIM) for _ in range(2)
     )
-    v = codes_of(heads * HEAD_DIM, tiles * 64, device).view(heads, HEAD_DIM, -1)
-    if pv != "int8":
-        v = (v.to(torch.float16) / 127).to(PV_DTYPES[pv])
-    q_scale, k_scale = (scales_of(heads * tokens, device).view(heads, tokens) for _ in range(2))
-    v_scale = scales_of(heads * HEAD_DIM * tiles, device).view(heads, HEAD_DIM, tiles)
+    v, v_scale = values_of_keys(tokens, heads, pv, device)
+    q_scale = scales_of(heads * tokens, device).view(heads, tokens)
+    k_scale = scales_of(heads * tiles * 64, device).view(heads, -1)[:, :tokens]
     out = torch.zeros(tokens, heads * HEAD_DIM, device=device, dtype=torch.bfloat16)
 
     def run() -> None:
@@ -178,13 +176,13 @@ def attention_task(tokens: int, heads: int, pv: str, device: str) -> Task:
 
 def search(
     task: Task, candidates: Candidates, device: str = "cuda", repeats: int = 10
-) -> list[tuple[float, tuple[int, ...]]]:
+) -> list[tuple[float, Tile]]:
     """(ms, tile), fastest first, of the candidates that run and agree with the present tile; says
     why the others are left out.
 
     Raises `DeadDeviceError` where a candidate breaks the device.
     """
-    found: list[tuple[float, tuple[int, ...]]] = []
+    found: list[tuple[float, Tile]] = []
     for number, median, candidate in tried(task, candidates, device, repeats):
         if not found or median < min(found)[0]:
             print(

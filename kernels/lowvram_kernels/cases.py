@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram_kernels.attention_int8 import VALUE_MAX
+from lowvram_kernels.attention_int8 import SUM_START, VALUE_MAX
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.ops import OPS
 from lowvram_kernels.tuning import PV_DTYPES
@@ -311,7 +311,10 @@ def values(
             (heads, head_dim, (tiles + 1) * 64), code, device, lambda tensor: tensor[:, :, 64:]
         ),
         "out_scale": Output.poisoned(
-            (heads, head_dim, tiles + 1), torch.float32, device, lambda tensor: tensor[:, :, 1:]
+            (heads, tiles + 1, head_dim, 2),
+            torch.float32,
+            device,
+            lambda tensor: tensor[:, 1:],
         ),
     }
     v = random(n, 2 * heads * head_dim, device=device).bfloat16()[:, : heads * head_dim]
@@ -335,17 +338,25 @@ def attention(
     """
     tiles = math.ceil(n / 64)
     v = codes(heads, head_dim, tiles * 64, seed=2, device=device)
-    if pv != "int8":  # the same values, scaled to the range that `quantize_values` stores
+    if pv not in ("int8", "bf16"):  # scaled to the range that `quantize_values` stores
         dtype = PV_DTYPES[pv]
         v = (v.float() * (VALUE_MAX[dtype] / 127)).to(dtype)
     v[:, :, n:] = 0
+    scale = random(heads, tiles, head_dim, seed=5, device=device).abs() + 0.1
+    offset = torch.zeros_like(scale)
+    if pv == "int8":
+        sums = v.unflatten(-1, (tiles, 64)).sum(dim=-1).transpose(1, 2)
+        offset = (128 * sums - SUM_START) * scale
+    if pv == "bf16":  # rows of a wider matrix
+        wide = random(n, 2 * heads * head_dim, seed=2, device=device).bfloat16()
+        v = wide[:, : heads * head_dim]
     inputs = {
         "q": codes(heads, m + 5, head_dim, device=device)[:, 5:],
         "q_scale": random(heads, m + 5, seed=3, device=device)[:, 5:].abs() * 0.01 + 0.01,
         "k": codes(heads, n, head_dim, seed=1, device=device),
         "k_scale": random(heads, n, seed=4, device=device).abs() * 0.01 + 0.01,
         "v": v,
-        "v_scale": random(heads, head_dim, tiles, seed=5, device=device).abs() + 0.1,
+        "v_scale": None if pv == "bf16" else torch.stack((scale, offset), dim=-1),
     }
     whole = Output.poisoned((m + 1, heads * head_dim), out, device, lambda tensor: tensor[:-1])
     return Case("attention_int8", inputs, {"out": whole})

@@ -291,7 +291,7 @@ def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> str | None:
     """Constraint of `quantize_values`."""
     if (
         not out.shape[2] - 64 < v.shape[0] <= out.shape[2]
-        or out.shape[2] != 64 * out_scale.shape[2]
+        or out.shape[2] != 64 * out_scale.shape[1]
     ):
         return f"{v.shape[0]} keys do not fill {out.shape[2]} columns in tiles of 64"
     reason = (
@@ -302,27 +302,41 @@ def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> str | None:
     return (
         reason
         or wrong_dtype("out_scale", out_scale, (torch.float32,))
-        or strided_rows(v=v, out=out, out_scale=out_scale)
+        or strided_rows(v=v, out=out)
+        or not_contiguous(out_scale=out_scale[0])
     )
 
 
 def attention_int8(
-    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, out: Tensor
+    q: Tensor,
+    q_scale: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    v: Tensor,
+    v_scale: Tensor | None,
+    out: Tensor,
 ) -> str | None:
     """Constraint of `attention_int8`."""
-    if v.shape[-1] != -(-k.shape[1] // 64) * 64:
+    if v_scale is None and v.shape[0] != k.shape[1]:
+        return f"{k.shape[1]} keys have {v.shape[0]} rows of values"
+    if v_scale is not None and v.shape[-1] != -(-k.shape[1] // 64) * 64:
         return f"{k.shape[1]} keys do not fill {v.shape[-1]} value columns in tiles of 64"
     reason = _unsupported_head_dim(q.shape[2]) or wrong_dtype("out", out, FLOATS)
-    for name, tensor, dtypes in (("q", q, VALUES[:1]), ("k", k, VALUES[:1]), ("v", v, VALUES)):
+    values = VALUES if v_scale is not None else (torch.bfloat16,)
+    for name, tensor, dtypes in (("q", q, VALUES[:1]), ("k", k, VALUES[:1]), ("v", v, values)):
         reason = reason or wrong_dtype(name, tensor, dtypes)
     reason = reason or (
         _no_e4m3(v.get_device()) if v.is_cuda and v.dtype == torch.float8_e4m3fn else None
     )
-    for name, tensor in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
-        reason = reason or wrong_dtype(name, tensor, (torch.float32,))
-    reason = reason or strided_rows(
-        q=q, q_scale=q_scale, k=k, k_scale=k_scale, v=v, v_scale=v_scale, out=out
-    )
+    for name, scale in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            reason = reason or wrong_dtype(name, scale, (torch.float32,))
+    reason = reason or strided_rows(q=q, q_scale=q_scale, k=k, k_scale=k_scale, v=v, out=out)
+    if reason is None and v_scale is not None:
+        reason = not_contiguous(v_scale=v_scale[0])
+    step = 128 if v_scale is None else 64  # rows of v that one step of the kernel reads
+    if reason is None and v.stride(-2) >= 2**31 // step:
+        return f"rows of v are {v.stride(-2)} elements apart: the limit is {2**31 // step}"
     if reason is None and (q.stride(1) != q.shape[2] or k.stride(1) != k.shape[2]):
         return "the tokens of a head are not contiguous in q and k"
     return reason

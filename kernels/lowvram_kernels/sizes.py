@@ -7,10 +7,46 @@ because the planner uses it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
-# Keys of one attention tile.
+# Keys of one tile of quantized values.
 KEY_TILE = 64
+# Keys of one step of attention over values that are not quantized.
+PLAIN_KEY_TILE = 128
+
+
+class StoredValues(NamedTuple):
+    """How attention values are stored.
+
+    value_bytes: of one. scaled: quantized, with a scale and an offset per channel and tile of
+    `KEY_TILE` keys; otherwise as they are, with neither.
+    """
+
+    value_bytes: int
+    scaled: bool
+
+
+# By the names of `tuning.PV_DTYPES`.
+STORED_VALUES = {
+    "int8": StoredValues(1, True),
+    "fp16": StoredValues(2, True),
+    "fp8": StoredValues(1, True),
+    "bf16": StoredValues(2, False),
+}
+
+
+def values_name(arch: str) -> str:
+    """Return the name of the values' dtype on an architecture: `LOWVRAM_PV`, else its default.
+
+    int8 is the most accurate 8-bit dtype, and everywhere but on sm_90 the fastest that is as
+    accurate. There converting int8 sums takes longer than the products, and bf16 is faster
+    (docs/benchmarks/kernels.md). The dtype changes results, so no memory budget selects it.
+    """
+    return os.environ.get("LOWVRAM_PV") or ("bf16" if arch == "sm_90" else "int8")
+
+
 # Rows of one slice of a product; a multiple of `KEY_TILE`.
 REFERENCE_ROWS = 256
 # fp32 values of one temporary: half a MiB. Freed buffers of a MiB and more are returned to the

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from lowvram_kernels.errors import UnsupportedOpError
+from lowvram_kernels.sizes import KEY_TILE, PLAIN_KEY_TILE, STORED_VALUES, values_name
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "gfx1100")
 INTERPRETER = "interpreter"
@@ -33,16 +34,19 @@ class LinearTile(NamedTuple):
 
 
 class AttentionTile(NamedTuple):
-    """Tile of one attention program: block_m queries; each step takes `sizes.KEY_TILE` keys.
+    """Tile of one attention program: block_m queries, `keys` keys a step.
 
     warps, stages: Triton's `num_warps` and `num_stages`. half_sum: with fp16 or e4m3 values, the
-    product over one tile of keys is accumulated in fp16.
+    product over one tile of keys is accumulated in fp16. registers: a limit per thread below the
+    architecture's, at which the assembler spills none; None: no limit.
     """
 
     block_m: int
     warps: int
     stages: int
     half_sum: bool = False
+    keys: int = KEY_TILE
+    registers: int | None = None
 
 
 # 128x256 and 256x128 with 8 warps spill registers on sm_86 and sm_89 (kernels 2.9). 4 stages of
@@ -69,24 +73,35 @@ _ATTENTION = {
     "sm_80": {"int8": _TILE, "fp16": _HALF_SUM_TILE},
     "sm_86": {"int8": _TILE, "fp16": _HALF_SUM_TILE},
     "sm_89": {"int8": _TILE, "fp16": _HALF_SUM_TILE, "fp8": _HALF_SUM_TILE},
-    "sm_90": {"int8": _TILE, "fp16": _TILE, "fp8": _TILE},
+    "sm_90": {
+        "int8": _TILE,
+        "fp16": _TILE,
+        "fp8": _TILE,
+        "bf16": AttentionTile(128, 8, 2, keys=PLAIN_KEY_TILE),
+    },
     "sm_120": {"int8": _TILE, "fp16": _HALF_SUM_TILE, "fp8": _HALF_SUM_TILE},
-    # fp16: 64 queries spill registers with Triton 3.8 and later.
-    "gfx1100": {"int8": AttentionTile(64, 16, 1), "fp16": AttentionTile(32, 16, 1)},
+    # fp16: 32 queries spill registers with Triton 3.7.
+    "gfx1100": {"int8": AttentionTile(64, 16, 1), "fp16": AttentionTile(16, 16, 1)},
     INTERPRETER: {
         "int8": AttentionTile(64, 4, 1),
         "fp16": AttentionTile(64, 4, 1, half_sum=True),
         "fp8": AttentionTile(64, 4, 1),
+        "bf16": AttentionTile(64, 4, 1, keys=PLAIN_KEY_TILE),
     },
 }
-# Other tiles for heads of 128. On sm_120, 128 queries in int8 use all registers, and spill if the
-# strides of the scales are not divisible by 16, as at 720p.
-_ATTENTION_128 = {"sm_120": {"int8": AttentionTile(64, 8, 3)}}
-PV_DTYPES = {"int8": torch.int8, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
-# Default dtype of the product of probabilities and values: the most accurate 8-bit one. It changes
-# results, so it does not depend on the memory budget; `lowvram.planner.workspace.value_bytes`
-# assumes it.
-_DEFAULT_PV = "int8"
+# Heads of 128 with int8 values. Without a limit the assembler spills 8 to 72 bytes.
+_ATTENTION_128 = {
+    "sm_80": {"int8": _TILE._replace(registers=240)},
+    "sm_86": {"int8": _TILE._replace(registers=220)},
+    "sm_89": {"int8": _TILE._replace(registers=220)},
+    "sm_120": {"int8": _TILE._replace(registers=240)},
+}
+PV_DTYPES = {
+    "int8": torch.int8,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "bf16": torch.bfloat16,
+}
 
 
 def interpreted() -> bool:
@@ -166,9 +181,14 @@ def linear_tile(arch: str, kind: str, plain: bool) -> LinearTile:
 def attention_tile(arch: str, pv: str, head_dim: int) -> AttentionTile:
     """Return the attention tile; pv: one of `pv_choices(arch)`.
 
-    The number of warps is limited such that each thread can load 16 bytes of the keys of one step.
+    Of heads of 64, quantized values come in halves too small for 16-byte loads by 8 warps on
+    NVIDIA; 4 warps then take half of the queries.
     """
-    tile = (_ATTENTION_128.get(arch, {}) if head_dim == 128 else {}).get(pv, _ATTENTION[arch][pv])
+    if head_dim == 128:
+        return _ATTENTION_128.get(arch, {}).get(pv, _ATTENTION[arch][pv])
+    tile = _ATTENTION[arch][pv]
+    if arch.startswith("sm_") and STORED_VALUES[pv].scaled:
+        return tile._replace(block_m=tile.block_m // 2, warps=tile.warps // 2)
     return tile._replace(warps=min(tile.warps, head_dim // 8))
 
 
@@ -190,16 +210,22 @@ def _pv_architecture(device: torch.device) -> str:
 def pv_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which attention values are stored and multiplied.
 
-    Set with `LOWVRAM_PV=int8|fp16|fp8`; default int8. The references support all three. Raises
-    `UnsupportedOpError` for another value, and for one that the architecture does not support.
+    Set with `LOWVRAM_PV=int8|fp16|fp8|bf16`; default as in `sizes.values_name`. The references
+    support all four. Raises `UnsupportedOpError` for another value, and for one that the
+    architecture does not support.
     """
     arch = _pv_architecture(device)
-    pv = os.environ.get("LOWVRAM_PV") or _DEFAULT_PV
+    pv = values_name(arch)
     if pv not in pv_choices(arch):
         raise UnsupportedOpError(
             f"LOWVRAM_PV={pv} on {arch}: use one of {', '.join(pv_choices(arch))}"
         )
     return PV_DTYPES[pv]
+
+
+def values_of(dtype: torch.dtype) -> str:
+    """Return the key of `PV_DTYPES` and `sizes.STORED_VALUES` of a dtype of stored values."""
+    return next(name for name, stored in PV_DTYPES.items() if stored == dtype)
 
 
 def row_warps(elements: int) -> int:

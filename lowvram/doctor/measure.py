@@ -308,18 +308,20 @@ class _Probe:
     def _attention(self, heads: int) -> Callable[[], object]:
         import lowvram_kernels.ops as ops
         import torch
+        from lowvram_kernels.sizes import STORED_VALUES
+        from lowvram_kernels.tuning import pv_dtype, values_of
 
         rows, keys = self._shape.rows, math.ceil(self._shape.keys / 64) * 64
-        q, k, v = (
-            self._codes(heads, rows, HEAD_DIM),
-            self._codes(heads, keys, HEAD_DIM),
-            self._codes(heads, HEAD_DIM, keys),
-        )
-        q_scale, k_scale, v_scale = (
-            self._scales(heads, rows),
-            self._scales(heads, keys),
-            self._scales(heads, HEAD_DIM, keys // 64),
-        )
+        q, k = self._codes(heads, rows, HEAD_DIM), self._codes(heads, keys, HEAD_DIM)
+        q_scale, k_scale = self._scales(heads, rows), self._scales(heads, keys)
+        dtype = pv_dtype(torch.device(self._device))
+        v = torch.randn(keys, heads * HEAD_DIM, device=self._device, dtype=torch.bfloat16)
+        v_scale = None
+        if STORED_VALUES[values_of(dtype)].scaled:
+            stored = torch.empty(heads, HEAD_DIM, keys, device=self._device, dtype=dtype)
+            v_scale = self._scales(heads, keys // 64, HEAD_DIM, 2)
+            ops.quantize_values(v, stored, v_scale)
+            v = stored
         out = torch.empty(rows, heads * HEAD_DIM, device=self._device, dtype=torch.bfloat16)
         return lambda: ops.attention_int8(q, q_scale, k, k_scale, v, v_scale, out)
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from lowvram_kernels.adaln_quantize import adaln
 from lowvram_kernels.rms_rope_quantize import rms_rope
-from lowvram_kernels.sizes import KEY_TILE
-from lowvram_kernels.tuning import pv_dtype
+from lowvram_kernels.sizes import KEY_TILE, STORED_VALUES
+from lowvram_kernels.tuning import pv_dtype, values_of
 from torch import Tensor
 
 from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
@@ -93,8 +93,8 @@ class Numerics(Protocol):
 class AttentionMemory(NamedTuple):
     """Keys [H, N, head_dim] and values of all N tokens, with scales if quantized.
 
-    values: [H, N, head_dim]; quantized [H, head_dim, N padded to `KEY_TILE`], with one scale per
-    tile of keys in value_scales [H, head_dim, tiles] float32.
+    values: [H, N, head_dim]; quantized [H, head_dim, N padded to `KEY_TILE`] with value_scales
+    [H, tiles, head_dim, 2] float32 (see `quantize_values`), or [N, D] bfloat16 without.
     """
 
     keys: Heads
@@ -207,10 +207,16 @@ class QuantizedNumerics:
         names = ("keys", "key_scales", "values", "value_scales")
         keys, key_scales, values, value_scales = (f"{prefix}{name}" for name in names)
         stored = self._arena.view(keys, (heads, num_keys, width), torch.int8)
+        scales = self._arena.view(key_scales, (heads, tiles * KEY_TILE), torch.float32)
+        at_keys = Heads(stored, scales[:, :num_keys])
+        dtype = pv_dtype(stored.device)
+        if not STORED_VALUES[values_of(dtype)].scaled:
+            rows = self._arena.view(values, (num_keys, heads * width), dtype)
+            return AttentionMemory(at_keys, rows, None)
         return AttentionMemory(
-            Heads(stored, self._arena.view(key_scales, (heads, num_keys), torch.float32)),
-            self._arena.view(values, (heads, width, tiles * KEY_TILE), pv_dtype(stored.device)),
-            self._arena.view(value_scales, (heads, width, tiles), torch.float32),
+            at_keys,
+            self._arena.view(values, (heads, width, tiles * KEY_TILE), dtype),
+            self._arena.view(value_scales, (heads, tiles, width, 2), torch.float32),
         )
 
     def heads(
@@ -231,21 +237,29 @@ class QuantizedNumerics:
         )
 
     def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
-        """Quantize and store v; `start` must be a multiple of `KEY_TILE`."""
-        if memory.value_scales is None or start % KEY_TILE:
+        """Store v, quantized where it has scales; `start` is then a multiple of `KEY_TILE`."""
+        if memory.value_scales is None:
+            memory.values[start : start + v.shape[0]].copy_(v)
+            return
+        if start % KEY_TILE:
             raise UnsupportedError(
                 f"quantized values must start at a multiple of {KEY_TILE} keys, got {start}"
             )
         first, last = start // KEY_TILE, -(-(start + v.shape[0]) // KEY_TILE)
         columns = slice(first * KEY_TILE, last * KEY_TILE)
-        ops.quantize_values(v, memory.values[:, :, columns], memory.value_scales[:, :, first:last])
+        ops.quantize_values(v, memory.values[:, :, columns], memory.value_scales[:, first:last])
 
     def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
         """out = softmax(q k^T / sqrt(head_dim)) v, with quantized q, k and v."""
-        scales = (_scale(part) for part in (queries.scale, memory.keys.scale, memory.value_scales))
-        q_scale, k_scale, v_scale = scales
+        q_scale, k_scale = _scale(queries.scale), _scale(memory.keys.scale)
         ops.attention_int8(
-            queries.values, q_scale, memory.keys.values, k_scale, memory.values, v_scale, out
+            queries.values,
+            q_scale,
+            memory.keys.values,
+            k_scale,
+            memory.values,
+            memory.value_scales,
+            out,
         )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 
+from lowvram_kernels.sizes import values_name
+
 from lowvram.planner.allocator import phase_rounding_bytes
 from lowvram.planner.umt5 import text_bytes
 from lowvram.planner.vae import decode_bytes, decode_rounding_bytes
@@ -35,24 +37,29 @@ class Host:
 
     staged: device memory is separate from host memory; context_bytes: the driver's context on the
     device; process_bytes: code and libraries in host memory; references: ops run as torch code,
-    whose temporaries count.
+    whose temporaries count; values: name of the dtype of quantized attention's values.
     """
 
     staged: bool
     context_bytes: int
     process_bytes: int = PROCESS_BYTES
     references: bool = True
+    values: str = "int8"
 
     @classmethod
-    def of(cls, device_type: str, process_bytes: int = PROCESS_BYTES) -> Host:
-        """The assumed values for `cuda` or `cpu`."""
+    def of(
+        cls, device_type: str, process_bytes: int = PROCESS_BYTES, architecture: str = ""
+    ) -> Host:
+        """The assumed values for `cuda` or `cpu`. architecture: of the GPU, such as `sm_90`."""
         cuda = device_type == "cuda"
         references = (
             not cuda
             or os.environ.get("LOWVRAM_BACKEND") == "reference"
             or find_spec("triton") is None
         )
-        return cls(cuda, CUDA_CONTEXT_BYTES if cuda else 0, process_bytes, references)
+        context = CUDA_CONTEXT_BYTES if cuda else 0
+        values = values_name(architecture if cuda else "")
+        return cls(cuda, context, process_bytes, references, values)
 
     @property
     def rounds(self) -> bool:

@@ -8,10 +8,9 @@ tokens share theirs between the stages of a block, because the stages run one af
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
-from lowvram_kernels.sizes import KEY_TILE
+from lowvram_kernels.sizes import KEY_TILE, STORED_VALUES
 
 from lowvram.formats import Format
 from lowvram.variants import DiTConfig
@@ -43,35 +42,29 @@ class Workspace:
     persistent_bytes: int
 
 
-def value_bytes(code: int) -> int:
-    """Bytes of one stored value of quantized attention: `code`, or 2 with `LOWVRAM_PV=fp16`."""
-    return 2 if os.environ.get("LOWVRAM_PV") == "fp16" else code
-
-
 def dit_workspace(
-    config: DiTConfig, format: Format, num_tokens: int, chunk_tokens: int, branches: int
+    config: DiTConfig,
+    format: Format,
+    num_tokens: int,
+    chunk_tokens: int,
+    branches: int,
+    values: str = "int8",
 ) -> Workspace:
     """Workspace of one expert's forward pass.
 
-    branches: guidance branches that share a visit of a block (1 or 2).
+    branches: guidance branches that share a visit of a block (1 or 2); values: how quantized
+    attention stores values, a key of `STORED_VALUES`.
     """
     compute, code, quantized = format.float_bytes, format.code_bytes, format.quantized
     dim, ffn, heads, text = config.dim, config.ffn_dim, config.num_heads, config.text_len
     rows = max(chunk_tokens, min(num_tokens, SMOOTHING_TOKENS))
-    padded, text_padded = _tiles(num_tokens) * KEY_TILE, _tiles(text) * KEY_TILE
     persistent = {f"residual.{branch}": num_tokens * dim * 4 for branch in range(branches)}
-    value = value_bytes(code) if quantized else code
-    persistent |= {"keys": num_tokens * dim * code, "values": padded * dim * value}
-    persistent |= {"text_keys": text * dim * code, "text_values": text_padded * dim * value}
-    if quantized:
-        persistent |= {
-            "key_scales": num_tokens * heads * 4,
-            "value_scales": _tiles(num_tokens) * dim * 4,
-        }
-        persistent |= {
-            "text_key_scales": text * heads * 4,
-            "text_value_scales": _tiles(text) * dim * 4,
-        }
+    for prefix, tokens in (("", num_tokens), ("text_", text)):
+        if quantized:
+            memory = _quantized_memory(tokens, dim, heads, values)
+        else:
+            memory = {"keys": tokens * dim * code, "values": tokens * dim * code}
+        persistent |= {f"{prefix}{name}": nbytes for name, nbytes in memory.items()}
     scales = {"row_scales": rows * 4} if quantized else {}
     wide = max(rows, text)  # the text's keys and values use the same regions
     text_scales = {"row_scales": wide * 4} if quantized else {}
@@ -100,8 +93,17 @@ def dit_workspace(
     return _overlay(persistent, stages)
 
 
-def _tiles(keys: int) -> int:
-    return math.ceil(keys / KEY_TILE)
+def _quantized_memory(tokens: int, dim: int, heads: int, values: str) -> dict[str, int]:
+    """Bytes of int8 keys, of values stored as `values`, and of the scales of both."""
+    stored, tiles = STORED_VALUES[values], math.ceil(tokens / KEY_TILE)
+    columns = tiles * KEY_TILE if stored.scaled else tokens
+    return {
+        "keys": tokens * dim,
+        "values": columns * dim * stored.value_bytes,
+        # A head's scales begin at a multiple of `KEY_TILE`, which the kernel's copies need.
+        "key_scales": tiles * KEY_TILE * heads * 4,
+        "value_scales": 2 * tiles * dim * 4 if stored.scaled else 0,
+    }
 
 
 def _overlay(persistent: dict[str, int], stages: dict[str, dict[str, int]]) -> Workspace:

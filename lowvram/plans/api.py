@@ -23,7 +23,14 @@ from lowvram.planner.phases import Host
 from lowvram.planner.plan import MemoryPlan
 from lowvram.plans.table import Cell, Matrix
 from lowvram.request import Workload, check_clip
-from lowvram.timing.cards import Card, card_with, find_card, parse_link, parse_speed
+from lowvram.timing.cards import (
+    COMPUTE_CAPABILITIES,
+    Card,
+    card_with,
+    find_card,
+    parse_link,
+    parse_speed,
+)
 from lowvram.timing.forecast import Forecast
 from lowvram.units import clip_size, format_bytes, shown
 from lowvram.variants import VARIANTS, ModelConfig
@@ -208,12 +215,16 @@ def _host(device: str, gpu: str | None, machine: MachineProfile | None) -> Host:
     """The planner's `Host`. On this machine (no `gpu`), failed kernel checks add the temporaries of
     the reference implementations.
     """
-    host = Host.of(device)
+    card = COMPUTE_CAPABILITIES.get(find_card(gpu).architecture, "") if gpu else ""
+    host = Host.of(device, architecture=card)
     if device != "cuda" or gpu is not None or machine is None:
         return host
     import torch
+    from lowvram_kernels.tuning import pv_dtype, values_of
 
-    return replace(host, references=host.references or bool(known_problems(torch.device(device))))
+    here = torch.device(device)
+    references = host.references or bool(known_problems(here))
+    return replace(host, references=references, values=values_of(pv_dtype(here)))
 
 
 def _budgets(

@@ -71,6 +71,10 @@ ACHIEVABLE = {
 }
 
 
+# Compute capabilities whose kernels differ in what they store; see `sizes.values_name`.
+COMPUTE_CAPABILITIES = {"hopper": "sm_90"}
+
+
 @dataclass(frozen=True)
 class Card:
     """Data sheet of one card: dense peak rates with exact accumulation.

@@ -13,7 +13,13 @@ from typing import Any
 import lowvram_kernels.ops as ops
 import torch
 import torch.nn.functional as F
-from lowvram_kernels.tuning import INTERPRETER, PV_DTYPES, architecture, pv_choices
+from lowvram_kernels.sizes import STORED_VALUES
+from lowvram_kernels.tuning import (
+    INTERPRETER,
+    PV_DTYPES,
+    architecture,
+    pv_choices,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -219,18 +225,28 @@ def _add(y: Tensor, x: Tensor, gate: Tensor, add: bool) -> Tensor:
     return x.addcmul_(y, gate) if add else y  # y: bf16, which the addition widens by itself
 
 
+def values_of_keys(n: int, heads: int, pv: str, device: str) -> tuple[Tensor, Tensor | None]:
+    """Random values of n keys as attention takes them, and their scales if they have any."""
+    values = torch.randn(n, heads * HEAD_DIM, device=device, dtype=BF16)
+    if not STORED_VALUES[pv].scaled:
+        return values, None
+    tiles = math.ceil(n / 64)
+    stored = torch.empty(heads, HEAD_DIM, tiles * 64, device=device, dtype=PV_DTYPES[pv])
+    scale = torch.empty(heads, tiles, HEAD_DIM, 2, device=device)
+    ops.quantize_values(values, stored, scale)
+    return stored, scale
+
+
 def attention_bench(m: int, n: int, heads: int = HEADS, device: str = "cuda") -> Bench:
     def codes(pv: str) -> Run:
-        q, k, v = (
-            codes_of(heads * rows, HEAD_DIM, device).view(heads, rows, HEAD_DIM)
-            for rows in (m, n, math.ceil(n / 64) * 64)
+        q, k = (
+            codes_of(heads * rows, HEAD_DIM, device).view(heads, rows, HEAD_DIM) for rows in (m, n)
         )
-        q_scale, k_scale = (scales_of(heads * rows, device).view(heads, rows) for rows in (m, n))
-        v_scale = scales_of(heads * HEAD_DIM * math.ceil(n / 64), device).view(heads, HEAD_DIM, -1)
+        padded = math.ceil(n / 64) * 64
+        q_scale = scales_of(heads * m, device).view(heads, m)
+        k_scale = scales_of(heads * padded, device).view(heads, padded)[:, :n]
+        v, v_scale = values_of_keys(n, heads, pv, device)
         out = torch.empty(m, heads * HEAD_DIM, device=device, dtype=BF16)
-        v = v.view(heads, HEAD_DIM, -1)
-        if pv != "int8":
-            v = (v.to(torch.float16) / 127).to(PV_DTYPES[pv])
         return lambda _: ops.attention_int8(q, q_scale, k, k_scale, v, v_scale, out)
 
     def floats() -> tuple[Tensor, Tensor, Tensor]:
@@ -317,6 +333,8 @@ def row_benches(m: int, dim: int = 5120, ffn: int = 13824, device: str = "cuda")
         {"lowvram int8": lambda: _rms_rope(m, dim, device)},
     )
     for pv in pv_choices(_arch(device)):
+        if not STORED_VALUES[pv].scaled:
+            continue
         code = PV_DTYPES[pv]
         moved = float(m * dim * (BF16.itemsize + code.itemsize))
         providers = {f"lowvram {pv}": partial(_values, m, dim, device, code)}
@@ -345,7 +363,7 @@ def _values(m: int, dim: int, device: str, code: torch.dtype) -> Run:
     heads, tiles = dim // HEAD_DIM, math.ceil(m / 64)
     inputs = [torch.randn(m, dim, device=device, dtype=BF16) for _ in range(SETS)]
     out = torch.empty(heads, HEAD_DIM, tiles * 64, device=device, dtype=code)
-    scale = torch.empty(heads, HEAD_DIM, tiles, device=device)
+    scale = torch.empty(heads, tiles, HEAD_DIM, 2, device=device)
     return lambda i: ops.quantize_values(inputs[i % SETS], out, scale)
 
 

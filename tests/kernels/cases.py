@@ -25,6 +25,8 @@ from lowvram_kernels.cases import (
     values,
 )
 from lowvram_kernels.rms_rope_quantize import rms_rope as rms_rope_exact
+from lowvram_kernels.sizes import STORED_VALUES
+from lowvram_kernels.tuning import values_of
 from torch import Tensor
 
 __all__ = [
@@ -114,13 +116,14 @@ def attention_error(
     )
     q8, k8 = (torch.empty(heads, rows, 128, dtype=torch.int8, device=device) for rows in (m, n))
     qs, ks = (torch.empty(heads, rows, device=device) for rows in (m, n))
-    v8, vs = (
-        torch.empty(heads, 128, tiles * 64, dtype=dtype, device=device),
-        torch.empty(heads, 128, tiles, device=device),
-    )
+    v8, vs = v, None
+    if STORED_VALUES[values_of(dtype)].scaled:
+        v8 = torch.empty(heads, 128, tiles * 64, dtype=dtype, device=device)
+        vs = torch.empty(heads, tiles, 128, 2, device=device)
     ops.rms_rope_quantize(q, ones, *q_turn, None, q8, qs, eps=1e-6)
     ops.rms_rope_quantize(k, ones, *k_turn, smoothing, k8, ks, eps=1e-6)
-    ops.quantize_values(v, v8, vs)
+    if vs is not None:
+        ops.quantize_values(v, v8, vs)
     out = torch.full((m, dim), float("nan"), device=device)
     ops.attention(q8, qs, k8, ks, v8, vs, out)
     weights = torch.softmax(

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from lowvram_kernels.attention_int8 import VALUE_MAX, attention_int8, quantize_values
+from lowvram_kernels.attention_int8 import SUM_START, VALUE_MAX, attention_int8, quantize_values
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.rms_rope_quantize import rms_rope, rms_rope_quantize
 from lowvram_kernels.tuning import PV_DTYPES
@@ -37,7 +37,7 @@ def run_attention(
     k8, ks = poisoned((heads, n, 128), torch.int8), poisoned((heads, n), torch.float32)
     v8, vs = (
         poisoned((heads, 128, tiles * 64), torch.int8),
-        poisoned((heads, 128, tiles), torch.float32),
+        poisoned((heads, tiles, 128, 2), torch.float32),
     )
     rms_rope_quantize(q, ones, None, None, None, q8, qs, eps=0.0)
     rms_rope_quantize(k, ones, None, None, smoothing, k8, ks, eps=0.0)
@@ -82,7 +82,9 @@ def test_smoothing_helps() -> None:
     assert smoothed < plain
 
 
-@pytest.mark.parametrize(("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("fp8", 0.045)])
+@pytest.mark.parametrize(
+    ("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("bf16", 0.008), ("fp8", 0.045)]
+)
 def test_attention_of_a_long_clip_with_outlier_channels(pv: str, largest: float) -> None:
     """All ops in the order in which a block calls them: 4,096 keys, four heads of 128."""
     ops = cases.AttentionOps(rms_rope_quantize, quantize_values, attention_int8)
@@ -106,7 +108,7 @@ def test_attention_of_harder_data(rope: bool) -> None:
     assert error <= (0.017 if rope else 0.009)
 
 
-@pytest.mark.parametrize("pv", ["fp16", "fp8"])
+@pytest.mark.parametrize("pv", ["fp16", "fp8", "bf16"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_query_depends_on_no_other_query_in_a_float_product(pv: str, threads: int) -> None:
     case = cases.attention(100, 130, 2, pv=pv)
@@ -135,8 +137,13 @@ def test_values_are_stored_to_half_a_step(
 ) -> None:
     """absolute: relative to the largest value of a tile and channel."""
     v = with_outliers(random(130, 256)) * 1e5  # beyond the range of fp16
-    out, scale = poisoned((2, 128, 192), dtype), poisoned((2, 128, 3), torch.float32)
-    quantize_values(v, out, scale)
+    out, scales = poisoned((2, 128, 192), dtype), poisoned((2, 3, 128, 2), torch.float32)
+    quantize_values(v, out, scales)
+    scale = scales[..., 0].transpose(1, 2)
+    if dtype == torch.int8:
+        sums = out.double().unflatten(-1, (3, 64)).sum(-1)
+        offset = scales[..., 1].transpose(1, 2) + SUM_START * scale.double()
+        assert (offset - 128 * sums * scale).abs().max() <= scale.max()  # of 1.5 * 2^23 codes
     stored = (out.float().unflatten(-1, (3, 64)) * scale.unsqueeze(-1)).flatten(-2)
     exact = v.t().reshape(2, 128, 130)
     largest = (scale * VALUE_MAX[dtype]).repeat_interleave(64, dim=-1)[..., :130]
@@ -148,11 +155,11 @@ def test_values_are_stored_to_half_a_step(
         UnsupportedOpError,
         match=r"values are torch\.int8 or torch\.float16 or torch\.float8_e4m3fn, not torch\.int16",
     ):
-        quantize_values(v, torch.empty(2, 128, 192, dtype=torch.int16), scale)
+        quantize_values(v, torch.empty(2, 128, 192, dtype=torch.int16), scales)
 
 
 def test_values_need_whole_tiles() -> None:
     with pytest.raises(UnsupportedOpError, match="2 tiles of 64"):
         quantize_values(
-            random(65, 256), torch.empty(2, 128, 64, dtype=torch.int8), torch.empty(2, 128, 1)
+            random(65, 256), torch.empty(2, 128, 64, dtype=torch.int8), torch.empty(2, 1, 128, 2)
         )

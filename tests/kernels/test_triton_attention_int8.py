@@ -13,19 +13,22 @@ from lowvram_kernels.attention_int8 import VALUE_MAX
 from lowvram_kernels.attention_int8_triton import attention_int8, quantize_values
 from lowvram_kernels.common_triton import e4m3_bytes
 from lowvram_kernels.rms_rope_quantize_triton import rms_rope_quantize
+from lowvram_kernels.sizes import STORED_VALUES
 from lowvram_kernels.tuning import PV_DTYPES
 
 from tests.kernels import cases
 from tests.kernels.inputs import far_heads
 
+QUANTIZED = [name for name, stored in STORED_VALUES.items() if stored.scaled]
 
-@pytest.mark.parametrize("pv", PV_DTYPES)
+
+@pytest.mark.parametrize("pv", QUANTIZED)
 @pytest.mark.parametrize(("n", "heads", "head_dim"), [(1, 1, 128), (65, 2, 128), (200, 3, 64)])
 def test_p18_values_agree_with_the_reference(n: int, heads: int, head_dim: int, pv: str) -> None:
     assert not cases.values(n, heads, head_dim=head_dim, code=PV_DTYPES[pv]).mismatch()
 
 
-@pytest.mark.parametrize("pv", PV_DTYPES)
+@pytest.mark.parametrize("pv", QUANTIZED)
 def test_p18_a_fault_in_the_values_shows(monkeypatch: pytest.MonkeyPatch, pv: str) -> None:
     case = cases.values(65, 2, code=PV_DTYPES[pv])
     assert case.mismatch(cases.rolled("v"))
@@ -68,10 +71,9 @@ def test_p18_attention_in_bf16(pv: str) -> None:
     [
         cases.rolled("q_scale", 1),
         cases.rolled("k_scale", 1),
-        cases.rolled("v_scale", 2),
-        cases.rolled("v_scale", 1),
         cases.rolled("k", 1),
-        cases.rolled_bytes("v", 2),
+        cases.rolled_bytes("v", 0),
+        cases.rolled_bytes("v", -1),
         cases.rolled("q", 1),
     ],
 )
@@ -81,6 +83,20 @@ def test_p18_a_fault_in_the_inputs_of_attention_shows(
     assert cases.attention(40, 130, 2, pv=pv).mismatch(fault)
 
 
+@pytest.mark.parametrize("pv", QUANTIZED)
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_p18_a_fault_in_the_scales_of_values_shows(pv: str, dim: int) -> None:
+    """Scales of another head, tile or channel."""
+    assert cases.attention(40, 130, 2, pv=pv).mismatch(cases.rolled("v_scale", dim))
+
+
+@pytest.mark.parametrize("left", [1, 63, 64, 65, 127, 128, 129])
+def test_p18_attention_of_an_incomplete_step(left: int) -> None:
+    """Keys past the last are in memory, with scales and values that would show."""
+    for pv in PV_DTYPES:
+        assert not cases.attention(20, left, 2, pv=pv).mismatch(), pv
+
+
 @pytest.mark.parametrize("pv", PV_DTYPES)
 def test_p18_a_key_left_out_or_read_past_the_end_shows(pv: str) -> None:
     case = cases.attention(40, 130, 2, pv=pv)
@@ -88,6 +104,8 @@ def test_p18_a_key_left_out_or_read_past_the_end_shows(pv: str) -> None:
         k=case.inputs["k"][:, :129].contiguous(),
         k_scale=case.inputs["k_scale"][:, :129].contiguous(),
     )
+    if pv == "bf16":
+        shorter = cases.changed(**shorter(case.inputs) | {"v": case.inputs["v"][:129]})
     assert case.mismatch(shorter)
 
 
@@ -100,8 +118,15 @@ def test_p18_a_wrong_offset_of_the_probabilities_shows(
 
 
 @triton.jit
-def _scales_of_the_first_tile(v_scale_ptrs, tile, T, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.load(v_scale_ptrs)
+def _swapped_channels(scales, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    halves = tl.reshape(scales, (2, HEAD_DIM // 2, 2))
+    low, high = tl.split(tl.permute(halves, (1, 2, 0)))
+    return high, low
+
+
+@triton.jit
+def _other_order(codes):  # type: ignore[no-untyped-def]
+    return codes
 
 
 @triton.jit
@@ -112,7 +137,9 @@ def _shrunk(x):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("pv", "name", "fault"),
     [
-        *((pv, "tile_scales", _scales_of_the_first_tile) for pv in PV_DTYPES),
+        *((pv, "split_channels", _swapped_channels) for pv in QUANTIZED),
+        ("int8", "in_key_order", _other_order),
+        ("int8", "START_BITS", tl.constexpr(0x4B401000)),
         ("int8", "LOG2_255", tl.constexpr(7.9)),
         ("fp8", "LOG2_448", tl.constexpr(9.5)),
         ("fp8", "e4m3_bytes", _shrunk),
@@ -121,7 +148,7 @@ def _shrunk(x):  # type: ignore[no-untyped-def]
 def test_p18_a_fault_inside_attention_shows(
     monkeypatch: pytest.MonkeyPatch, pv: str, name: str, fault: object
 ) -> None:
-    """Scales of another tile; probabilities too large, or too small, at the maximum."""
+    """Scales of the other channels, probabilities of other keys, too large or too small."""
     case = cases.attention(40, 200, 2, pv=pv)
     monkeypatch.setattr(attention_int8_triton, name, fault)
     assert case.mismatch()
@@ -138,7 +165,9 @@ def test_a_query_depends_on_no_other_query(pv: str) -> None:
         assert torch.equal(out, whole[start:end])
 
 
-@pytest.mark.parametrize(("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("fp8", 0.045)])
+@pytest.mark.parametrize(
+    ("pv", "largest"), [("int8", 0.008), ("fp16", 0.008), ("bf16", 0.008), ("fp8", 0.045)]
+)
 @pytest.mark.parametrize(("m", "n", "heads"), [(64, 200, 2), (40, 333, 3)])
 def test_attention_of_data_with_outliers_is_close_to_exact_attention(
     m: int, n: int, heads: int, pv: str, largest: float
@@ -179,7 +208,7 @@ def test_values_past_2_to_the_31_elements() -> None:
     one = cases.values(3, 2)
     x = torch.empty(2 * stride + 256, dtype=torch.bfloat16).as_strided((3, 256), (stride, 1))
     x.copy_(one.inputs["v"])
-    v, v_scale = torch.empty(2, 128, 64, dtype=torch.int8), torch.full((2, 128, 1), float("nan"))
+    v, v_scale = torch.empty(2, 128, 64, dtype=torch.int8), torch.full((2, 1, 128, 2), float("nan"))
     quantize_values(x, v, v_scale)
     assert torch.equal(v, one.run("reference")["out"][:, :, 64:])
 
@@ -188,7 +217,7 @@ def test_values_are_written_past_2_to_the_31_elements() -> None:
     one, v, v_scale = (
         cases.values(70, 3),
         far_heads(128, 128),
-        torch.full((3, 128, 2), float("nan")),
+        torch.full((3, 2, 128, 2), float("nan")),
     )
     quantize_values(one.inputs["v"], v, v_scale)
     assert torch.equal(v, one.run("reference")["out"][:, :, 64:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lowvram_kernels.sizes import STORED_VALUES
 from lowvram_kernels.tuning import PV_DTYPES
 
 from tests.kernels import cases
@@ -53,11 +54,11 @@ def test_heads_of_a_token_with_nan_have_scales_of_nan() -> None:
     assert scales.isnan().tolist() == [[False, True, False]] * 2
 
 
-@pytest.mark.parametrize("pv", PV_DTYPES)
+@pytest.mark.parametrize("pv", [name for name, stored in STORED_VALUES.items() if stored.scaled])
 def test_a_tile_of_values_with_nan_has_a_scale_of_nan(pv: str) -> None:
     case = cases.values(70, 1, code=PV_DTYPES[pv])
     scales = case.outputs["out_scale"].cut(with_nan(case, "v", 66, 7)["out_scale"])
-    assert scales.isnan().nonzero().tolist() == [[0, 7, 1]]
+    assert scales.isnan().nonzero()[:, :3].unique(dim=0).tolist() == [[0, 1, 7]]
 
 
 @pytest.mark.parametrize("name", ["a_scale", "bias"])
@@ -68,11 +69,13 @@ def test_a_linear_hands_nan_on(name: str) -> None:
 
 @pytest.mark.parametrize("pv", PV_DTYPES)
 @pytest.mark.parametrize(
-    ("name", "where"), [("q_scale", (0, 1)), ("k_scale", (0,)), ("v_scale", (0, 5, 1))]
+    ("name", "where"), [("q_scale", (0, 1)), ("k_scale", (0,)), ("v_scale", (0, 1, 5))]
 )
 def test_attention_hands_nan_on(pv: str, name: str, where: tuple[int, ...]) -> None:
     """NaN in a query's scale reaches its row; in all keys' or a tile's value scales, every row."""
     case = cases.attention(3, 70, 1, pv=pv)
+    if case.inputs[name] is None:  # bf16 values: their own NaN
+        name, where = "v", (5, 1)
     out = case.outputs["out"].cut(with_nan(case, name, *where)["out"])
     assert bool(out[1].isnan().any())
     if name == "q_scale":
