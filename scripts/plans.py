@@ -19,7 +19,7 @@ from lowvram.planner.phases import Host, PlanChoice
 from lowvram.planner.plan import MemoryPlan
 from lowvram.plans.api import plan as plan_for_card
 from lowvram.request import Workload
-from lowvram.timing.cards import LANE_BYTES_S, Card, find_card
+from lowvram.timing.cards import COMPUTE_CAPABILITIES, LANE_BYTES_S, Card, find_card
 from lowvram.timing.forecast import Forecast, simulate_choice
 from lowvram.timing.predict import attention_ops, block_seconds, linear_ops, text_ops
 from lowvram.timing.simulate import HopSpeeds
@@ -100,7 +100,7 @@ def plan_of(
     try:
         return choose_plan(
             workload,
-            Host.of("cuda"),
+            Host.of("cuda", architecture=COMPUTE_CAPABILITIES.get(card.architecture, "")),
             *budgets,
             clock=Forecast(workload, profile),
             pinned_limit_bytes=profile.pinned_limit_bytes,

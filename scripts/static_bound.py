@@ -29,6 +29,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from lowvram_kernels.sizes import default_values
+
 from scripts.sass import ARCHES, CARDS, PIPES, Loop, UnknownInstructionError, hot_loop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +46,7 @@ OURS = (
     "attention int8",
     "attention fp16",
     "attention fp8",
+    "attention bf16",
 )
 POINTS = 0.02  # of the tensor cores' peak, by which a bound may fall
 SAGE = "sageattention 1.0.6"
@@ -300,7 +303,7 @@ def shares(found: Sequence[Bound], arch: str) -> dict[str, float]:
                 LINEAR_WORK[label] / rate for label, rate in rates.items()
             )
             predictions[f"gemm_{kind}"] = LOWEST_PUBLISHED * mean / card.tops(kind)
-    attention = predicted(by_kernel["attention int8"], found)
+    attention = predicted(by_kernel[f"attention {default_values(arch)}"], found)
     if attention is not None:
         predictions["attention"] = attention / card.tops("int8")
     return {name: round(share, 3) for name, share in predictions.items()}

@@ -195,7 +195,7 @@ def search(
 
 def tried(
     task: Task, candidates: Candidates, device: str = "cuda", repeats: int = 10
-) -> Iterator[tuple[int, float, tuple[int, ...]]]:
+) -> Iterator[tuple[int, float, Tile]]:
     """(how many were tried, ms, tile) of each candidate that runs and agrees, as it is measured.
     Raises as `search` does.
     """

@@ -37,14 +37,24 @@ STORED_VALUES = {
 }
 
 
+# Values of the text, on every architecture: in int8 they cost more decibels than any other rounding
+# of attention, and their products are under 1 % of a block's (docs/benchmarks/fidelity.md).
+TEXT_VALUES = "fp16"
+
+
 def values_name(arch: str) -> str:
-    """Return the name of the values' dtype on an architecture: `LOWVRAM_PV`, else its default.
+    """Return the name of the values' dtype on an architecture: `LOWVRAM_PV`, else the default."""
+    return os.environ.get("LOWVRAM_PV") or default_values(arch)
+
+
+def default_values(arch: str) -> str:
+    """Return the name of the values' default dtype on an architecture.
 
     int8 is the most accurate 8-bit dtype, and everywhere but on sm_90 the fastest that is as
     accurate. There converting int8 sums takes longer than the products, and bf16 is faster
     (docs/benchmarks/kernels.md). The dtype changes results, so no memory budget selects it.
     """
-    return os.environ.get("LOWVRAM_PV") or ("bf16" if arch == "sm_90" else "int8")
+    return "bf16" if arch == "sm_90" else "int8"
 
 
 # Rows of one slice of a product; a multiple of `KEY_TILE`.

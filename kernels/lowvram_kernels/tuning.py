@@ -112,15 +112,13 @@ def interpreted() -> bool:
 def architecture(device: torch.device) -> str:
     """Return a device's key in the tile tables: one of `ARCHITECTURES`, or `INTERPRETER`.
 
-    Raises `UnsupportedOpError` for a GPU that the tables do not list.
+    Raises `UnsupportedOpError` for a GPU that the tables do not list, and without one.
     """
-    return (
-        INTERPRETER
-        if interpreted()
-        else _architecture(
-            device.index if device.index is not None else torch.cuda.current_device()
-        )
-    )
+    if interpreted():
+        return INTERPRETER
+    if not torch.cuda.is_available():
+        raise UnsupportedOpError("torch finds no CUDA or ROCm device")
+    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
 
 
 @cache

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from lowvram_kernels.adaln_quantize import adaln
 from lowvram_kernels.rms_rope_quantize import rms_rope
-from lowvram_kernels.sizes import KEY_TILE, STORED_VALUES
-from lowvram_kernels.tuning import pv_dtype, values_of
+from lowvram_kernels.sizes import KEY_TILE, STORED_VALUES, TEXT_VALUES
+from lowvram_kernels.tuning import PV_DTYPES, pv_dtype, values_of
 from torch import Tensor
 
 from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
@@ -120,18 +120,21 @@ def mean_key(x: Tensor, weight: Tensor, rope: Rope | None, num_heads: int, eps: 
 
 
 def attention_values(format: str, device: torch.device) -> str:
-    """Name of the dtype of attention's values on a device.
+    """Name of the dtypes of attention's values on a device.
 
-    For quantized formats that of `pv_dtype` (`LOWVRAM_PV`), else the format itself.
+    For quantized formats those of `pv_dtype` (`LOWVRAM_PV`) and of the text, else the format.
     """
-    return str(pv_dtype(device)).removeprefix("torch.") if FORMATS[format].quantized else format
+    if not FORMATS[format].quantized:
+        return format
+    return f"{str(pv_dtype(device)).removeprefix('torch.')}, text {TEXT_VALUES}"
 
 
 class QuantizedNumerics:
     """Quantized arithmetic, on the ops of `lowvram_kernels`.
 
     Linears are int8, with or without rotation, or e4m3. Queries and keys of attention are int8, its
-    values have the dtype of `pv_dtype`. Activations are bf16 between ops and fp32 inside them.
+    values have the dtype of `pv_dtype`, and those of the text are fp16. Activations are bf16
+    between ops and fp32 inside them.
 
     GELU is fused with the quantization of its result, not with the product (`quantized_linear` can
     do that, too): quantization is bound by memory, which hides GELU, and the product is not. Both
@@ -201,7 +204,7 @@ class QuantizedNumerics:
         )
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
-        """Buffers for int8 keys, quantized values and their scales."""
+        """Buffers for int8 keys and for values; those of the text are stored as `TEXT_VALUES`."""
         heads, width, _ = self._shapes
         tiles = -(-num_keys // KEY_TILE)
         names = ("keys", "key_scales", "values", "value_scales")
@@ -209,7 +212,7 @@ class QuantizedNumerics:
         stored = self._arena.view(keys, (heads, num_keys, width), torch.int8)
         scales = self._arena.view(key_scales, (heads, tiles * KEY_TILE), torch.float32)
         at_keys = Heads(stored, scales[:, :num_keys])
-        dtype = pv_dtype(stored.device)
+        dtype = PV_DTYPES[TEXT_VALUES] if prefix else pv_dtype(stored.device)
         if not STORED_VALUES[values_of(dtype)].scaled:
             rows = self._arena.view(values, (num_keys, heads * width), dtype)
             return AttentionMemory(at_keys, rows, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lowvram_kernels.sizes import KEY_TILE, STORED_VALUES
+from lowvram_kernels.sizes import KEY_TILE, STORED_VALUES, TEXT_VALUES
 
 from lowvram.formats import Format
 from lowvram.variants import DiTConfig
@@ -53,15 +53,15 @@ def dit_workspace(
     """Workspace of one expert's forward pass.
 
     branches: guidance branches that share a visit of a block (1 or 2); values: how quantized
-    attention stores values, a key of `STORED_VALUES`.
+    self attention stores values, a key of `STORED_VALUES`.
     """
     compute, code, quantized = format.float_bytes, format.code_bytes, format.quantized
     dim, ffn, heads, text = config.dim, config.ffn_dim, config.num_heads, config.text_len
     rows = max(chunk_tokens, min(num_tokens, SMOOTHING_TOKENS))
     persistent = {f"residual.{branch}": num_tokens * dim * 4 for branch in range(branches)}
-    for prefix, tokens in (("", num_tokens), ("text_", text)):
+    for prefix, tokens, stored in (("", num_tokens, values), ("text_", text, TEXT_VALUES)):
         if quantized:
-            memory = _quantized_memory(tokens, dim, heads, values)
+            memory = _quantized_memory(tokens, dim, heads, stored)
         else:
             memory = {"keys": tokens * dim * code, "values": tokens * dim * code}
         persistent |= {f"{prefix}{name}": nbytes for name, nbytes in memory.items()}

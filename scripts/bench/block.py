@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
+from lowvram_kernels.tuning import pv_dtype, values_of
 from lowvram_quantize.fp8 import quantize_fp8
 from lowvram_quantize.int8 import quantize_int8
 from lowvram_quantize.rows import RowEngine
@@ -167,7 +168,8 @@ def lowvram_block(
     cell = vae.spatial_stride * config.dit.patch_size[1]
     clip = (columns * cell, rows * cell), (frames - 1) * vae.temporal_stride + 1
     workload = Workload.of(config, format, *clip)
-    workspace = dit_workspace(config.dit, workload.format, tokens, choice.chunk_tokens, 1)
+    values = values_of(pv_dtype(torch.device(device)))
+    workspace = dit_workspace(config.dit, workload.format, tokens, choice.chunk_tokens, 1, values)
     arena = Arena(workspace, Ledger("VRAM", UNLIMITED), device)
     model = WanTransformer(workload, choice, arena, device)
     modulation, context = (

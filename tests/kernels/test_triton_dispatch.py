@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lowvram_kernels import constraints, dispatch, ops, tuning
+from lowvram_kernels import constraints, dispatch, ops, sizes, tuning
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.tuning import ARCHITECTURES, linear_kind, linear_tile, nvidia_row
 
@@ -184,14 +184,16 @@ def test_p19_fp8_values_need_tensor_cores_for_them(monkeypatch: pytest.MonkeyPat
     constraints._no_e4m3.cache_clear()
 
 
-def test_the_product_of_attention_is_int8_unless_the_user_says_otherwise(
+def test_the_values_of_attention_are_the_users_choice_or_the_architectures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.delenv("LOWVRAM_PV", raising=False)
     for arch in ARCHITECTURES:
         monkeypatch.setattr(tuning, "architecture", lambda device, arch=arch: arch)
-        assert tuning.pv_dtype(cuda) == torch.int8
+        expected = torch.bfloat16 if arch == "sm_90" else torch.int8
+        assert tuning.pv_dtype(cuda) == expected
+        assert sizes.values_name(arch) == tuning.values_of(expected)
     monkeypatch.setenv("LOWVRAM_PV", "fp8")
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_86")
     with pytest.raises(
@@ -201,7 +203,7 @@ def test_the_product_of_attention_is_int8_unless_the_user_says_otherwise(
     assert tuning.pv_dtype(cpu) == torch.float8_e4m3fn
     monkeypatch.setenv("LOWVRAM_PV", "fp4")
     with pytest.raises(
-        UnsupportedOpError, match=r"LOWVRAM_PV=fp4 on .*: use one of int8, fp16, fp8"
+        UnsupportedOpError, match=r"LOWVRAM_PV=fp4 on .*: use one of int8, fp16, fp8, bf16"
     ):
         tuning.pv_dtype(cpu)
 
@@ -248,7 +250,7 @@ def test_p19_a_triton_that_does_not_start_is_a_reason_to_fall_back(
         constraints.broken_triton.cache_clear()
 
 
-def test_a_model_with_values_in_fp16_or_fp8_has_room_for_them_and_the_same_bits_in_every_chunk(
+def test_a_model_with_values_in_another_dtype_has_room_for_them_and_the_same_bits_in_every_chunk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make_store(tmp_path, tiny_config(num_layers=1), "int8")
@@ -268,15 +270,15 @@ def test_a_model_with_values_in_fp16_or_fp8_has_room_for_them_and_the_same_bits_
         )[0]
 
     exact = velocity("int8", 128)
-    for pv in ("fp16", "fp8"):
+    for pv in ("fp16", "fp8", "bf16"):
         other = velocity(pv, 128)
         assert torch.equal(other, velocity(pv, 64))
         assert not torch.equal(other, exact)
         assert float((other - exact).norm() / exact.norm()) < 0.02
-    monkeypatch.setenv("LOWVRAM_PV", "fp16")
-    wide = dit_workspace(store.config.dit, FORMATS["int8"], 130, 64, 1).regions
-    monkeypatch.setenv("LOWVRAM_PV", "fp8")
-    narrow = dit_workspace(store.config.dit, FORMATS["int8"], 130, 64, 1).regions
+    wide, narrow = (
+        dit_workspace(store.config.dit, FORMATS["int8"], 130, 64, 1, values).regions
+        for values in ("fp16", "fp8")
+    )
     assert wide["values"][1] == 2 * narrow["values"][1]
     assert wide["keys"][1] == narrow["keys"][1]
 

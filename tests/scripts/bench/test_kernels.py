@@ -541,11 +541,11 @@ def test_a_search_that_finds_no_tile_fails(
 
 def test_only_some_tasks_and_few_candidates(capsys: pytest.CaptureFixture[str]) -> None:
     every, quick = tune.jobs(4, "cpu"), tune.jobs(4, "cpu", quick=True)
-    assert len(every) == len(quick) == 2 * len(bench_kernels.LINEARS) + 3
+    assert len(every) == len(quick) == 2 * len(bench_kernels.LINEARS) + 4
     for (_, all_of_them), (_, few) in zip(every, quick, strict=True):
         assert set(few) < set(all_of_them)
         assert 4 <= len(few) <= 12
-    assert len(tune.jobs(4, "cpu", "attention")) == 3
+    assert len(tune.jobs(4, "cpu", "attention")) == 4
     assert [len(candidates) for _, candidates in tune.jobs(4, "cpu", "attention fp8", True)] == [4]
     assert tune.tune(4, "cpu", "no such task", False) == 1
     assert "no task's name contains 'no such task'" in capsys.readouterr().err

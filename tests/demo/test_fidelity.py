@@ -1,0 +1,47 @@
+"""`scripts/demo/fidelity.py`: PSNR of clips against fp32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowvram.demo.run import MODEL
+from scripts.demo import fidelity
+from scripts.demo.judge import fingerprint
+
+RECORD = Path(__file__).parents[2] / "docs" / "benchmarks" / "fidelity.json"
+
+
+def test_psnr_of_frames() -> None:
+    black = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    assert fidelity.psnr(black, black) == 100
+    assert fidelity.psnr(black + 255, black) == pytest.approx(0, abs=1e-6)
+    assert fidelity.psnr(black + 1, black) == pytest.approx(48.13, abs=0.01)
+
+
+def test_held_out_clips_are_test_captions_with_two_seeds_each() -> None:
+    pairs = fidelity.held_out(16)
+    captions = [scene.caption() for scene, _ in pairs]
+    assert len(pairs) == len(set(pairs)) == 16
+    assert len(set(captions)) == 8
+    assert not set(captions) & {scene.caption() for scene, _ in fidelity.pairs_of("validation", 24)}
+
+
+def test_a_clip_in_fp32_is_its_own_reference_and_int8_is_close() -> None:
+    torch.set_num_threads(1)
+    exact, other = fidelity.measured(("fp32", "int8"), 1, 0)
+    assert exact.validation == (100,)
+    assert 45 < other.validation[0] < 70
+    assert other.means()["held_out"] is None
+
+
+def test_the_record_is_of_these_weights_and_meets_the_goals() -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert record["model_sha256"] == fingerprint(MODEL)
+    formats = {one["format"]: one for one in record["formats"]}
+    assert {len(one["validation"]) for one in formats.values()} == {24}
+    assert {len(one["held_out"]) for one in formats.values()} == {16}
+    assert formats["int8"]["mean"]["validation"] >= 52.5
