@@ -10,7 +10,7 @@ import torch
 
 from lowvram.demo.run import MODEL
 from scripts.demo import fidelity
-from scripts.demo.judge import fingerprint
+from scripts.demo.judge import fingerprint, pairs_of
 
 RECORD = Path(__file__).parents[2] / "docs" / "benchmarks" / "fidelity.json"
 
@@ -27,7 +27,7 @@ def test_held_out_clips_are_test_captions_with_two_seeds_each() -> None:
     captions = [scene.caption() for scene, _ in pairs]
     assert len(pairs) == len(set(pairs)) == 16
     assert len(set(captions)) == 8
-    assert not set(captions) & {scene.caption() for scene, _ in fidelity.pairs_of("validation", 24)}
+    assert not set(captions) & {scene.caption() for scene, _ in pairs_of("validation", 24)}
 
 
 def test_a_clip_in_fp32_is_its_own_reference_and_int8_is_close() -> None:

@@ -111,12 +111,12 @@ def test_shares_are_those_that_the_machine_code_predicts(architecture: str, arch
 
 
 def test_predictions_are_near_what_was_published_of_other_kernels() -> None:
-    """kernels 2.7 and 6: attention of SageAttention 1 on a 4090 and a 3090; row-wise fp8 in Triton
-    on an H100, from above.
+    """kernels 2.7 and 6: attention of SageAttention 1 on a 4090 and a 3090, whose bound is three
+    quarters of lowvram's; row-wise fp8 in Triton on an H100, from above.
     """
     rates = {name: find_card(name).profile() for name in ("RTX 4090", "RTX 3090", "H200")}
-    assert rates["RTX 4090"].attention_ops_s == pytest.approx(322e12, rel=0.15)
-    assert rates["RTX 3090"].attention_ops_s == pytest.approx(135e12, rel=0.15)
+    assert rates["RTX 4090"].attention_ops_s == pytest.approx(1.33 * 322e12, rel=0.05)
+    assert rates["RTX 3090"].attention_ops_s == pytest.approx(1.33 * 135e12, rel=0.05)
     assert rates["H200"].gemm_fp8_ops_s is not None
     assert 0.5 * 1190e12 < rates["H200"].gemm_fp8_ops_s < 1190e12
 
