@@ -20,6 +20,7 @@ import torch
 
 from lowvram_kernels import cases
 from lowvram_kernels.ops import OPS
+from lowvram_kernels.sizes import STORED_VALUES
 from lowvram_kernels.tuning import PV_DTYPES, architecture, pv_choices
 
 INT8, BF16 = torch.int8, torch.bfloat16
@@ -142,6 +143,7 @@ def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
                 cases.values, n, heads, head_dim=width, code=PV_DTYPES[pv], device=where
             )
             for pv in pvs
+            if STORED_VALUES[pv].scaled
             for label, (n, heads, width) in sizes.items()
         }
     shapes = {"": (150, 130, 2, 128, torch.float32), ", heads of 64": (33, 64, 2, 64, BF16)}

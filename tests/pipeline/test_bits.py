@@ -173,7 +173,7 @@ def test_p20_resumed_at_any_step_ends_in_the_same_bits(
         state = tmp_path / f"{solver}{step}.resume"
         with pytest.raises(Interrupted):
             pipeline.generate(request, state_file=state, listener=interrupt_after(step))
-        assert load_state(state, request, pipeline.model, "int8").step == step
+        assert load_state(state, request, pipeline.model, "int8, text fp16").step == step
         assert digest(pipeline.generate(request, state_file=state, resume=True).frames) == expected
 
 
@@ -188,7 +188,9 @@ def test_resume_refuses_another_request_and_names_both_values(
         pipeline.generate(request_of(pipeline, seed=7), state_file=state, resume=True)
     with monkeypatch.context() as patched:
         patched.setenv("LOWVRAM_PV", "fp16")
-        with pytest.raises(ResumeError, match=r"attention_values was 'int8', now 'float16'"):
+        with pytest.raises(
+            ResumeError, match=r"attention_values was 'int8, text fp16', now 'float16, text fp16'"
+        ):
             pipeline.generate(request_of(pipeline), state_file=state, resume=True)
     with pytest.raises(ResumeError, match="nothing to resume"):
         pipeline.generate(request_of(pipeline), state_file=tmp_path / "none.resume", resume=True)

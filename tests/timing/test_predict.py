@@ -365,7 +365,7 @@ def test_the_overhead_is_that_of_the_budgets_and_short_chunks_are_part_of_it() -
             clock=forecast,
             pinned_limit_bytes=machine.pinned_limit_bytes,
         )
-        for vram, ram in ((3571 * 2**20, 2 * 10**9), (2**40, 2**40))
+        for vram, ram in ((3573 * 2**20, 2 * 10**9), (2**40, 2**40))
     ]
     small, unbounded = (plan.prediction for plan in plans)
     assert small is not None
