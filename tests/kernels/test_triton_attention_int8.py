@@ -98,6 +98,18 @@ def test_p18_attention_of_an_incomplete_step(left: int) -> None:
 
 
 @pytest.mark.parametrize("pv", PV_DTYPES)
+@pytest.mark.parametrize("n", [40, 64, 130])
+def test_p18_attention_as_other_architectures_run_it(
+    monkeypatch: pytest.MonkeyPatch, n: int, pv: str
+) -> None:
+    """RDNA masks every step and keeps the keys in order; Triton 3.6 reads scales four times."""
+    monkeypatch.setattr(attention_int8_triton, "one_loop", lambda arch, pv: True)
+    monkeypatch.setattr(attention_int8_triton, "permuted", lambda arch, pv: False)
+    monkeypatch.setattr(attention_int8_triton, "scale_copies", lambda arch, pv: 4)
+    assert not cases.attention(33, n, 2, pv=pv).mismatch()
+
+
+@pytest.mark.parametrize("pv", PV_DTYPES)
 def test_p18_a_key_left_out_or_read_past_the_end_shows(pv: str) -> None:
     case = cases.attention(40, 130, 2, pv=pv)
     shorter = cases.changed(
