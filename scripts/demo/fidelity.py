@@ -3,6 +3,7 @@
     python -m scripts.demo.fidelity        # 24 validation and 16 held-out clips of four formats
     python -m scripts.demo.fidelity --formats int8 --clips 4 --held-out 0
     python -m scripts.demo.fidelity --json docs/benchmarks/fidelity.json
+    python -m scripts.demo.fidelity --formats int8 --clips 8 --held-out 0 --text-values int8
 
 PSNR is that of all frames of a clip, 8 bits a channel, against the same prompt and seed in fp32. A
 clip's PSNR varies by some dB from one rounding of the noise to the next, so means are compared.
@@ -19,8 +20,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from unittest import mock
 
 import torch
+from lowvram_kernels.sizes import STORED_VALUES, TEXT_VALUES
 from lowvram_quantize.convert import quantize
 from rich.console import Console
 from rich.progress import track
@@ -29,7 +32,9 @@ from torch import Tensor
 
 from lowvram.demo import scenes
 from lowvram.demo.run import MODEL
+from lowvram.models import numerics
 from lowvram.pipeline import load
+from lowvram.planner import workspace
 from scripts.demo.judge import fingerprint, pairs_of
 
 PEAK = 255.0
@@ -129,10 +134,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int8-plain", "fp8"])
     parser.add_argument("--clips", type=int, default=24, help="validation clips")
     parser.add_argument("--held-out", type=int, default=16, help="clips of test captions")
+    parser.add_argument(
+        "--text-values",
+        choices=sorted(STORED_VALUES),
+        default=TEXT_VALUES,
+        help="how quantized formats store the text's values in attention",
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = measured(args.formats, args.clips, args.held_out)
+    with (
+        mock.patch.object(numerics, "TEXT_VALUES", args.text_values),
+        mock.patch.object(workspace, "TEXT_VALUES", args.text_values),
+    ):
+        found = measured(args.formats, args.clips, args.held_out)
     Console().print(table(found))
     if args.json:
         record = {
