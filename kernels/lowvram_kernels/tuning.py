@@ -116,9 +116,11 @@ def architecture(device: torch.device) -> str:
     """
     if interpreted():
         return INTERPRETER
-    if not torch.cuda.is_available():
-        raise UnsupportedOpError("torch finds no CUDA or ROCm device")
-    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+    try:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _architecture(index)
+    except AssertionError as error:  # torch was built without CUDA
+        raise UnsupportedOpError(f"torch finds no CUDA or ROCm device: {error}") from None
 
 
 @cache
