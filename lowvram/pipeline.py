@@ -14,7 +14,6 @@ import torch
 from lowvram_kernels.constraints import refused_gpu
 from lowvram_kernels.dispatch import distrusted
 from lowvram_kernels.errors import UnsupportedOpError
-from lowvram_kernels.tuning import pv_dtype, values_of
 from torch import Tensor
 
 from lowvram.errors import CheckpointError, UnsupportedError, UsageError
@@ -22,7 +21,7 @@ from lowvram.hardware.profile import MachineProfile
 from lowvram.memory.cap import vram_cap
 from lowvram.memory.malloc import return_freed_memory
 from lowvram.memory.out_of_memory import release_cached_memory
-from lowvram.models.numerics import attention_values
+from lowvram.models.numerics import attention_values, stored_values
 from lowvram.models.vae import WanVAE
 from lowvram.models.wan import Conditioning, EmbeddingsAndHead, condition, load_embeddings_and_head
 from lowvram.planner.choose import choose_plan
@@ -129,7 +128,7 @@ class Pipeline:
         self.host = replace(
             host,
             references=host.references or refused_gpu(device) is not None or bool(distrusted()),
-            values=values_of(pv_dtype(device)),
+            values=stored_values(store.format, device),
         )
         self.model = hashlib.sha256((store.path / "lowvram.json").read_bytes()).hexdigest()
 

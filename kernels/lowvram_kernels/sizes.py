@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lowvram_kernels.errors import UnsupportedOpError
+
 # Keys of one tile of quantized values.
 KEY_TILE = 64
 # Keys of one step of attention over values that are not quantized.
@@ -43,8 +45,14 @@ TEXT_VALUES = "fp16"
 
 
 def values_name(arch: str) -> str:
-    """Return the name of the values' dtype on an architecture: `LOWVRAM_PV`, else the default."""
-    return os.environ.get("LOWVRAM_PV") or default_values(arch)
+    """Return the name of the values' dtype on an architecture: `LOWVRAM_PV`, else the default.
+
+    Raises `UnsupportedOpError` if `LOWVRAM_PV` is no key of `STORED_VALUES`.
+    """
+    name = os.environ.get("LOWVRAM_PV") or default_values(arch)
+    if name not in STORED_VALUES:
+        raise UnsupportedOpError(f"LOWVRAM_PV={name}: use one of {', '.join(STORED_VALUES)}")
+    return name
 
 
 def default_values(arch: str) -> str:

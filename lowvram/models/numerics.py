@@ -13,13 +13,14 @@ import lowvram_kernels.ops as ops
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.adaln_quantize import adaln
+from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.rms_rope_quantize import rms_rope
 from lowvram_kernels.sizes import KEY_TILE, STORED_VALUES, TEXT_VALUES
 from lowvram_kernels.tuning import PV_DTYPES, pv_dtype, values_of
 from torch import Tensor
 
 from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
-from lowvram.errors import UnsupportedError
+from lowvram.errors import UnsupportedError, UsageError
 from lowvram.formats import FORMATS
 from lowvram.memory.arena import Arena
 from lowvram.planner.wan import PLAIN_ROWS
@@ -127,6 +128,19 @@ def attention_values(format: str, device: torch.device) -> str:
     if not FORMATS[format].quantized:
         return format
     return f"{str(pv_dtype(device)).removeprefix('torch.')}, text {TEXT_VALUES}"
+
+
+def stored_values(format: str, device: torch.device) -> str:
+    """Key of `STORED_VALUES` of self attention's values; `int8` where a format does not store any.
+
+    Raises `UsageError` for a `LOWVRAM_PV` that the device does not support.
+    """
+    if not FORMATS[format].quantized:
+        return "int8"
+    try:
+        return values_of(pv_dtype(device))
+    except UnsupportedOpError as error:
+        raise UsageError(str(error)) from None
 
 
 class QuantizedNumerics:

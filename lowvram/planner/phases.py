@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 
+from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.sizes import values_name
 
+from lowvram.errors import UsageError
 from lowvram.planner.allocator import phase_rounding_bytes
 from lowvram.planner.umt5 import text_bytes
 from lowvram.planner.vae import decode_bytes, decode_rounding_bytes
@@ -50,7 +52,10 @@ class Host:
     def of(
         cls, device_type: str, process_bytes: int = PROCESS_BYTES, architecture: str = ""
     ) -> Host:
-        """The assumed values for `cuda` or `cpu`. architecture: of the GPU, such as `sm_90`."""
+        """The assumed values for `cuda` or `cpu`. architecture: of the GPU, such as `sm_90`.
+
+        Raises `UsageError` for an unknown `LOWVRAM_PV`.
+        """
         cuda = device_type == "cuda"
         references = (
             not cuda
@@ -58,7 +63,10 @@ class Host:
             or find_spec("triton") is None
         )
         context = CUDA_CONTEXT_BYTES if cuda else 0
-        values = values_name(architecture if cuda else "")
+        try:
+            values = values_name(architecture if cuda else "")
+        except UnsupportedOpError as error:
+            raise UsageError(str(error)) from None
         return cls(cuda, context, process_bytes, references, values)
 
     @property

@@ -93,7 +93,7 @@ def plan(
         )
     elif vram != "auto":
         _check_vram(machine, vram_bytes)
-    return _choose(workload, _host(device, gpu, machine), vram_bytes, ram_bytes, machine)
+    return _choose(workload, _host(device, gpu, machine, format), vram_bytes, ram_bytes, machine)
 
 
 def plan_matrix(
@@ -126,7 +126,7 @@ def plan_matrix(
         check_clip(width, height, length, steps)
     device, vram_bytes, ram_bytes = _budgets(vram, ram, gpu, "cuda")
     machine = planned_machine(model, gpu, link, disk, ram_bytes, device)
-    host = _host(machine.device if machine else "cuda", gpu, machine)
+    host = _host(machine.device if machine else "cuda", gpu, machine, format)
     if machine is None:
         machine = _card_profile(card_with(vram_bytes or 0), link, disk, ram_bytes)
         # `auto` without a GPU is a share of this machine's RAM, which may exceed any card's VRAM.
@@ -211,7 +211,7 @@ def _choose(
     return choose_plan(workload, host, vram_bytes, ram_bytes, clock, limit)
 
 
-def _host(device: str, gpu: str | None, machine: MachineProfile | None) -> Host:
+def _host(device: str, gpu: str | None, machine: MachineProfile | None, format: str) -> Host:
     """The planner's `Host`. On this machine (no `gpu`), failed kernel checks add the temporaries of
     the reference implementations.
     """
@@ -220,11 +220,12 @@ def _host(device: str, gpu: str | None, machine: MachineProfile | None) -> Host:
     if device != "cuda" or gpu is not None or machine is None:
         return host
     import torch
-    from lowvram_kernels.tuning import pv_dtype, values_of
+
+    from lowvram.models.numerics import stored_values
 
     here = torch.device(device)
     references = host.references or bool(known_problems(here))
-    return replace(host, references=references, values=values_of(pv_dtype(here)))
+    return replace(host, references=references, values=stored_values(format, here))
 
 
 def _budgets(

@@ -24,7 +24,6 @@ from typing import Any
 
 import psutil
 import torch
-from lowvram_kernels.tuning import pv_dtype, values_of
 from torch import Tensor
 
 from lowvram.doctor.measure import measure_profile
@@ -113,7 +112,7 @@ class BenchPipeline(Pipeline):
         profile: MachineProfile | None = None,
     ) -> None:
         super().__init__(store, device, vram_bytes, ram_bytes, host.process_bytes, profile)
-        self.host = replace(host, staged=True, values=values_of(pv_dtype(device)))
+        self.host = replace(host, staged=True, values=self.host.values)
         self.timed: TimedCuda | TimedHost
 
     def new_run(self, request: Request, plan: MemoryPlan, listener: Listener = silent) -> TimedRun:

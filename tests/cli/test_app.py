@@ -504,6 +504,15 @@ def test_plan_says_what_the_budgets_cost(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
+@pytest.mark.parametrize("command", [["plan", "t2v-a14b", "--vram", "12GB"], ["demo"]])
+def test_an_unknown_dtype_of_values_is_an_error_that_names_the_known(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWVRAM_PV", "fp4")
+    monkeypatch.chdir(tmp_path)
+    refused(run(*command), 2, "LOWVRAM_PV=fp4: use one of int8, fp16, fp8, bf16")
+
+
 def test_plan_says_why_there_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     fp32 = ["plan", "t2v-a14b", "--format", "fp32", "--ram", "64GiB"]
