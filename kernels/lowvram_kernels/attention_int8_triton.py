@@ -508,7 +508,7 @@ def attention_int8(
 
     Integer products equal the reference's. Exponentials use the hardware's exp2, so a probability
     close to a rounding boundary may round differently; int8: a product and its offset are added
-    with one rounding, relative to 1.5 * 2^23 steps of the values (2.6e-5 of the output).
+    with one rounding, relative to 1.5 * 2^23 steps of the values.
     float16 and float8_e4m3fn values: with `AttentionTile.half_sum` the sum over a tile is rounded
     to fp16. NaN in the scales of queries or values, or in the scales of all keys of a tile, reaches
     the output; NaN in the scale of a single key may not.

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels import constraints, dispatch
+from lowvram_kernels import check, constraints, dispatch, tuning
 from lowvram_kernels.check import Check, is_occupied, problems
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.ops import OPS
@@ -52,6 +52,19 @@ def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[Check]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.delenv("LOWVRAM_BACKEND", raising=False)
     return results
+
+
+@pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
+def test_the_references_take_every_call_of_an_architectures_check(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that the op itself refuses would be reported as a wrong kernel."""
+    monkeypatch.setattr(check, "architecture", lambda device: arch)
+    for op in ("quantize_values", "attention_int8"):
+        made = check.calls(op, torch.device("cpu"))
+        assert {label.split(",")[0] for label in made} <= set(tuning.pv_choices(arch))
+        for make in made.values():
+            make().run("reference")
 
 
 def test_a_gpu_is_checked_once(
@@ -283,7 +296,7 @@ def test_plans_count_the_references_of_wrong_kernels(
         Host, "of", classmethod(lambda cls, kind, process: Host(True, 1 << 29, process, False))
     )
     (tmp_path / "lowvram.json").write_text("{}")
-    store: Any = SimpleNamespace(path=tmp_path)
+    store: Any = SimpleNamespace(format="int8", path=tmp_path)
     assert not pipeline.Pipeline(store, GPU, 1, 1, 1).host.references
     dispatch.distrust({"attention_int8": "int8: wrong"})
     assert pipeline.Pipeline(store, GPU, 1, 1, 1).host.references

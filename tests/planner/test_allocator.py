@@ -298,7 +298,9 @@ def test_a_gpu_by_number_becomes_the_current_one_and_its_context_counts(
         lambda vram, ram, device: budget.Budgets(device, 2**33, 2**34, 10**9, measured),
     )
     monkeypatch.setattr(measure, "this_machine", lambda device: asked.append([*current]))
-    monkeypatch.setattr(pipeline_module, "open_store", lambda path: SimpleNamespace(path=path))
+    monkeypatch.setattr(
+        pipeline_module, "open_store", lambda path: SimpleNamespace(path=path, format="int8")
+    )
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     loaded = pipeline_module.load(tmp_path, device="cuda:1", prompt_cache=False)
     assert asked == [[torch.device("cuda", 1)]], "set before anything asks which machine this is"
