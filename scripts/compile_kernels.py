@@ -36,16 +36,16 @@ if os.environ.pop("TRITON_INTERPRET", None):
 import triton
 from lowvram_kernels import tuning
 from lowvram_kernels.adaln_quantize_triton import adaln_kernel
-from lowvram_kernels.attention_int8 import VALUE_MAX
 from lowvram_kernels.attention_int8_triton import (
     attention_kernel,
     one_loop,
     permuted,
     scale_copies,
-    values_kernel,
 )
 from lowvram_kernels.common_triton import scalar_products
 from lowvram_kernels.quantize_rows_triton import groups_of, rows_kernel
+from lowvram_kernels.quantize_values import VALUE_MAX
+from lowvram_kernels.quantize_values_triton import values_kernel
 from lowvram_kernels.quantized_linear_triton import linear_kernel
 from lowvram_kernels.rms_rope_quantize_triton import rms_rope_kernel
 from lowvram_kernels.sizes import STORED_VALUES

@@ -1,4 +1,4 @@
-"""Triton kernels of `attention_int8` (online softmax on tensor cores) and `quantize_values`."""
+"""Triton kernel of `attention_int8`: online softmax on tensor cores."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lowvram_kernels import sizes
-from lowvram_kernels.attention_int8 import SUM_START, value_max
 from lowvram_kernels.common_triton import (
     BEFORE_3_7,
-    absmax_of_bits,
     e4m3_as_float16,
     e4m3_bytes,
-    quantized_codes,
-    size_bits,
     stored,
 )
 from lowvram_kernels.tuning import (
@@ -31,7 +27,6 @@ from lowvram_kernels.tuning import (
 KEY_TILE = tl.constexpr(sizes.KEY_TILE)
 # An int32 sum that starts at the bits of 1.5 * 2^23 is, read as fp32, 1.5 * 2^23 plus the sum, for
 # sums below 2^22: it needs no conversion. A tile's sum is below 64 * 128 * 127 < 2^20.
-START = tl.constexpr(SUM_START)
 START_BITS = tl.constexpr(0x4B400000)
 # 1.5 * 2^23 - 128: adding it to p rounds p half to even and leaves p - 128 in the low byte.
 ROUND_LESS_128 = tl.constexpr(12582912.0 - 128.0)
@@ -46,58 +41,6 @@ FOUR_E4M3 = tl.constexpr(
     "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
     "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
 )
-
-
-# M depends on the number of tokens. Unspecialized, one variant serves every number, divisible by 16
-# or not.
-@triton.jit(do_not_specialize=["M"])
-def values_kernel(
-    v_ptr,
-    out_ptr,
-    out_scale_ptr,
-    M,
-    stride_v,
-    stride_out_h,
-    stride_out_d,
-    stride_scale_h,
-    stride_scale_t,
-    HEAD_DIM: tl.constexpr,
-    VALUE_MAX: tl.constexpr,
-):
-    """Quantize one tile of 64 keys of one head.
-
-    [64, HEAD_DIM] -> [HEAD_DIM, 64] int8, fp16 or e4m3 bytes, and HEAD_DIM pairs of scale and
-    offset.
-    """
-    tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    keys = tile * KEY_TILE + tl.arange(0, KEY_TILE)
-    channel = tl.arange(0, HEAD_DIM)
-    values = tl.load(
-        v_ptr + keys[:, None] * stride_v + head * HEAD_DIM + channel[None, :],
-        mask=(keys < M)[:, None],
-        other=0.0,
-    )
-    values = values.to(tl.float32)
-    absmax = absmax_of_bits(tl.max(size_bits(values), axis=0))
-    scale = tl.div_rn(absmax, tl.full((HEAD_DIM,), VALUE_MAX, tl.float32))
-    if out_ptr.dtype.element_ty == tl.int8:
-        codes = quantized_codes(values, scale[None, :], False)
-    elif out_ptr.dtype.element_ty == tl.uint8:
-        codes = quantized_codes(values, scale[None, :], True)
-    else:
-        codes = tl.div_rn(values, tl.broadcast_to(scale[None, :], values.shape)).to(tl.float16)
-    tl.store(
-        out_ptr + head * stride_out_h + channel[:, None] * stride_out_d + keys[None, :],
-        tl.trans(codes),
-    )
-    scale_ptrs = out_scale_ptr + head * stride_scale_h + tile * stride_scale_t
-    tl.store(scale_ptrs + 2 * channel, scale)
-    if out_ptr.dtype.element_ty == tl.int8:
-        total = tl.sum(codes.to(tl.int32), axis=0)
-        offset = (total * 128 - START).to(tl.float32) * scale
-    else:
-        offset = tl.zeros_like(scale)
-    tl.store(scale_ptrs + 2 * channel + 1, offset)
 
 
 @triton.jit
@@ -472,27 +415,6 @@ def one_loop(arch: str, pv: str) -> bool:
     that of 3.6 spills none with it, with int8 values.
     """
     return arch.startswith("gfx") and (pv == "fp16" or not BEFORE_3_7)
-
-
-def quantize_values(v: Tensor, out: Tensor, out_scale: Tensor) -> None:
-    """Triton implementation of `attention_int8.quantize_values`; same contract."""
-    num_heads, head_dim, _ = out.shape
-    codes = out.view(torch.uint8) if out.dtype == torch.float8_e4m3fn else out
-    values_kernel[(out_scale.shape[1], num_heads)](
-        v,
-        codes,
-        out_scale,
-        v.shape[0],
-        v.stride(0),
-        out.stride(0),
-        out.stride(1),
-        out_scale.stride(0),
-        out_scale.stride(1),
-        HEAD_DIM=head_dim,
-        VALUE_MAX=value_max(out),
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
 
 
 def attention_int8(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram_kernels.attention_int8 import SUM_START, VALUE_MAX
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.ops import OPS
+from lowvram_kernels.quantize_values import SUM_START, VALUE_MAX
 from lowvram_kernels.tuning import PV_DTYPES
 
 E4M3 = torch.float8_e4m3fn

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lowvram_kernels.adaln_quantize import adaln_quantize
-from lowvram_kernels.attention_int8 import attention_int8, quantize_values
+from lowvram_kernels.attention_int8 import attention_int8
 from lowvram_kernels.dispatch import OPS
 from lowvram_kernels.quantize_rows import gelu_quantize, quantize_rows
+from lowvram_kernels.quantize_values import quantize_values
 from lowvram_kernels.quantized_linear import quantized_linear
 from lowvram_kernels.rms_rope_quantize import rms_rope_quantize
 

@@ -14,6 +14,7 @@ INTERPRETED = (
     "model",
     "nan",
     "quantize_rows",
+    "quantize_values",
     "quantized_linear",
     "rms_rope_quantize",
 )

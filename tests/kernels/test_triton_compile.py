@@ -71,7 +71,7 @@ from scripts import compile_kernels as check
 import torch
 from lowvram.models import numerics
 from lowvram_kernels import adaln_quantize_triton, attention_int8_triton, quantize_rows_triton
-from lowvram_kernels import quantized_linear_triton, rms_rope_quantize_triton
+from lowvram_kernels import quantize_values_triton, quantized_linear_triton, rms_rope_quantize_triton
 
 OPS = ("adaln_quantize", "attention_int8", "gelu_quantize", "quantize_rows", "quantize_values", "quantized_linear", "rms_rope_quantize")
 seen = {{}}
@@ -88,7 +88,7 @@ class Recorder:
         return launch
 
 numerics.ops, numerics.pv_dtype = SimpleNamespace(), lambda device: torch.int8
-for module in (adaln_quantize_triton, attention_int8_triton, quantize_rows_triton, quantized_linear_triton, rms_rope_quantize_triton):
+for module in (adaln_quantize_triton, attention_int8_triton, quantize_rows_triton, quantize_values_triton, quantized_linear_triton, rms_rope_quantize_triton):
     module.architecture = lambda device: "sm_90"
     for name in [name for name in vars(module) if name.endswith("_kernel")]:
         setattr(module, name, Recorder(getattr(module, name)))
