@@ -46,7 +46,7 @@ from lowvram_kernels.common_triton import scalar_products
 from lowvram_kernels.quantize_rows_triton import groups_of, rows_kernel
 from lowvram_kernels.quantize_values import VALUE_MAX
 from lowvram_kernels.quantize_values_triton import values_kernel
-from lowvram_kernels.quantized_linear_triton import linear_kernel
+from lowvram_kernels.quantized_linear_triton import linear_kernel, tile_of
 from lowvram_kernels.rms_rope_quantize_triton import rms_rope_kernel
 from lowvram_kernels.sizes import STORED_VALUES
 from triton.backends.compiler import GPUTarget
@@ -119,6 +119,7 @@ def linear_variants(arch: str) -> Iterator[Variant]:
     sizes = dict.fromkeys(("M", "N", "K", "stride_a", "stride_w", "stride_out"), "i32")
     for int8 in (True, False):
         kind = tuning.linear_kind(arch, int8)
+        tile = tile_of(arch, kind)
         main = [
             ("store", {}),
             ("store, ragged K", {"EVEN_K": False}),
@@ -134,7 +135,6 @@ def linear_variants(arch: str) -> Iterator[Variant]:
         ]
         for label, changed in main + (more if arch in MORE else []):
             accumulate = "ACCUMULATE" in changed
-            tile = tuning.linear_tile(arch, kind, plain=not accumulate and "GELU" not in changed)
             codes = CODE_TYPES[kind]
             out = "*fp32" if accumulate or "fp32" in label else "*bf16"
             types = floats | sizes | {"a_ptr": codes, "w_ptr": codes, "out_ptr": out}
@@ -150,6 +150,7 @@ def linear_variants(arch: str) -> Iterator[Variant]:
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
                 "GROUP_M": 8,
+                "PARTS": tile.parts,
                 "SCALAR": scalar_products(arch),
             } | changed
             options = {

@@ -27,7 +27,6 @@ from lowvram_kernels.tuning import (
     LinearTile,
     architecture,
     attention_tile,
-    linear_tile,
     pv_choices,
 )
 
@@ -68,7 +67,8 @@ def linear_candidates(quick: bool = False) -> Iterator[LinearTile]:
                 64 * 64 < block_m * block_n <= 128 * 256
                 and (block_m + block_n) * block_k * (stages - 1) <= 227 * 1024
             ):
-                yield LinearTile(block_m, block_n, block_k, warps, stages)
+                parts = 4 if block_m * block_n > 128 * 128 else 1
+                yield LinearTile(block_m, block_n, block_k, warps, stages, parts)
 
 
 def attention_candidates(pv: str, arch: str, quick: bool = False) -> Iterator[AttentionTile]:
@@ -83,30 +83,21 @@ def attention_candidates(pv: str, arch: str, quick: bool = False) -> Iterator[At
 
 # Tiles that compile without a spill and whose bound is near the present tile's: only a GPU can tell
 # which is faster.
-_WIDE = [LinearTile(128, 256, 64, 8, 3), LinearTile(256, 128, 64, 8, 3)]
-_OPEN_LINEARS = {
-    "sm_80": {
-        "q": [*_WIDE, LinearTile(128, 128, 64, 8, 4)],
-        "o +=": [LinearTile(128, 128, 128, 8, 3), LinearTile(128, 128, 64, 8, 4)],
-    },
-    "sm_90": {
-        "q": [LinearTile(256, 128, 128, 8, 3), LinearTile(128, 128, 128, 8, 4)],
-        "o +=": [LinearTile(128, 128, 128, 8, 3)],
-    },
-    INTERPRETER: {"q": [LinearTile(64, 64, 128, 4, 1)]},
-}
-_OPEN_GEFORCE = {
-    "q": _WIDE,
-    "o +=": [LinearTile(128, 128, 64, 8, 3), LinearTile(128, 64, 128, 4, 3)],
-}
+_OPEN_LINEARS = [
+    LinearTile(256, 128, 128, 8, 3, parts=4),
+    LinearTile(128, 256, 64, 8, 4, parts=4),
+    LinearTile(128, 128, 128, 8, 4),
+    LinearTile(128, 128, 64, 8, 4),
+]
 
 
 def open_candidates(arch: str) -> Iterator[tuple[str, str, Candidates]]:
     """(linear of a block or "attention", what is multiplied, tiles to measure beside the present
     one), for int8 and every product of attention.
     """
-    for name, linear_tiles in _OPEN_LINEARS.get(arch, _OPEN_GEFORCE).items():
-        yield name, "int8", [linear_tile(arch, "int8", plain="+=" not in name), *linear_tiles]
+    linears = [LinearTile(64, 64, 128, 4, 1)] if arch == INTERPRETER else _OPEN_LINEARS
+    for name in ("q",) if arch == INTERPRETER else ("q", "o +="):
+        yield name, "int8", [quantized_linear_triton.tile_of(arch, "int8"), *linears]
     for pv in pv_choices(arch):
         present = attention_tile(arch, pv, HEAD_DIM)
         others = (
@@ -141,7 +132,7 @@ def linear_task(name: str, m: int, n: int, k: int, code: torch.dtype, device: st
         )
 
     target, tolerance = (
-        f"{MODULES}.quantized_linear_triton.linear_tile",
+        f"{MODULES}.quantized_linear_triton.tile_of",
         0.0 if code == torch.int8 else 0.01,
     )
     return Task(linear_name(name, code), target, run, out.zero_, out, tolerance)

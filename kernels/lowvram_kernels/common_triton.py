@@ -7,7 +7,9 @@ import struct
 import triton
 import triton.language as tl
 
-BEFORE_3_7 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+BEFORE_3_7 = VERSION < (3, 7)
+AFTER_3_7 = VERSION > (3, 7)
 # 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 half to even, on every architecture and in
 # the interpreter.
 ROUND = tl.constexpr(12582912.0)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lowvram_kernels import quantize_rows
 from lowvram_kernels.common_triton import (
+    AFTER_3_7,
     ROUND,
     e4m3_as_float16,
     rounded_product,
     scalar_products,
     stored,
 )
-from lowvram_kernels.tuning import architecture, linear_kind, linear_tile
+from lowvram_kernels.tuning import LinearTile, architecture, linear_kind, linear_tile
 
 C0, C1, C2, C3, C4, C5 = (tl.constexpr(value) for value in quantize_rows.EXP2)
 GELU_EXPONENT = tl.constexpr(quantize_rows.GELU_EXPONENT)
@@ -58,6 +59,86 @@ def row_pointers(base, rows, stride):
     return base + rows.to(tl.int64) * stride
 
 
+@triton.jit
+def column_halves(x):
+    """Return the left and the right half of the columns of x [rows, columns]."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def store_columns(
+    products,
+    rows,
+    first,
+    a_scale_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    gate_ptr,
+    out_ptr,
+    M,
+    N,
+    stride_out,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    DECODE: tl.constexpr,
+    PARTS: tl.constexpr,
+    SCALAR: tl.constexpr,
+):
+    """Apply the epilogue to products [rows, columns] and store them; `first`: their first column.
+
+    PARTS: a power of two; the columns are taken in so many parts, one after the other, which need
+    fewer registers than the whole.
+    """
+    if PARTS > 1:
+        left, right = column_halves(products)
+        for half in tl.static_range(2):
+            store_columns(
+                right if half else left,
+                rows,
+                first + half * right.shape[1],
+                a_scale_ptr,
+                w_scale_ptr,
+                bias_ptr,
+                gate_ptr,
+                out_ptr,
+                M,
+                N,
+                stride_out,
+                HAS_BIAS,
+                GELU,
+                HAS_GATE,
+                ACCUMULATE,
+                DECODE,
+                PARTS // 2,
+                SCALAR,
+            )
+            if half == 0:  # else the compiler overlaps the halves again
+                tl.debug_barrier()
+    else:
+        columns = first + tl.arange(0, products.shape[1])
+        y = products.to(tl.float32)
+        if DECODE:
+            y = y * 65536.0  # both operands were decoded as 2^-8 of their value
+        inside = columns < N
+        y = y * tl.load(a_scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        w_scale = tl.load(w_scale_ptr + columns, mask=inside, other=0.0)
+        y = rounded_product(y, w_scale[None, :], SCALAR)
+        if HAS_BIAS:
+            y = y + tl.load(bias_ptr + columns, mask=inside, other=0.0)[None, :]
+        if GELU:
+            y = gelu_tanh(y)
+        if HAS_GATE:
+            gate = tl.load(gate_ptr + columns, mask=inside, other=0.0)
+            y = rounded_product(y, gate[None, :], SCALAR)
+        out_ptrs = row_pointers(out_ptr, rows, stride_out)[:, None] + columns[None, :]
+        mask = (rows < M)[:, None] & inside[None, :]
+        if ACCUMULATE:
+            y = tl.load(out_ptrs, mask=mask, other=0.0) + y
+        tl.store(out_ptrs, stored(y, out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     a_ptr,
@@ -84,12 +165,13 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
     SCALAR: tl.constexpr,
 ):
     """Compute one [BLOCK_M, BLOCK_N] tile of out.
 
-    DECODE: the operands are e4m3 bytes, multiplied as fp16. EVEN_K: BLOCK_K divides K. SCALAR: as
-    in `rounded_product`.
+    DECODE: the operands are e4m3 bytes, multiplied as fp16. EVEN_K: BLOCK_K divides K. PARTS: as
+    in `store_columns`. SCALAR: as in `rounded_product`.
     """
     tile_m, tile_n = grouped_tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -116,23 +198,31 @@ def linear_kernel(
             accumulator = tl.dot(a, w, accumulator, max_num_imprecise_acc=BLOCK_K)
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-    y = accumulator.to(tl.float32)
-    if DECODE:
-        y = y * 65536.0  # both operands were decoded as 2^-8 of their value
-    inside = columns < N
-    y = y * tl.load(a_scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
-    y = rounded_product(y, tl.load(w_scale_ptr + columns, mask=inside, other=0.0)[None, :], SCALAR)
-    if HAS_BIAS:
-        y = y + tl.load(bias_ptr + columns, mask=inside, other=0.0)[None, :]
-    if GELU:
-        y = gelu_tanh(y)
-    if HAS_GATE:
-        y = rounded_product(y, tl.load(gate_ptr + columns, mask=inside, other=0.0)[None, :], SCALAR)
-    out_ptrs = row_pointers(out_ptr, rows, stride_out)[:, None] + columns[None, :]
-    mask = (rows < M)[:, None] & inside[None, :]
-    if ACCUMULATE:
-        y = tl.load(out_ptrs, mask=mask, other=0.0) + y
-    tl.store(out_ptrs, stored(y, out_ptr.dtype.element_ty), mask=mask)
+    store_columns(
+        accumulator,
+        rows,
+        tile_n * BLOCK_N,
+        a_scale_ptr,
+        w_scale_ptr,
+        bias_ptr,
+        gate_ptr,
+        out_ptr,
+        M,
+        N,
+        stride_out,
+        HAS_BIAS,
+        GELU,
+        HAS_GATE,
+        ACCUMULATE,
+        DECODE,
+        PARTS,
+        SCALAR,
+    )
+
+
+def tile_of(arch: str, kind: str) -> LinearTile:
+    """Return the tile of an architecture with the version of Triton that runs."""
+    return linear_tile(arch, kind, prefetches=AFTER_3_7 and arch.startswith("sm_8"))
 
 
 def quantized_linear(
@@ -160,7 +250,7 @@ def quantized_linear(
     kind = linear_kind(arch, int8)
     if kind == "decode":
         a, weight = a.view(torch.uint8), weight.view(torch.uint8)
-    tile = linear_tile(arch, kind, plain=not accumulate and not gelu)
+    tile = tile_of(arch, kind)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     linear_kernel[grid](
         a,
@@ -187,6 +277,7 @@ def quantized_linear(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=8,
+        PARTS=tile.parts,
         SCALAR=scalar_products(arch),
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -23,7 +23,8 @@ INTERPRETER = "interpreter"
 class LinearTile(NamedTuple):
     """Tile of one GEMM program: [block_m, block_n] outputs in steps of block_k over K.
 
-    warps, stages: Triton's `num_warps` and `num_stages`.
+    warps, stages: Triton's `num_warps` and `num_stages`. parts: the results leave in so many parts
+    of the columns.
     """
 
     block_m: int
@@ -31,6 +32,7 @@ class LinearTile(NamedTuple):
     block_k: int
     warps: int
     stages: int
+    parts: int = 1
 
 
 class AttentionTile(NamedTuple):
@@ -49,22 +51,25 @@ class AttentionTile(NamedTuple):
     registers: int | None = None
 
 
-# 128x256 and 256x128 with 8 warps spill registers on sm_86 and sm_89 (kernels 2.9). 4 stages of
-# 128x128x128 use 96 KB of their 99 KB of shared memory.
+# 128x256 asks the L2 cache for three quarters of what 128x128 does. The results leave in four
+# parts: with the residual of a whole tile beside the sums, the assembler spills. The second
+# accumulator of e4m3 on sm_90 fits the registers as 256x128 alone.
+_WIDE = LinearTile(128, 256, 128, 8, 3, parts=4)
+_TALL = LinearTile(256, 128, 128, 8, 3, parts=4)
+_DECODED = LinearTile(256, 128, 64, 8, 3, parts=4)
 _SQUARE = LinearTile(128, 128, 128, 8, 4)
-_DECODED = LinearTile(128, 128, 64, 8, 3)
 _LINEAR = {
-    "sm_80": {"int8": _SQUARE, "decode": _DECODED},
-    "sm_86": {"int8": _SQUARE, "decode": _DECODED},
-    "sm_89": {"int8": _SQUARE, "fp8": _SQUARE},
-    "sm_90": {"int8": _SQUARE, "fp8": _SQUARE},
-    "sm_120": {"int8": _SQUARE, "fp8": _SQUARE},
+    "sm_80": {"int8": _WIDE, "decode": _DECODED},
+    "sm_86": {"int8": _WIDE, "decode": _DECODED},
+    "sm_89": {"int8": _WIDE, "fp8": _WIDE},
+    "sm_90": {"int8": _WIDE, "fp8": _TALL},
+    "sm_120": {"int8": _WIDE, "fp8": _WIDE},
     "gfx1100": {"int8": LinearTile(128, 128, 64, 8, 2), "decode": LinearTile(128, 128, 32, 8, 2)},
-    INTERPRETER: {"int8": LinearTile(32, 64, 128, 4, 1), "decode": LinearTile(32, 64, 128, 4, 1)},
+    INTERPRETER: {
+        "int8": LinearTile(32, 64, 128, 4, 1, parts=4),
+        "decode": LinearTile(32, 64, 128, 4, 1, parts=4),
+    },
 }
-# On sm_90 an accumulator of 128x256 spills registers together with the residual, with GELU and with
-# the second accumulator of e4m3, so only int8 with a plain store uses it.
-_WIDE_STORE = {"sm_90": LinearTile(128, 256, 128, 8, 3)}
 _TILE = AttentionTile(128, 8, 3)
 # GeForce cards multiply fp16 and e4m3 at twice the rate with an fp16 accumulator (kernels 2.1,
 # 2.3). On sm_80 an fp32 accumulator spills registers.
@@ -167,15 +172,13 @@ def linear_kind(arch: str, int8: bool) -> str:
     return "int8" if int8 else "fp8" if multiplies_e4m3(arch) else "decode"
 
 
-def linear_tile(arch: str, kind: str, plain: bool) -> LinearTile:
-    """Return the GEMM tile, the same for every M.
+def linear_tile(arch: str, kind: str, *, prefetches: bool = False) -> LinearTile:
+    """Return the GEMM tile, the same for every M and every epilogue.
 
-    kind: as returned by `linear_kind`; plain: the epilogue neither adds to the residual nor applies
-    GELU.
+    kind: as returned by `linear_kind`; prefetches: the compiler keeps the operands of the next
+    products in registers, which then hold no wider tile than 128x128.
     """
-    if kind == "int8" and plain and arch in _WIDE_STORE:
-        return _WIDE_STORE[arch]
-    return _LINEAR[arch][kind]
+    return _SQUARE if prefetches and kind != "decode" else _LINEAR[arch][kind]
 
 
 def attention_tile(arch: str, pv: str, head_dim: int) -> AttentionTile:
