@@ -55,15 +55,15 @@ class Achievable:
 # The first three of each row are the `shares` of `scripts/static_bound.py`; a test compares them.
 ACHIEVABLE = {
     "ampere": Achievable(
-        0.644, None, 0.634, 0.85, 0.95, PREDICTED, "2.7: FA2 68-71 of 71 on a 3090"
+        0.659, None, 0.634, 0.85, 0.95, PREDICTED, "2.7: FA2 68-71 of 71 on a 3090"
     ),
-    "ada": Achievable(0.643, 0.671, 0.65, 0.85, 0.95, PREDICTED, "2.7: FA2 164 of 165 on a 4090"),
+    "ada": Achievable(0.659, 0.676, 0.65, 0.85, 0.95, PREDICTED, "2.7: FA2 164 of 165 on a 4090"),
     "blackwell": Achievable(
-        0.651, 0.688, 0.77, 0.85, 0.95, PREDICTED, "2.7: FA2 214 of 209 on a 5090"
+        0.662, 0.695, 0.77, 0.85, 0.95, PREDICTED, "2.7: FA2 214 of 209 on a 5090"
     ),
-    "a100": Achievable(0.575, None, 0.564, 0.85, 0.65, PREDICTED, "2.7: FA2 204 of 312 on an A100"),
+    "a100": Achievable(0.599, None, 0.564, 0.85, 0.65, PREDICTED, "2.7: FA2 204 of 312 on an A100"),
     "hopper": Achievable(
-        0.59, 0.471, 0.339, 0.85, 0.47, PREDICTED, "2.7: attention in Triton 465 of 989 on an H100"
+        0.611, 0.494, 0.339, 0.85, 0.47, PREDICTED, "2.7: attention in Triton 465 of 989 on an H100"
     ),
     "rdna3": Achievable(
         0.4, None, 0.3, 0.5, 0.3, TABLE, "no published number: an assumption without a source"
