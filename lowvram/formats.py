@@ -13,9 +13,9 @@ ROTATION_GROUP = 256
 class Format:
     """How the linears of an expert's blocks are stored and multiplied.
 
-    weights: dtype in a safetensors file; rest: dtype of the linears outside the blocks and of
-    activations between ops; marker: the `comfy_quant` JSON of a quantized linear, None for
-    unquantized formats; rotated: whether inputs are rotated (ConvRot).
+    weights: dtype in a safetensors file; rest: dtype of the other linears there, and of activations
+    between ops in unquantized formats; marker: the `comfy_quant` JSON of a quantized linear, None
+    for unquantized formats; rotated: whether inputs are rotated (ConvRot).
     """
 
     name: str
@@ -33,6 +33,19 @@ class Format:
     def float_bytes(self) -> int:
         """Bytes of one activation between ops."""
         return 4 if self.rest == "F32" else 2
+
+    @property
+    def outside(self) -> str:
+        """Dtype of the arithmetic outside the blocks: text encoder, embeddings and text features.
+
+        It is a small part of the work, so quantized formats do not round there.
+        """
+        return "F32" if self.quantized else self.rest
+
+    @property
+    def outside_bytes(self) -> int:
+        """Bytes of one value outside the blocks."""
+        return 4 if self.outside == "F32" else 2
 
     @property
     def code_bytes(self) -> int:

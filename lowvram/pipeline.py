@@ -21,7 +21,7 @@ from lowvram.hardware.profile import MachineProfile
 from lowvram.memory.cap import vram_cap
 from lowvram.memory.malloc import return_freed_memory
 from lowvram.memory.out_of_memory import release_cached_memory
-from lowvram.models.numerics import attention_values, stored_values
+from lowvram.models.numerics import arithmetic, stored_values
 from lowvram.models.vae import WanVAE
 from lowvram.models.wan import Conditioning, EmbeddingsAndHead, condition, load_embeddings_and_head
 from lowvram.planner.choose import choose_plan
@@ -237,7 +237,7 @@ class Pipeline:
         schedule = make_schedule(request.solver, request.steps, request.shift)
         solver, values = (
             make_solver(request.solver, schedule),
-            attention_values(self.store.format, self.device),
+            arithmetic(self.store.format, self.device),
         )
 
         def begin() -> Tensor:

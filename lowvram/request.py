@@ -26,7 +26,8 @@ _DEFAULTS = SamplingDefaults()
 @dataclass(frozen=True)
 class Request:
     """A request for one video. Defaults of guidance, shift and steps are the official ones;
-    `guidance_high` belongs to the high-noise expert.
+    `guidance_high` belongs to the high-noise expert. refine_steps: how many of the last steps
+    quantize activations to two codes instead of one, and attend in fp16 (int8 formats).
     """
 
     prompt: str
@@ -42,11 +43,12 @@ class Request:
     boundary: float = _DEFAULTS.boundary
     seed: int = 0
     solver: str = "unipc"
+    refine_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt", "solver"):
             _check_text(name, getattr(self, name))
-        for name in ("fps", "seed"):
+        for name in ("fps", "seed", "refine_steps"):
             _check_integer(name, getattr(self, name))
         for name in ("shift", "guidance_high", "guidance_low", "boundary"):
             _check_number(name, getattr(self, name))
@@ -55,6 +57,11 @@ class Request:
             raise UsageError(f"fps {self.fps} is less than 1")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed} is outside 0 .. 2^63-1")
+        if not 0 <= self.refine_steps <= self.steps:
+            raise UsageError(
+                f"refine_steps {self.refine_steps} is outside 0 .. {self.steps}, the number of "
+                f"steps"
+            )
         if self.solver not in SOLVERS:
             raise UsageError(f"unknown solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
         if not (math.isfinite(self.shift) and self.shift > 0):
@@ -68,6 +75,10 @@ class Request:
     def guidance(self, expert: str) -> float:
         """Guidance scale of `high_noise` or `low_noise`."""
         return self.guidance_high if expert == EXPERTS[0] else self.guidance_low
+
+    def refines(self, step: int) -> bool:
+        """Whether step `step` of 0 .. steps is one of the last `refine_steps`."""
+        return step >= self.steps - self.refine_steps
 
     def branches(self, expert: str) -> int:
         """Forwards per step: 2 with guidance, 1 at guidance 1 (the positive prompt alone)."""
@@ -166,7 +177,7 @@ class Workload:
     """One video on one model: the input of the memory plan and of its predicted time.
 
     format: of the experts' linears; branches: forwards per step of the high- and the low-noise
-    expert.
+    expert; refine_steps: as in `Request`.
     """
 
     config: ModelConfig
@@ -178,6 +189,7 @@ class Workload:
     shift: float
     boundary: float
     branches: tuple[int, int] = (2, 2)
+    refine_steps: int = 0
 
     @classmethod
     def of(
@@ -213,7 +225,15 @@ class Workload:
 
     @classmethod
     def of_request(cls, config: ModelConfig, format: str, request: Request) -> Workload:
-        """The workload of a request on a store of this model and format."""
+        """The workload of a request on a store of this model and format.
+
+        Raises `UsageError` for refined steps in a format that is not int8.
+        """
+        if request.refine_steps and FORMATS[format].weights != "I8":
+            raise UsageError(
+                f"refine_steps {request.refine_steps} refines int8 activations, and this model is "
+                f"in {format}: use 0"
+            )
         high, low = (request.branches(expert) for expert in EXPERTS)
         return cls(
             config,
@@ -225,6 +245,7 @@ class Workload:
             request.shift,
             request.boundary,
             (high, low),
+            request.refine_steps,
         )
 
     @cached_property

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowvram_kernels import constraints
 from lowvram_kernels.dispatch import op
-from lowvram_kernels.quantize_rows import store_quantized
+from lowvram_kernels.quantize_rows import slices_of, store_quantized
 from lowvram_kernels.sizes import row_slices
 
 
@@ -33,14 +33,23 @@ def adaln_quantize(
     *,
     eps: float,
     rotated: bool,
+    low: Tensor | None = None,
+    low_scale: Tensor | None = None,
 ) -> None:
     """Compute out, out_scale = quantize(LayerNorm(x) * scale + shift).
 
     x: [M, D] float32 or bfloat16; scale, shift: [D] float32, where `scale` is the model's
     1 + scale, added by the caller; out: [M, D] int8 or float8_e4m3fn; out_scale: [M, 1] float32.
     `rotated`: apply the Hadamard rotation before quantizing; D must be a multiple of 256.
+    low, low_scale: a second int8 code, see `quantize_rows.store_quantized`.
     LayerNorm is over D with biased variance (spec 2.1). All arithmetic before the final rounding
     is fp32.
     """
     for rows in row_slices(*x.shape):
-        store_quantized(adaln(x[rows], scale, shift, eps), out[rows], out_scale[rows], rotated)
+        store_quantized(
+            adaln(x[rows], scale, shift, eps),
+            out[rows],
+            out_scale[rows],
+            rotated,
+            *slices_of(rows, low, low_scale),
+        )

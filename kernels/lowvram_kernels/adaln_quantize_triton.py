@@ -14,8 +14,9 @@ from lowvram_kernels.tuning import row_warps
 
 @triton.jit
 def adaln_kernel(
-    x_ptr, scale_ptr, shift_ptr, out_ptr, out_scale_ptr, K, stride_x, stride_out, eps,
-    GROUPS: tl.constexpr, ROTATED: tl.constexpr, E4M3: tl.constexpr,
+    x_ptr, scale_ptr, shift_ptr, out_ptr, out_scale_ptr, low_ptr, low_scale_ptr,
+    K, stride_x, stride_out, eps,
+    GROUPS: tl.constexpr, ROTATED: tl.constexpr, E4M3: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Normalize, modulate and quantize one row.
 
@@ -31,7 +32,10 @@ def adaln_kernel(
     scale = tl.load(scale_ptr + channels, mask=inside, other=0.0)
     shift = tl.load(shift_ptr + channels, mask=inside, other=0.0)
     y = centred * tl.rsqrt(variance + eps) * scale + shift
-    store_row(y, out_ptr, out_scale_ptr, row, stride_out, K, GROUPS, ROTATED, E4M3)
+    store_row(
+        y, out_ptr, out_scale_ptr, low_ptr, low_scale_ptr, row, stride_out, K,
+        GROUPS, ROTATED, E4M3, LOW,
+    )  # fmt: skip
 
 
 def adaln_quantize(
@@ -43,6 +47,8 @@ def adaln_quantize(
     *,
     eps: float,
     rotated: bool,
+    low: Tensor | None = None,
+    low_scale: Tensor | None = None,
 ) -> None:
     """Triton implementation of `adaln_quantize.adaln_quantize`; same contract."""
     codes, groups = code_view(out, rotated), groups_of(x.shape[1])
@@ -52,6 +58,8 @@ def adaln_quantize(
         shift,
         codes,
         out_scale,
+        codes if low is None else code_view(low, rotated),
+        out_scale if low_scale is None else low_scale,
         x.shape[1],
         x.stride(0),
         codes.stride(0),
@@ -59,6 +67,7 @@ def adaln_quantize(
         GROUPS=groups,
         ROTATED=rotated,
         E4M3=out.dtype == torch.float8_e4m3fn,
+        LOW=low is not None,
         num_warps=row_warps(groups * 256),
         enable_fp_fusion=False,
     )

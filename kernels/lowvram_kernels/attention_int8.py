@@ -14,6 +14,7 @@ from torch import Tensor
 from lowvram_kernels import constraints
 from lowvram_kernels.dispatch import op
 from lowvram_kernels.errors import UnsupportedOpError
+from lowvram_kernels.quantize_rows import store
 from lowvram_kernels.quantize_values import value_max
 from lowvram_kernels.sizes import KEY_TILE, PLAIN_KEY_TILE, REFERENCE_ROWS, row_slices
 
@@ -40,7 +41,8 @@ def attention_int8(
 
     q: [H, M, head_dim] int8, q_scale: [H, M] float32; k: [H, N, head_dim] int8, k_scale: [H, N]
     float32; v, v_scale: as stored by `quantize_values` in tiles of 64 keys, or v [N, H * head_dim]
-    bfloat16 without scales, in tiles of 128; out: [M, H * head_dim] float32 or bfloat16.
+    bfloat16 without scales, in tiles of 128; out: [M, H * head_dim] float32, bfloat16 or float16
+    (clamped).
     The dtype of v is the dtype of the product of probabilities and values. The running maximum, sum
     and output are fp32. The Triton kernel supports head_dim 64 and 128, and reads k_scale fastest
     if its rows begin on 64 bytes.
@@ -126,7 +128,7 @@ def _attend(
         total = total * decay + p_sum * weight
         result = result * decay + product * weight
         maximum = new_maximum
-    out.copy_(result / total)
+    store(result / total, out)
 
 
 def _int8_sums(p: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ import struct
 import triton
 import triton.language as tl
 
+from lowvram_kernels import quantize_rows, sizes
+
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 BEFORE_3_7 = VERSION < (3, 7)
 AFTER_3_7 = VERSION > (3, 7)
@@ -15,6 +17,8 @@ AFTER_3_7 = VERSION > (3, 7)
 ROUND = tl.constexpr(12582912.0)
 SMALLEST_ABSMAX_BITS = tl.constexpr(int.from_bytes(struct.pack("<f", 1e-12), "little"))
 INT8_MAX = tl.constexpr(127.0)
+LOW_STEPS = tl.constexpr(quantize_rows.LOW_STEPS)
+FLOAT16_MAX = tl.constexpr(sizes.FLOAT16_MAX)
 E4M3_MAX = tl.constexpr(448.0)
 GROUP = tl.constexpr(256)
 
@@ -81,7 +85,7 @@ def e4m3_bytes(x):
 
 @triton.jit
 def stored(x, DTYPE: tl.constexpr):
-    """Convert fp32 x to DTYPE, rounded half to even; NaN stays NaN.
+    """Convert fp32 x to DTYPE, rounded half to even; fp16 is clamped, NaN stays NaN.
 
     bf16 is rounded with bit operations, because the interpreter's own cast truncates.
     """
@@ -91,6 +95,8 @@ def stored(x, DTYPE: tl.constexpr):
         x = tl.where(
             x == x, rounded, x
         )  # rounding would overflow the bits of the GPU's NaN to zero
+    if tl.float16 == DTYPE:
+        x = tl.clamp(x, -FLOAT16_MAX, FLOAT16_MAX, propagate_nan=tl.PropagateNan.ALL)
     return x.to(DTYPE)
 
 
@@ -151,28 +157,8 @@ def quantized_codes(x, scale, E4M3: tl.constexpr):
 
 
 @triton.jit
-def store_row(
-    x,
-    out_ptr,
-    out_scale_ptr,
-    row,
-    stride_out,
-    K,
-    GROUPS: tl.constexpr,
-    ROTATED: tl.constexpr,
-    E4M3: tl.constexpr,
-):
-    """Quantize one row: out[row] = round(x / s), out_scale[row] = s = absmax / 127 (e4m3: / 448).
-
-    s is NaN if x contains NaN. x: [GROUPS, 256] fp32, zero past K; row: int64. out has int32 words
-    if ROTATED (K is then a multiple of 256), else bytes; `stride_out` is in these units.
-    """
-    if ROTATED:
-        x = rotate_reversed(x, GROUPS)
-    absmax = absmax_of_bits(tl.max(tl.max(size_bits(x), axis=1), axis=0))
-    scale = tl.div_rn(absmax, E4M3_MAX if E4M3 else INT8_MAX)
-    tl.store(out_scale_ptr + row, scale)
-    codes = quantized_codes(x, scale, E4M3)
+def store_codes(codes, out_ptr, row, stride_out, K, GROUPS: tl.constexpr, ROTATED: tl.constexpr):
+    """Store one row of codes [GROUPS, 256]; the arguments are those of `store_row`."""
     if ROTATED:
         words = tl.arange(0, GROUPS)[:, None] * 64 + tl.arange(0, 64)[None, :]
         tl.store(
@@ -181,3 +167,38 @@ def store_row(
     else:
         channels = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         tl.store(out_ptr + row * stride_out + channels, codes, mask=channels < K)
+
+
+@triton.jit
+def store_row(
+    x,
+    out_ptr,
+    out_scale_ptr,
+    low_ptr,
+    low_scale_ptr,
+    row,
+    stride_out,
+    K,
+    GROUPS: tl.constexpr,
+    ROTATED: tl.constexpr,
+    E4M3: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """Quantize one row: out[row] = round(x / s), out_scale[row] = s = absmax / 127 (e4m3: / 448).
+
+    s is NaN if x contains NaN. x: [GROUPS, 256] fp32, zero past K; row: int64. out has int32 words
+    if ROTATED (K is then a multiple of 256), else bytes; `stride_out` is in these units. LOW: also
+    store the second code and its scale, see `quantize_rows.store_quantized`.
+    """
+    if ROTATED:
+        x = rotate_reversed(x, GROUPS)
+    absmax = absmax_of_bits(tl.max(tl.max(size_bits(x), axis=1), axis=0))
+    scale = tl.div_rn(absmax, E4M3_MAX if E4M3 else INT8_MAX)
+    tl.store(out_scale_ptr + row, scale)
+    codes = quantized_codes(x, scale, E4M3)
+    store_codes(codes, out_ptr, row, stride_out, K, GROUPS, ROTATED)
+    if LOW:
+        lost = tl.div_rn(x, tl.broadcast_to(scale, x.shape)) - codes.to(tl.float32)
+        low = tl.minimum(tl.maximum(round_half_even(lost * LOW_STEPS), -INT8_MAX), INT8_MAX)
+        store_codes(low.to(tl.int8), low_ptr, row, stride_out, K, GROUPS, ROTATED)
+        tl.store(low_scale_ptr + row, tl.div_rn(scale, LOW_STEPS))

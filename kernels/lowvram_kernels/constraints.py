@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowvram_kernels.errors import UnsupportedOpError
 
-FLOATS = (torch.float32, torch.bfloat16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.float8_e4m3fn)
 VALUES = (torch.int8, torch.float16, torch.float8_e4m3fn)
 # Channels of the longest row that fits the registers of one program.
@@ -173,26 +173,54 @@ def not_contiguous(**tensors: Tensor | None) -> str | None:
     return None
 
 
-def _unsupported_rows(x: Tensor, out: Tensor, out_scale: Tensor, rotated: bool) -> str | None:
+def _unsupported_rows(
+    x: Tensor,
+    out: Tensor,
+    out_scale: Tensor,
+    rotated: bool,
+    low: Tensor | None,
+    low_scale: Tensor | None,
+) -> str | None:
     """Return a reason if the kernels that quantize rows do not support the call, else None."""
     channels = x.shape[1]
     if channels > MAX_ROW:
         return f"rows of {channels} channels do not fit one program: the limit is {MAX_ROW}"
     if rotated and channels % 256:
         return f"rotation needs a multiple of 256 channels, got {channels}"
-    if rotated and (out.stride(0) % 4 or out.storage_offset() % 4):
-        return "rotated rows are stored in words of 4 bytes, and out is not aligned to 4 bytes"
+    for name, codes in (("out", out), ("low", low)):
+        if rotated and codes is not None and (codes.stride(0) % 4 or codes.storage_offset() % 4):
+            return (
+                f"rotated rows are stored in words of 4 bytes, and {name} is not aligned to 4 bytes"
+            )
     reason = (
         wrong_dtype("x", x, FLOATS)
         or wrong_dtype("out", out, CODES)
         or wrong_dtype("out_scale", out_scale, (torch.float32,))
+        or strided_rows(x=x, out=out, low=low)
+        or not_contiguous(out_scale=out_scale, low_scale=low_scale)
     )
-    return reason or strided_rows(x=x, out=out) or not_contiguous(out_scale=out_scale)
+    if reason is not None or low is None or low_scale is None:
+        return reason
+    if low.stride(0) != out.stride(0):
+        return f"rows of low are {low.stride(0)} elements apart, those of out {out.stride(0)}"
+    return (
+        wrong_dtype("out", out, (torch.int8,))
+        or wrong_dtype("low", low, (torch.int8,))
+        or wrong_dtype("low_scale", low_scale, (torch.float32,))
+    )
 
 
-def quantize_rows(x: Tensor, out: Tensor, out_scale: Tensor, *, rotated: bool) -> str | None:
+def quantize_rows(
+    x: Tensor,
+    out: Tensor,
+    out_scale: Tensor,
+    *,
+    rotated: bool,
+    low: Tensor | None = None,
+    low_scale: Tensor | None = None,
+) -> str | None:
     """Constraint of `quantize_rows` and `gelu_quantize`."""
-    return _unsupported_rows(x, out, out_scale, rotated)
+    return _unsupported_rows(x, out, out_scale, rotated, low, low_scale)
 
 
 def adaln_quantize(
@@ -204,6 +232,8 @@ def adaln_quantize(
     *,
     eps: float,
     rotated: bool,
+    low: Tensor | None = None,
+    low_scale: Tensor | None = None,
 ) -> str | None:
     """Constraint of `adaln_quantize`."""
     for name, tensor in (("scale", scale), ("shift", shift)):
@@ -212,7 +242,9 @@ def adaln_quantize(
         reason = wrong_dtype(name, tensor, (torch.float32,))
         if reason:
             return reason
-    return not_contiguous(scale=scale, shift=shift) or _unsupported_rows(x, out, out_scale, rotated)
+    return not_contiguous(scale=scale, shift=shift) or _unsupported_rows(
+        x, out, out_scale, rotated, low, low_scale
+    )
 
 
 def quantized_linear(
@@ -234,8 +266,6 @@ def quantized_linear(
         return f"a and weight need the same dtype, got {a.dtype} and {weight.dtype}"
     if a.shape[1] % 16:
         return f"K = {a.shape[1]} is not a multiple of 16, which 16-byte loads require"
-    if accumulate and out.dtype != torch.float32:
-        return f"the residual stream is {out.dtype}, not torch.float32"
     for name, tensor in (
         ("a_scale", a_scale),
         ("weight_scale", weight_scale),

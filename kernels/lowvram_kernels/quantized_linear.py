@@ -9,7 +9,7 @@ from lowvram_kernels import constraints
 from lowvram_kernels.constraints import GELU_ALONE
 from lowvram_kernels.dispatch import op
 from lowvram_kernels.errors import UnsupportedOpError
-from lowvram_kernels.quantize_rows import gelu_tanh
+from lowvram_kernels.quantize_rows import gelu_tanh, store
 from lowvram_kernels.sizes import output_slices, row_slices
 
 
@@ -60,9 +60,9 @@ def quantized_linear(
 
     out = y by default, GELU_tanh(y) with `gelu`; with `accumulate` out += y. `gate` multiplies y.
     a: [M, K] and weight: [N, K], both int8 or both float8_e4m3fn; a_scale: [M, 1], weight_scale:
-    [N, 1], bias: [N], gate: [N], all float32; out: [M, N] float32 or bfloat16, with `accumulate`
-    the fp32 residual stream, updated in place.
-    The epilogue is fp32; only the store to `out` rounds.
+    [N, 1], bias: [N], gate: [N], all float32; out: [M, N] float32, bfloat16 or float16, with
+    `accumulate` updated in place. The epilogue is fp32; only the store to `out` rounds, and to
+    float16 it clamps (`sizes.FLOAT16_MAX`).
     Raises `UnsupportedOpError` for `gelu` together with `gate` or `accumulate`, and for other or
     different dtypes of a and weight.
     """
@@ -83,6 +83,5 @@ def quantized_linear(
             if gate is not None:
                 y *= gate[outputs]
             if accumulate:
-                out[rows, outputs] += y
-            else:
-                out[rows, outputs] = y
+                y += out[rows, outputs]
+            store(y, out[rows, outputs])

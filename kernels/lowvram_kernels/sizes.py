@@ -18,6 +18,10 @@ KEY_TILE = 64
 # Keys of one step of attention over values that are not quantized.
 PLAIN_KEY_TILE = 128
 
+# The largest finite value of float16, in which activations are stored between ops. Larger ones are
+# clamped to it.
+FLOAT16_MAX = 65504.0
+
 
 class StoredValues(NamedTuple):
     """How attention values are stored.

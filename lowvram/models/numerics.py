@@ -6,7 +6,9 @@ the type of activations, linears and attention.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import lowvram_kernels.ops as ops
@@ -26,9 +28,14 @@ from lowvram.memory.arena import Arena
 from lowvram.planner.wan import PLAIN_ROWS
 from lowvram.streaming.block import LinearWeights
 
+ACTIVATIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 class Rows(NamedTuple):
-    """Input of a linear: values [M, K], and scales [M, 1] float32 if quantized."""
+    """Input of a linear: values [M, K], and scales [M, 1] float32 if quantized.
+
+    With two codes a value: [2, M, K] and [2, M, 1]; the input is the sum of both.
+    """
 
     values: Tensor
     scale: Tensor | None
@@ -51,16 +58,21 @@ class Rope(NamedTuple):
 class Numerics(Protocol):
     """Arithmetic of one format. Results are stored in the arena, in the region named by the caller.
 
-    compute: dtype of activations between ops. Shapes: M tokens, D = H * head_dim channels.
+    compute: dtype of activations between ops; smoothed: keys are quantized less their mean.
+    Shapes: M tokens, D = H * head_dim channels.
     """
 
     compute: torch.dtype
+    smoothed: bool
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
         """LN(x) * scale + shift as the input of a linear; x: [M, D] float32."""
 
     def rows(self, x: Tensor, region: str) -> Rows:
         """x as the input of a linear."""
+
+    def text_rows(self, x: Tensor, region: str) -> Rows:
+        """x, the context of the text, as the input of a linear."""
 
     def gelu(self, x: Tensor, region: str) -> Rows:
         """GELU_tanh(x) as the input of a linear."""
@@ -120,14 +132,30 @@ def mean_key(x: Tensor, weight: Tensor, rope: Rope | None, num_heads: int, eps: 
     return rms_rope(x, weight, cos, sin, num_heads=num_heads, eps=eps).mean(dim=1)
 
 
-def attention_values(format: str, device: torch.device) -> str:
-    """Name of the dtypes of attention's values on a device.
+def activation_dtype() -> torch.dtype:
+    """Dtype of a quantized format's activations between ops: `LOWVRAM_ACTIVATIONS`, default fp16.
 
-    For quantized formats those of `pv_dtype` (`LOWVRAM_PV`) and of the text, else the format.
+    Values above 65504 are clamped in fp16; bf16 has no such limit, but keeps 8 bits instead of 11.
+    Raises `UsageError` for another name.
+    """
+    name = os.environ.get("LOWVRAM_ACTIVATIONS") or "fp16"
+    if name not in ACTIVATIONS:
+        raise UsageError(f"LOWVRAM_ACTIVATIONS={name}: use one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def arithmetic(format: str, device: torch.device) -> str:
+    """Name of the arithmetic of a format on a device: runs with other names have other bits.
+
+    For quantized formats the dtypes of attention's values (`LOWVRAM_PV`), those of the text and of
+    activations (`LOWVRAM_ACTIVATIONS`), else the format.
     """
     if not FORMATS[format].quantized:
         return format
-    return f"{str(pv_dtype(device)).removeprefix('torch.')}, text {TEXT_VALUES}"
+    values, activations = (
+        str(dtype).removeprefix("torch.") for dtype in (pv_dtype(device), activation_dtype())
+    )
+    return f"values {values}, of the text {TEXT_VALUES}, activations {activations}"
 
 
 def stored_values(format: str, device: torch.device) -> str:
@@ -147,75 +175,105 @@ class QuantizedNumerics:
     """Quantized arithmetic, on the ops of `lowvram_kernels`.
 
     Linears are int8, with or without rotation, or e4m3. Queries and keys of attention are int8, its
-    values have the dtype of `pv_dtype`, and those of the text are fp16. Activations are bf16
-    between ops and fp32 inside them.
+    values have the dtype of `pv_dtype`, and those of the text are fp16. Activations have
+    `activation_dtype` between ops and are fp32 inside them.
 
     GELU is fused with the quantization of its result, not with the product (`quantized_linear` can
     do that, too): quantization is bound by memory, which hides GELU, and the product is not. Both
     compute row by row, so the results do not depend on the memory plan.
     """
 
-    compute = torch.bfloat16
+    smoothed = True
 
     def __init__(
-        self, format: str, num_heads: int, head_dim: int, eps: float, arena: Arena
+        self,
+        format: str,
+        num_heads: int,
+        head_dim: int,
+        eps: float,
+        arena: Arena,
+        *,
+        two_codes: bool = False,
     ) -> None:
+        """two_codes: for every input of a linear, not only for the text's."""
+        self.compute = activation_dtype()
         self._rotated = FORMATS[format].rotated
         self._code = TORCH_DTYPES[FORMATS[format].weights]
+        self._two_codes = two_codes
         self._shapes = _Shapes(num_heads, head_dim, eps)
         self._arena = arena
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
         """LN(x) * scale + shift, quantized."""
-        rows = self._buffers(x, region)
-        ops.adaln_quantize(
+        return self._quantized(
             x,
-            scale,
-            shift,
-            rows.values,
-            _scale(rows.scale),
-            eps=self._shapes.eps,
-            rotated=self._rotated,
+            region,
+            self._two_codes,
+            partial(ops.adaln_quantize, x, scale, shift, eps=self._shapes.eps),
         )
-        return rows
 
     def rows(self, x: Tensor, region: str) -> Rows:
         """x, quantized."""
-        rows = self._buffers(x, region)
-        ops.quantize_rows(x, rows.values, _scale(rows.scale), rotated=self._rotated)
-        return rows
+        return self._quantized(x, region, self._two_codes, partial(ops.quantize_rows, x))
+
+    def text_rows(self, x: Tensor, region: str) -> Rows:
+        """x, quantized; to two int8 codes, because every token attends to the text."""
+        two = self._code == torch.int8
+        return self._quantized(x, region, two, partial(ops.quantize_rows, x))
 
     def gelu(self, x: Tensor, region: str) -> Rows:
         """GELU_tanh(x), quantized."""
-        rows = self._buffers(x, region, "hidden_scales")
-        ops.gelu_quantize(x, rows.values, _scale(rows.scale), rotated=self._rotated)
-        return rows
+        return self._quantized(
+            x, region, self._two_codes, partial(ops.gelu_quantize, x), "hidden_scales"
+        )
 
-    def _buffers(self, x: Tensor, region: str, scales: str = "row_scales") -> Rows:
-        stage = region.split(".")[0]
-        values = self._arena.view(region, (x.shape[0], x.shape[1]), self._code)
-        return Rows(values, self._arena.view(f"{stage}.{scales}", (x.shape[0], 1), torch.float32))
+    def _quantized(
+        self,
+        x: Tensor,
+        region: str,
+        two_codes: bool,
+        quantize: Callable[..., None],
+        scales: str = "row_scales",
+    ) -> Rows:
+        """The result of `quantize(out, out_scale, rotated=…)`, in the arena."""
+        count, (rows, width) = 2 if two_codes else 1, x.shape
+        codes = self._arena.view(region, (count, rows, width), self._code)
+        of_rows = f"{region.split('.')[0]}.{scales}"
+        scale = self._arena.view(of_rows, (count, rows, 1), torch.float32)
+        if two_codes:
+            quantize(codes[0], scale[0], rotated=self._rotated, low=codes[1], low_scale=scale[1])
+            return Rows(codes, scale)
+        quantize(codes[0], scale[0], rotated=self._rotated)
+        return Rows(codes[0], scale[0])
 
     def linear(self, rows: Rows, weights: LinearWeights, out: Tensor) -> None:
         """out = rows W^T + b."""
-        scales = _scale(rows.scale), _scale(weights.scale)
-        ops.quantized_linear(rows.values, scales[0], weights.weight, scales[1], weights.bias, out)
+        for number, (codes, scale) in enumerate(_codes(rows)):
+            ops.quantized_linear(
+                codes,
+                scale,
+                weights.weight,
+                _scale(weights.scale),
+                None if number else weights.bias,
+                out,
+                accumulate=number > 0,
+            )
 
     def linear_add(
         self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None
     ) -> None:
         """x += gate * (rows W^T + b)."""
-        scales = _scale(rows.scale), _scale(weights.scale)
-        ops.quantized_linear(
-            rows.values,
-            scales[0],
-            weights.weight,
-            scales[1],
-            weights.bias,
-            x,
-            gate=gate,
-            accumulate=True,
-        )
+        for number, (codes, scale) in enumerate(_codes(rows)):
+            ops.quantized_linear(
+                codes,
+                scale,
+                weights.weight,
+                _scale(weights.scale),
+                None if number else weights.bias,
+                x,
+                gate=gate,
+                accumulate=True,
+            )
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
         """Buffers for int8 keys and for values; those of the text are stored as `TEXT_VALUES`."""
@@ -286,6 +344,8 @@ class PlainNumerics:
     Linears and attention in one float dtype, norms and the residual stream in fp32.
     """
 
+    smoothed = False
+
     def __init__(
         self, compute: torch.dtype, num_heads: int, head_dim: int, eps: float, arena: Arena
     ) -> None:
@@ -300,6 +360,10 @@ class PlainNumerics:
     def rows(self, x: Tensor, region: str) -> Rows:
         """x, cast to `compute`."""
         return self._store(x, region, lambda part: part)
+
+    def text_rows(self, x: Tensor, region: str) -> Rows:
+        """x, cast to `compute`."""
+        return self.rows(x, region)
 
     def gelu(self, x: Tensor, region: str) -> Rows:
         """GELU_tanh(x)."""
@@ -379,8 +443,60 @@ def _scale(scale: Tensor | None) -> Tensor:
     return scale
 
 
-def make_numerics(format: str, num_heads: int, head_dim: int, eps: float, arena: Arena) -> Numerics:
-    """The arithmetic of a format of `FORMATS`."""
+def _codes(rows: Rows) -> list[tuple[Tensor, Tensor]]:
+    """Codes [M, K] and scales [M, 1] of the one or two terms of a quantized input."""
+    scale = _scale(rows.scale)
+    return list(zip(rows.values, scale, strict=True)) if scale.ndim == 3 else [(rows.values, scale)]
+
+
+class RefinedNumerics(QuantizedNumerics):
+    """Quantized weights with almost exact activations, for the last steps (`Request.refine_steps`).
+
+    Inputs of linears are two int8 codes, which takes two products. Attention is that of
+    `PlainNumerics` in fp16.
+    """
+
+    smoothed = False
+
+    def __init__(
+        self, format: str, num_heads: int, head_dim: int, eps: float, arena: Arena
+    ) -> None:
+        super().__init__(format, num_heads, head_dim, eps, arena, two_codes=True)
+        self._attention = PlainNumerics(torch.float16, num_heads, head_dim, eps, arena)
+
+    def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
+        """Buffers for fp16 keys and values."""
+        return self._attention.attention_memory(prefix, num_keys)
+
+    def heads(
+        self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads
+    ) -> None:
+        """out = RoPE(RMSNorm(x)), split into heads."""
+        self._attention.heads(x, weight, rope, smoothing, out)
+
+    def queries(self, num_queries: int) -> Heads:
+        """Buffers for the fp16 queries of one chunk."""
+        return self._attention.queries(num_queries)
+
+    def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
+        """Store v, split into heads."""
+        self._attention.values(v, memory, start)
+
+    def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
+        """out = softmax(q k^T / sqrt(head_dim)) v, by torch."""
+        self._attention.attend(queries, memory, out)
+
+
+def make_numerics(
+    format: str,
+    num_heads: int,
+    head_dim: int,
+    eps: float,
+    arena: Arena,
+    refined: bool = False,
+) -> Numerics:
+    """The arithmetic of a format of `FORMATS`. refined: that of the last steps, int8 alone."""
     if FORMATS[format].quantized:
-        return QuantizedNumerics(format, num_heads, head_dim, eps, arena)
+        kind = RefinedNumerics if refined else QuantizedNumerics
+        return kind(format, num_heads, head_dim, eps, arena)
     return PlainNumerics(TORCH_DTYPES[FORMATS[format].weights], num_heads, head_dim, eps, arena)

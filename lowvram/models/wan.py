@@ -57,8 +57,8 @@ class EmbeddingsAndHead(NamedTuple):
 
 
 def compute_dtype(format: str) -> torch.dtype:
-    """Dtype of activations between ops: fp32 in `fp32`, bf16 in all other formats."""
-    return TORCH_DTYPES[FORMATS[format].rest]
+    """Dtype of the arithmetic outside the blocks: bf16 in `bf16`, fp32 in all other formats."""
+    return TORCH_DTYPES[FORMATS[format].outside]
 
 
 def timestep_features(timesteps: Tensor, freq_dim: int) -> Tensor:
@@ -142,10 +142,13 @@ class WanTransformer:
         self._joint = choice.joint_guidance
         self._arena = arena
         self._device = device
-        self._numerics = make_numerics(
-            format.name, config.num_heads, config.head_dim, config.eps, arena
+        self._usual, self._refined = (
+            make_numerics(
+                format.name, config.num_heads, config.head_dim, config.eps, arena, refined
+            )
+            for refined in (False, workload.refine_steps > 0)
         )
-        self._smoothed = format.quantized
+        self._numerics = self._usual
         self._rope = RopeTable(latents.grid, config.head_dim, device)
         count = min(self._tokens, SMOOTHING_TOKENS)
         self._smoothing_tokens = torch.arange(count, device=device) * self._tokens // count
@@ -159,13 +162,17 @@ class WanTransformer:
         streamer: Blocks,
         expert: str,
         after_block: Callable[[int, Tensor], None] | None = None,
+        *,
+        refined: bool = False,
     ) -> list[Tensor]:
         """Velocity of every branch, each [C, T, h, w] float32. after_block: called as
-        `after_block(index, residual)` after each block.
+        `after_block(index, residual)` after each block; refined: in the arithmetic of the last
+        steps (`Request.refine_steps`).
 
         Joint branches run together block by block, others one after the other; the result is the
         same bit for bit.
         """
+        self._numerics = self._refined if refined else self._usual
         numbers = range(len(conditioning.contexts))
         groups = [tuple(numbers)] if self._joint else [(number,) for number in numbers]
         results: list[Tensor] = []
@@ -252,7 +259,7 @@ class WanTransformer:
         num, dim, weight = self._numerics, self._config.dim, block["self_attn.norm_k.weight"]
         memory = num.attention_memory("", self._tokens)
         smoothing = None
-        if self._smoothed:
+        if num.smoothed:
             tokens = self._smoothing_tokens
             key = self._buffer("project.projected", len(tokens), dim)
             num.linear(
@@ -286,14 +293,14 @@ class WanTransformer:
         memory = num.attention_memory("text_", length)
         projected = self._buffer("project.projected", length, 2 * dim)
         num.linear(
-            num.rows(context, "project.rows"),
+            num.text_rows(context, "project.rows"),
             block.linear("cross_attn.k", "cross_attn.v"),
             projected,
         )
         key = projected[:, :dim]
         smoothing = (
             mean_key(key, weight, None, self._config.num_heads, self._config.eps)
-            if self._smoothed
+            if num.smoothed
             else None
         )
         num.heads(key, weight, None, smoothing, memory.key_rows(0, length))

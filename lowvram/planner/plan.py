@@ -98,7 +98,13 @@ def describe_plan(workload: Workload, choice: PlanChoice, host: Host) -> MemoryP
     )
     branches = 2 if choice.joint_guidance else 1
     workspace = dit_workspace(
-        config.dit, format, workload.num_tokens, choice.chunk_tokens, branches, host.values
+        config.dit,
+        format,
+        workload.num_tokens,
+        choice.chunk_tokens,
+        branches,
+        host.values,
+        refined=workload.refine_steps > 0,
     )
     staging = STAGING_BUFFERS if host.staged else 0
     tile = vae_tile_pixels(workload.width, workload.height)

@@ -22,7 +22,7 @@ def text_bytes(workload: Workload, slot_bytes: int, staging: int) -> tuple[int, 
     larger.
     """
     text, length = workload.config.text_encoder, workload.config.dit.text_len
-    compute = workload.format.float_bytes
+    compute = workload.format.outside_bytes
     inner = text.num_heads * text.head_dim
     # other formats are multiplied as they are stored
     decoded = compute if workload.format.quantized else 0
@@ -31,20 +31,20 @@ def text_bytes(workload: Workload, slot_bytes: int, staging: int) -> tuple[int, 
         length * text.d_ff * compute,
         length * inner * compute,
     )
-    # x of both prompts, before and after a block, and the position buckets
-    streams = 4 * x + 2 * length * length * INT64
+    # x of both prompts before a block and of one after it, and the position buckets
+    streams = 3 * x + 2 * length * length * INT64
     # fp32 copies of the weight's rows, per input
     slices = 2 * REFERENCE_ROWS * FP32 if decoded else 0
     group = min(text.num_heads, HEADS_AT_ONCE) * length * length
     stages = (
         # u, q, k, v and the weight being dequantized; then the scores of a few heads, twice in fp32
         x + 3 * heads + text.d_model * (inner * decoded + slices),
-        x + 4 * heads + group * (compute + 2 * FP32 if compute != FP32 else 3 * FP32),
+        x + 4 * heads + group * ((compute if compute != FP32 else 0) + 2 * FP32),
         x + 6 * heads + inner * (text.d_model * decoded + slices),
-        # u, gate, then the weight and the result of fc1
-        x + wide + text.d_model * text.d_ff * decoded + max(wide, text.d_model * slices),
-        x + 2 * wide + text.d_ff * (text.d_model * decoded + slices),
-        x + 3 * length * text.d_model * FP32,  # RMSNorm
+        # x after attention, u, gate, then the weight and the result of fc1
+        2 * x + wide + text.d_model * text.d_ff * decoded + max(wide, text.d_model * slices),
+        2 * x + 2 * wide + text.d_ff * (text.d_model * decoded + slices),
+        2 * x + 3 * length * text.d_model * FP32,  # RMSNorm
     )
     rows = 2 * length * text.d_model * compute
     # freed before the encoder's buffers are allocated

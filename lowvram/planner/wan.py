@@ -76,7 +76,7 @@ def _conditioning_tensors(workload: Workload) -> list[int]:
     The fields of `Conditioning` and `EmbeddingsAndHead` in their order.
     """
     dit = workload.config.dit
-    compute = workload.format.float_bytes
+    compute = workload.format.outside_bytes
     row, values = dit.dim * FP32, dit.out_dim * PATCH_VALUES
     time = [workload.steps * row, workload.steps * 6 * row, *2 * [dit.text_len * dit.dim * compute]]
     return [
@@ -95,7 +95,7 @@ def _conditioning_parts(workload: Workload) -> tuple[int, int, int]:
     Modulation is that of all steps, contexts are those of both prompts.
     """
     dit = workload.config.dit
-    compute = workload.format.float_bytes
+    compute = workload.format.outside_bytes
     patch = dit.dim * (dit.in_dim * PATCH_VALUES + 1) * compute
     head = (dit.dim + 1) * dit.out_dim * PATCH_VALUES * FP32 + 2 * dit.dim * FP32
     return workload.steps * 7 * dit.dim * FP32, 2 * dit.text_len * dit.dim * compute, patch + head
@@ -107,7 +107,7 @@ def conditioning_phase_bytes(workload: Workload, staged: bool) -> tuple[int, int
     One weight at a time is read from the file; `staged`: it is copied to a separate device.
     """
     dit = workload.config.dit
-    compute = workload.format.float_bytes
+    compute = workload.format.outside_bytes
     weights = {
         tensor.name: tensor.nbytes
         for tensor in component_layout("high_noise", workload.config, workload.format.name).rest
@@ -116,22 +116,28 @@ def conditioning_phase_bytes(workload: Workload, staged: bool) -> tuple[int, int
     biases = (8 * dit.dim + 2 * dit.freq_dim) * FP32  # and the timesteps' angles
     # all of one expert, and the other's modulation
     first = 2 * modulation + contexts + ends + biases
-    largest, text_weight = max(weights.values()), weights["text_embedding.0.weight"]
+    largest = max(weights.values())
     time = workload.steps * (dit.freq_dim + 3 * dit.dim) * FP32
-    # Two padded branches; then both embedded, and one linear's result while its GELU is taken.
-    text = 2 * dit.text_len * dit.text_dim * compute + 3 * dit.text_len * dit.dim * compute
+    # Two padded branches; then both embedded, and one linear's result while its GELU is taken, or
+    # both contexts. Weights in another dtype than their file's are copied.
+    row = dit.text_len * compute
+    padded, copied = 2 * row * dit.text_dim, workload.format.outside != workload.format.rest
+    text, read = 0, 0
+    for name, rows in (("text_embedding.0.weight", 3), ("text_embedding.2.weight", 4)):
+        stored = weights[name]
+        widened = stored * compute // workload.format.float_bytes if copied else stored
+        text = max(text, padded + rows * row * dit.dim + widened)
+        read = max(read, padded + rows * row * dit.dim + widened + (stored if copied else 0))
     features = features_bytes(workload)
     if staged:  # in the end what stays passes through the host
         passing = max(largest, conditioning_bytes(workload))
-        return first + max(largest + time, text_weight + text, contexts + ends), passing + features
-    return first + max(
-        time, text + text_weight - largest, contexts + ends - largest
-    ), largest + features
+        return first + max(largest + time, text, contexts + ends), passing + features
+    return first + max(time, read - largest, contexts + ends - largest), largest + features
 
 
 def features_bytes(workload: Workload) -> int:
     """RAM of the text features of both prompts, which stay on the host."""
-    compute = workload.format.float_bytes
+    compute = workload.format.outside_bytes
     return 2 * workload.config.dit.text_len * workload.config.dit.text_dim * compute
 
 

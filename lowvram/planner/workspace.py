@@ -16,6 +16,7 @@ from lowvram.formats import Format
 from lowvram.variants import DiTConfig
 
 ALIGNMENT_BYTES = 256
+FLOAT16 = 2
 # Direct reads (O_DIRECT) start and end at pages of this size, in the file and in memory; their
 # buffers need room for that at both ends and for the alignment of their start.
 PAGE_BYTES = 4096
@@ -49,46 +50,43 @@ def dit_workspace(
     chunk_tokens: int,
     branches: int,
     values: str = "int8",
+    refined: bool = False,
 ) -> Workspace:
     """Workspace of one expert's forward pass.
 
     branches: guidance branches that share a visit of a block (1 or 2); values: how quantized
-    self attention stores values, a key of `STORED_VALUES`.
+    self attention stores values, a key of `STORED_VALUES`; refined: some steps quantize to two
+    codes and attend in fp16 (`Request.refine_steps`).
     """
     compute, code, quantized = format.float_bytes, format.code_bytes, format.quantized
     dim, ffn, heads, text = config.dim, config.ffn_dim, config.num_heads, config.text_len
     rows = max(chunk_tokens, min(num_tokens, SMOOTHING_TOKENS))
     persistent = {f"residual.{branch}": num_tokens * dim * 4 for branch in range(branches)}
     for prefix, tokens, stored in (("", num_tokens, values), ("text_", text, TEXT_VALUES)):
+        memory = {"keys": tokens * dim * code, "values": tokens * dim * code}
         if quantized:
             memory = _quantized_memory(tokens, dim, heads, stored)
-        else:
-            memory = {"keys": tokens * dim * code, "values": tokens * dim * code}
+        if refined:
+            for name in ("keys", "values"):
+                memory[name] = max(memory[name], tokens * dim * FLOAT16)
         persistent |= {f"{prefix}{name}": nbytes for name, nbytes in memory.items()}
-    scales = {"row_scales": rows * 4} if quantized else {}
-    wide = max(rows, text)  # the text's keys and values use the same regions
-    text_scales = {"row_scales": wide * 4} if quantized else {}
+    codes = 2 if refined else 1  # of an input of a linear
+    # The text's keys and values use the regions of the chunk's. Its context has two int8 codes.
+    text_codes = text * (2 if format.weights == "I8" else 1)
+    wide, coded = max(rows, text), max(codes * rows, text_codes)
+    inputs = {"rows": coded * dim * code, **({"row_scales": coded * 4} if quantized else {})}
     stages = {
-        "project": {
-            "rows": wide * dim * code,
-            **text_scales,
-            "projected": 2 * wide * dim * compute,
-        },
-        "attend": {
-            "rows": wide * dim * code,
-            **text_scales,
+        "project": inputs | {"projected": 2 * wide * dim * compute},
+        "attend": inputs
+        | {
             "projected": rows * dim * compute,
-            "queries": rows * dim * code,
+            "queries": rows * dim * (FLOAT16 if refined else code),
             "attended": rows * dim * compute,
-            **({"query_scales": rows * heads * 4} if quantized else {}),
-        },
-        "ffn": {
-            "rows": wide * dim * code,
-            **text_scales,
-            "hidden": rows * ffn * compute,
-            "hidden_rows": rows * ffn * code,
         }
-        | ({"hidden_scales": rows * 4} if scales else {}),
+        | ({"query_scales": rows * heads * 4} if quantized else {}),
+        "ffn": inputs
+        | {"hidden": rows * ffn * compute, "hidden_rows": codes * rows * ffn * code}
+        | ({"hidden_scales": codes * rows * 4} if quantized else {}),
     }
     return _overlay(persistent, stages)
 

@@ -78,7 +78,14 @@ def denoise(
         finite = _FiniteCheck()
         expert = experts[name]
         velocities = model.velocities(
-            latents, step, expert.conditioning, expert.ends, streamer, name, finite
+            latents,
+            step,
+            expert.conditioning,
+            expert.ends,
+            streamer,
+            name,
+            finite,
+            refined=request.refines(step),
         )
         latents = solver.step(latents, guided(velocities, request.guidance(name)))
         if not bool(torch.isfinite(latents).all()):

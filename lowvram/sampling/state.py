@@ -18,20 +18,20 @@ from lowvram.files.write import replace_file
 from lowvram.memory.out_of_memory import as_out_of_memory
 from lowvram.request import Request
 
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 
 
 @dataclass(frozen=True)
 class RunState:
     """State of a run after `step` finished denoising steps.
 
-    model: fingerprint of the store; attention_values: dtype of the values in attention's second
-    product; latents: [C, T, h, w] float32; solver: the solver's `state_dict`.
+    model: fingerprint of the store; arithmetic: its name (`models.numerics.arithmetic`);
+    latents: [C, T, h, w] float32; solver: the solver's `state_dict`.
     """
 
     request: Request
     model: str
-    attention_values: str
+    arithmetic: str
     step: int
     latents: Tensor
     solver: dict[str, Tensor]
@@ -43,7 +43,7 @@ class StateHeader(msgspec.Struct, frozen=True):
     lowvram_state: str
     request: str
     model: str
-    attention_values: str
+    arithmetic: str
     step: Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -64,13 +64,13 @@ def save_state(path: Path, state: RunState) -> None:
         "lowvram_state": FORMAT_VERSION,
         "request": json.dumps(asdict(state.request)),
         "model": state.model,
-        "attention_values": state.attention_values,
+        "arithmetic": state.arithmetic,
         "step": str(state.step),
     }
     replace_file(path, save({name: value.cpu() for name, value in tensors.items()}, metadata))
 
 
-def load_state(path: Path, request: Request, model: str, attention_values: str) -> RunState:
+def load_state(path: Path, request: Request, model: str, arithmetic: str) -> RunState:
     """Read the state file of a run with the same request, model and attention dtype.
 
     Raises `ResumeError` if there is no file, it cannot be read or is damaged, or belongs to another
@@ -92,7 +92,7 @@ def load_state(path: Path, request: Request, model: str, attention_values: str) 
         header = checked(metadata, StateHeader, strict=False)
         saved: dict[str, object] = {
             "model": header.model,
-            "attention_values": header.attention_values,
+            "arithmetic": header.arithmetic,
         }
         saved |= asdict(msgspec.json.decode(header.request, type=Request))
         step, latents = header.step, tensors.pop("latents")
@@ -108,11 +108,9 @@ def load_state(path: Path, request: Request, model: str, attention_values: str) 
             f"{path} is not the state of an interrupted run ({error}): remove it and run "
             f"without --resume"
         ) from error
-    _require_equal(
-        path, saved, {"model": model, "attention_values": attention_values} | asdict(request)
-    )
+    _require_equal(path, saved, {"model": model, "arithmetic": arithmetic} | asdict(request))
     solver = {name.removeprefix("solver."): value for name, value in tensors.items()}
-    return RunState(request, model, attention_values, step, latents, solver)
+    return RunState(request, model, arithmetic, step, latents, solver)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

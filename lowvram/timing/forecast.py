@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lowvram_kernels.sizes import KEY_TILE
 
@@ -21,8 +22,34 @@ from lowvram.timing.predict import block_seconds, decode_seconds, text_seconds
 from lowvram.timing.simulate import HopSpeeds, Timeline, simulate
 from lowvram.variants import EXPERTS
 
-# Steps of each expert that are simulated; the others repeat the last of them.
+# Steps of each part of a run that are simulated; the others repeat the last of them.
 SIMULATED_STEPS = 3
+
+
+class _Part(NamedTuple):
+    """Successive steps of one expert (its number) in the same arithmetic."""
+
+    expert: int
+    refined: bool
+    steps: int
+
+    @property
+    def simulated(self) -> int:
+        """The steps that are simulated; the others take as long as the last of them."""
+        return min(self.steps, SIMULATED_STEPS)
+
+
+def _parts(high: int, low: int, refine_steps: int) -> list[_Part]:
+    """The parts of a run, in order, each of at least one step."""
+    refined_low = min(low, refine_steps)
+    refined_high = refine_steps - refined_low
+    parts = [
+        _Part(0, False, high - refined_high),
+        _Part(0, True, refined_high),
+        _Part(1, False, low - refined_low),
+        _Part(1, True, refined_low),
+    ]
+    return [part for part in parts if part.steps]
 
 
 class Forecast:
@@ -34,8 +61,9 @@ class Forecast:
     def __init__(self, workload: Workload, profile: MachineProfile) -> None:
         high = high_noise_steps(workload.steps, workload.shift, workload.boundary)
         self._workload, self._profile = workload, profile
-        self._steps, self._branches = (high, workload.steps - high), workload.branches
-        self._block_s: dict[tuple[int, int], float | None] = {}
+        self._parts = _parts(high, workload.steps - high, workload.refine_steps)
+        self._branches = workload.branches
+        self._block_s: dict[tuple[int, int, bool], float | None] = {}
         expert, text = (
             component_layout(name, workload.config, workload.format.name)
             for name in (EXPERTS[0], "text_encoder")
@@ -59,70 +87,86 @@ class Forecast:
 
     def __call__(self, plan: MemoryPlan) -> Prediction | None:
         """None where the machine's profile has no rate for the plan's format."""
-        block_s = self._block_seconds(plan.workload.num_tokens, plan.choice.chunk_tokens)
-        longest_chunk = min(CHUNK_TOKENS[0], -(-plan.workload.num_tokens // KEY_TILE) * KEY_TILE)
-        unbounded_s = self._block_seconds(plan.workload.num_tokens, longest_chunk)
-        if block_s is None or unbounded_s is None:
+        tokens, chunk = plan.workload.num_tokens, plan.choice.chunk_tokens
+        longest_chunk = min(CHUNK_TOKENS[0], -(-tokens // KEY_TILE) * KEY_TILE)
+        block_s = self._block_seconds(tokens, chunk, False)
+        refined_s = self._block_seconds(tokens, chunk, True)
+        unbounded_s = self._block_seconds(tokens, longest_chunk, False)
+        if block_s is None or refined_s is None or unbounded_s is None:
             return None
-        steps = [min(count, SIMULATED_STEPS) for count in self._steps]
-        timeline, lengths = self._timeline(plan, block_s, steps)
+        of_parts = [refined_s if part.refined else block_s for part in self._parts]
+        timeline, lengths = self._timeline(plan, of_parts)
         ends = [timeline.visits[last].compute_end_s for last in _running(lengths)]
         durations = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
-        repeated = [
-            0 if not count else count - done for count, done in zip(self._steps, steps, strict=True)
-        ]
-        steady = [durations[steps[0] - 1] if steps[0] else 0.0, durations[-1] if steps[1] else 0.0]
-        denoise_s = sum(durations) + sum(
-            count * seconds for count, seconds in zip(repeated, steady, strict=True)
-        )
-        longest = max(range(2), key=lambda expert: self._steps[expert])
-        moved = self._bytes(plan, timeline, lengths, steps, repeated)
-        switch_s = max(0.0, durations[steps[0]] - steady[1]) if all(steps) else 0.0
+        last = _running([part.simulated for part in self._parts])  # simulated step of each part
+        longest = max(range(len(self._parts)), key=lambda number: self._parts[number].steps)
+        moved = self._bytes(plan, timeline, lengths, last)
         return Prediction(
             machine=self._profile.name,
             basis=self._profile.basis,
             block_s=block_s,
-            step_s=steady[longest],
-            compute_step_s=block_s * plan.num_blocks * self._branches[longest],
-            compute_s=block_s
+            step_s=durations[last[longest]],
+            compute_step_s=of_parts[longest]
             * plan.num_blocks
+            * self._branches[self._parts[longest].expert],
+            compute_s=plan.num_blocks
             * sum(
-                count * branches
-                for count, branches in zip(self._steps, self._branches, strict=True)
+                seconds * part.steps * self._branches[part.expert]
+                for seconds, part in zip(of_parts, self._parts, strict=True)
             ),
-            resident_step_s=unbounded_s * plan.num_blocks * self._branches[longest],
-            switch_stall_s=switch_s,
+            resident_step_s=unbounded_s
+            * plan.num_blocks
+            * self._branches[self._parts[longest].expert],
+            switch_stall_s=self._switch_seconds(durations, last),
             text_s=self._text_seconds(plan),
             conditioning_s=self._rest_bytes
             * (1 / self._profile.disk_bytes_s + 1 / self._profile.link_bytes_s),
-            denoise_s=denoise_s,
+            denoise_s=sum(durations)
+            + sum(
+                (part.steps - part.simulated) * durations[step]
+                for part, step in zip(self._parts, last, strict=True)
+            ),
             decode_s=decode_seconds(plan.workload, plan.vae_tile_pixels, self._profile),
             read_bytes=moved[0],
             host_copy_bytes=moved[1],
             link_bytes=moved[2],
         )
 
-    def _block_seconds(self, num_tokens: int, chunk_tokens: int) -> float | None:
-        """`predict.block_seconds`, computed once for each pair."""
-        key = num_tokens, chunk_tokens
+    def _switch_seconds(self, durations: list[float], last: list[int]) -> float:
+        """How much longer the low-noise expert's first step takes than its others."""
+        low = next((n for n, part in enumerate(self._parts) if part.expert == 1), 0)
+        return max(0.0, durations[last[low - 1] + 1] - durations[last[low]]) if low else 0.0
+
+    def _block_seconds(self, num_tokens: int, chunk_tokens: int, refined: bool) -> float | None:
+        """`predict.block_seconds`, computed once for the same arguments."""
+        key = num_tokens, chunk_tokens, refined
         if key not in self._block_s:
             self._block_s[key] = block_seconds(
-                self._workload.config.dit, self._workload.format, *key, self._profile
+                self._workload.config.dit,
+                self._workload.format,
+                num_tokens,
+                chunk_tokens,
+                self._profile,
+                refined,
             )
         return self._block_s[key]
 
-    def _timeline(
-        self, plan: MemoryPlan, block_s: float, steps: Sequence[int]
-    ) -> tuple[Timeline, list[int]]:
-        """The simulated first steps of each expert, and the number of visits in each step."""
+    def _timeline(self, plan: MemoryPlan, of_parts: list[float]) -> tuple[Timeline, list[int]]:
+        """The simulated first steps of each part, and the number of visits in each step.
+
+        of_parts: seconds of a block in each part.
+        """
         schedule: list[BlockId] = []
         compute_s: list[float] = []
         lengths: list[int] = []
-        for expert, count, branches in zip(EXPERTS, steps, self._branches, strict=True):
+        for part, block_s in zip(self._parts, of_parts, strict=True):
+            branches = self._branches[part.expert]
             rounds, shared = (1, branches) if plan.choice.joint_guidance else (branches, 1)
-            for _ in range(count):
+            for _ in range(part.simulated):
                 schedule += [
-                    (expert, index) for _ in range(rounds) for index in range(plan.num_blocks)
+                    (EXPERTS[part.expert], index)
+                    for _ in range(rounds)
+                    for index in range(plan.num_blocks)
                 ]
                 compute_s += [block_s * shared] * (rounds * plan.num_blocks)
                 lengths.append(rounds * plan.num_blocks)
@@ -133,21 +177,17 @@ class Forecast:
         return timeline, lengths
 
     def _bytes(
-        self,
-        plan: MemoryPlan,
-        timeline: Timeline,
-        lengths: list[int],
-        steps: list[int],
-        repeated: list[int],
+        self, plan: MemoryPlan, timeline: Timeline, lengths: list[int], last: list[int]
     ) -> tuple[int, int, int]:
         """Bytes (read, copied within the host, sent over the link) of all steps. Steps that are not
-        simulated count like the last simulated one of their expert.
+        simulated count like the last simulated one of their part, `last`.
         """
         total = [timeline.read_bytes, timeline.host_copy_bytes, timeline.link_bytes]
-        ends = [0, *(last + 1 for last in _running(lengths))]
-        for count, last in zip(repeated, (steps[0] - 1, len(lengths) - 1), strict=True):
+        ends = [0, *(end + 1 for end in _running(lengths))]
+        for part, step in zip(self._parts, last, strict=True):
+            count = part.steps - part.simulated
             if count:
-                times = timeline.visits[ends[last] : ends[last + 1]]
+                times = timeline.visits[ends[step] : ends[step + 1]]
                 moved = (
                     sum(visit.read_end_s > visit.read_start_s for visit in times),
                     sum(visit.stage_end_s > visit.stage_start_s for visit in times),

@@ -14,9 +14,10 @@ from lowvram.variants import DiTConfig, TextEncoderConfig, VAEConfig
 # Rows of a tile of GEMM and attention: a chunk is padded to a multiple of it.
 TILE_ROWS = 128
 # Kernel launches of a quantized block per chunk of tokens and per visit: the ops, and torch code
-# between them, mostly for the angles of a chunk's tokens, twice. A test counts them.
+# between them, mostly for the angles of a chunk's tokens, twice. Another per visit multiplies each
+# code of the text. A test counts them.
 LAUNCHES_PER_CHUNK = 46
-LAUNCHES_PER_VISIT = 47
+LAUNCHES_PER_VISIT = 46
 
 
 def linear_ops(config: DiTConfig, rows: int) -> int:
@@ -29,34 +30,56 @@ def text_ops(config: DiTConfig) -> int:
     return 4 * config.text_len * config.dim**2
 
 
+def text_codes(format: Format) -> int:
+    """Codes of the text's context in a format (`Numerics.text_rows`)."""
+    return 2 if format.weights == "I8" else 1
+
+
 def attention_ops(config: DiTConfig, queries: int, keys: int) -> int:
     """Operations of attention of `queries` tokens over `keys` tokens, all heads."""
     return 4 * queries * keys * config.dim
 
 
 def block_seconds(
-    config: DiTConfig, format: Format, num_tokens: int, chunk_tokens: int, profile: MachineProfile
+    config: DiTConfig,
+    format: Format,
+    num_tokens: int,
+    chunk_tokens: int,
+    profile: MachineProfile,
+    refined: bool = False,
 ) -> float | None:
     """Seconds to compute one block for one branch; None if the profile has no rate for the format.
+    refined: in a refined step (`Request.refine_steps`).
 
     Per chunk, each linear is bound by its operations or by its memory traffic, attention by its
     operations, and the fused element-wise kernels by their memory traffic. On a GPU, launches
     overlap with this and are the bound only for small chunks.
     """
-    gemm, attend = profile.gemm_ops_s(format.name), profile.attention_rate(format.name)
+    gemm = profile.gemm_ops_s(format.name)
+    attend = profile.attention_rate("bf16" if refined else format.name)
     if gemm is None or attend is None:
         return None
+    codes = 2 if refined else 1
     whole, rest = divmod(num_tokens, chunk_tokens)
     chunks = whole + (rest > 0)
-    seconds = whole * _chunk_seconds(
-        config, format, chunk_tokens, num_tokens, gemm, attend, profile.elementwise_bytes_s
-    )
-    if rest:
-        seconds += _chunk_seconds(
-            config, format, rest, num_tokens, gemm, attend, profile.elementwise_bytes_s
+    seconds = sum(
+        count
+        * _chunk_seconds(
+            config,
+            format,
+            rows,
+            num_tokens,
+            gemm,
+            attend,
+            profile.elementwise_bytes_s,
+            codes,
         )
-    seconds += text_ops(config) / gemm
-    launching = (chunks * LAUNCHES_PER_CHUNK + LAUNCHES_PER_VISIT) * profile.launch_s
+        for count, rows in ((whole, chunk_tokens), (1, rest))
+        if rows
+    )
+    seconds += text_codes(format) * text_ops(config) / gemm
+    launches = chunks * LAUNCHES_PER_CHUNK + LAUNCHES_PER_VISIT + text_codes(format)
+    launching = launches * profile.launch_s
     return max(seconds, launching) if profile.device == "cuda" else seconds + launching
 
 
@@ -68,7 +91,9 @@ def _chunk_seconds(
     gemm: float,
     attend: float,
     bandwidth: float,
+    codes: int,
 ) -> float:
+    """Seconds of one chunk. codes: of each input of a linear, as many as its products."""
     compute, code = format.float_bytes, format.code_bytes
     dim, ffn = config.dim, config.ffn_dim
     padded = math.ceil(rows / TILE_ROWS) * TILE_ROWS
@@ -81,7 +106,7 @@ def _chunk_seconds(
         (dim, ffn, ffn * compute),
         (ffn, dim, added),
     )
-    seconds = sum(
+    seconds = codes * sum(
         max(
             2 * padded * inputs * outputs / gemm,
             (inputs * outputs * code + rows * (inputs * code + written)) / bandwidth,
@@ -89,16 +114,16 @@ def _chunk_seconds(
         for inputs, outputs, written in linears
     )
     seconds += attention_ops(config, padded, keys + config.text_len) / attend
-    return seconds + rows * elementwise_bytes(config, format) / bandwidth
+    return seconds + rows * elementwise_bytes(config, format, codes) / bandwidth
 
 
-def elementwise_bytes(config: DiTConfig, format: Format) -> int:
+def elementwise_bytes(config: DiTConfig, format: Format, codes: int = 1) -> int:
     """Bytes that a block's fused element-wise kernels read and write per token.
 
     Four LayerNorms (fp32 in, codes out), RMSNorm and RoPE of q and k (counted twice each), v, the
-    inputs of both o, and GELU.
+    inputs of both o, and GELU. codes: of each input of a linear.
     """
-    compute, code = format.float_bytes, format.code_bytes
+    compute, code = format.float_bytes, codes * format.code_bytes
     norms = 4 * config.dim * (4 + code)
     heads = 4 * config.dim * (compute + code)
     rows = 2 * config.dim * (compute + code)

@@ -189,7 +189,7 @@ def test_resume_refuses_another_request_and_names_both_values(
     with monkeypatch.context() as patched:
         patched.setenv("LOWVRAM_PV", "fp16")
         with pytest.raises(
-            ResumeError, match=r"attention_values was 'int8, text fp16', now 'float16, text fp16'"
+            ResumeError, match=r"arithmetic was 'int8, text fp16', now 'float16, text fp16'"
         ):
             pipeline.generate(request_of(pipeline), state_file=state, resume=True)
     with pytest.raises(ResumeError, match="nothing to resume"):

@@ -145,6 +145,7 @@ def store_of(folder: Path, config: ModelConfig, format: str) -> Store:
 
 CASES = {
     "int8, chunks of 256": ("int8", (256, 256), 128, PlanChoice(256, 2, 0, 0, False)),
+    "int8, refined": ("int8", (256, 256), 128, PlanChoice(256, 2, 0, 0, False)),
     "int8, shared visits, long text, VAE tiles": (
         "int8",
         (384, 256),
@@ -166,9 +167,12 @@ def test_p17_every_phase_allocates_what_the_plan_says(
     format, (width, height), text_len, choice = CASES[case]
     with store_of(tmp_path, medium_config(512, text_len), format) as store:
         pipeline = Pipeline(store, CPU, 2**40, 2**40, PROCESS_BYTES)
-        request = pipeline.request("a", width=width, height=height, num_frames=9, steps=3)
+        refined = {"refine_steps": int(case.endswith("refined"))}
+        request = pipeline.request(
+            "a", width=width, height=height, num_frames=9, steps=3, **refined
+        )
         plan = plan_of(pipeline, request, choice)
-        peaks = tracked_peaks(pipeline, plan, tmp_path / "clip.resume", monkeypatch)
+        peaks = tracked_peaks(pipeline, plan, tmp_path / "clip.resume", monkeypatch, **refined)
     ratios = {phase: peaks[phase] / nbytes for phase, nbytes in planned(plan).items()}
     assert all(0.95 <= ratio <= 1 for ratio in ratios.values()), ratios
 

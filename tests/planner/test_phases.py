@@ -20,7 +20,7 @@ HD = (1280, 720)
 
 
 def test_the_text_encoder_streams_in_little_memory() -> None:
-    """UMT5-XXL: two slots of a block of 24, one matrix in bf16, one prompt's activations; no table
+    """UMT5-XXL: two slots of a block of 24, one matrix in fp32, one prompt's activations; no table
     of 256,384 rows.
     """
     layout = component_layout("text_encoder", T2V_A14B, "int8")
@@ -29,8 +29,8 @@ def test_the_text_encoder_streams_in_little_memory() -> None:
     assert len(layout.blocks) == 24
     assert layout.block_bytes == pytest.approx(193e6, rel=0.01)
     vram, ram = umt5.text_bytes(Workload.of(T2V_A14B, "int8"), layout.block_bytes, 2)
-    matrix = 4096 * 10240 * 2
-    assert 2 * layout.block_bytes + matrix < vram < 0.6e9
+    matrix = 4096 * 10240 * 4
+    assert 2 * layout.block_bytes + matrix < vram < 0.7e9
     tokenizer = 256_384 * umt5.TOKENIZER_BYTES
     assert ram == tokenizer > 2 * layout.block_bytes
     assert vram + ram < table
