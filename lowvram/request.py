@@ -48,7 +48,7 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt", "solver"):
             _check_text(name, getattr(self, name))
-        for name in ("fps", "seed", "refine_steps"):
+        for name in ("fps", "seed"):
             _check_integer(name, getattr(self, name))
         for name in ("shift", "guidance_high", "guidance_low", "boundary"):
             _check_number(name, getattr(self, name))
@@ -57,11 +57,7 @@ class Request:
             raise UsageError(f"fps {self.fps} is less than 1")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed} is outside 0 .. 2^63-1")
-        if not 0 <= self.refine_steps <= self.steps:
-            raise UsageError(
-                f"refine_steps {self.refine_steps} is outside 0 .. {self.steps}, the number of "
-                f"steps"
-            )
+        check_refine_steps(self.refine_steps, self.steps)
         if self.solver not in SOLVERS:
             raise UsageError(f"unknown solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
         if not (math.isfinite(self.shift) and self.shift > 0):
@@ -109,6 +105,15 @@ def check_clip(width: int, height: int, num_frames: int, steps: int) -> None:
         raise UsageError(
             f"steps {steps} is more than the {MAX_STEPS} timesteps that the model knows: use "
             f"{MAX_STEPS} at most"
+        )
+
+
+def check_refine_steps(refine_steps: int, steps: int) -> None:
+    """Check the number of refined steps. Raises `UsageError`."""
+    _check_integer("refine_steps", refine_steps)
+    if not 0 <= refine_steps <= steps:
+        raise UsageError(
+            f"refine_steps {refine_steps} is outside 0 .. {steps}, the number of steps"
         )
 
 
@@ -191,6 +196,13 @@ class Workload:
     branches: tuple[int, int] = (2, 2)
     refine_steps: int = 0
 
+    def __post_init__(self) -> None:
+        if self.refine_steps and self.format.weights != "I8":
+            raise UsageError(
+                f"refine_steps {self.refine_steps} refines int8 activations, and this model is in "
+                f"{self.format.name}: use 0"
+            )
+
     @classmethod
     def of(
         cls,
@@ -199,11 +211,13 @@ class Workload:
         size: tuple[int, int] | None = None,
         num_frames: int | None = None,
         steps: int | None = None,
+        refine_steps: int = 0,
     ) -> Workload:
         """A video with the model's defaults for arguments that are None. size: (width, height) in
         pixels.
 
-        Raises `UsageError` for an unknown format and for a clip that no request accepts.
+        Raises `UsageError` for an unknown format, for a clip that no request accepts and for
+        refined steps in a format that is not int8.
         """
         if format not in FORMATS:
             raise UsageError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
@@ -212,6 +226,7 @@ class Workload:
         num_frames = defaults.num_frames if num_frames is None else num_frames
         steps = defaults.steps if steps is None else steps
         check_clip(width, height, num_frames, steps)
+        check_refine_steps(refine_steps, steps)
         return cls(
             config,
             FORMATS[format],
@@ -221,19 +236,12 @@ class Workload:
             steps,
             defaults.shift,
             defaults.boundary,
+            refine_steps=refine_steps,
         )
 
     @classmethod
     def of_request(cls, config: ModelConfig, format: str, request: Request) -> Workload:
-        """The workload of a request on a store of this model and format.
-
-        Raises `UsageError` for refined steps in a format that is not int8.
-        """
-        if request.refine_steps and FORMATS[format].weights != "I8":
-            raise UsageError(
-                f"refine_steps {request.refine_steps} refines int8 activations, and this model is "
-                f"in {format}: use 0"
-            )
+        """The workload of a request on a store of this model and format."""
         high, low = (request.branches(expert) for expert in EXPERTS)
         return cls(
             config,

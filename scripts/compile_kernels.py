@@ -136,7 +136,7 @@ def linear_variants(arch: str) -> Iterator[Variant]:
         for label, changed in main + (more if arch in MORE else []):
             accumulate = "ACCUMULATE" in changed
             codes = CODE_TYPES[kind]
-            out = "*fp32" if accumulate or "fp32" in label else "*bf16"
+            out = "*fp32" if accumulate or "fp32" in label else "*fp16"
             types = floats | sizes | {"a_ptr": codes, "w_ptr": codes, "out_ptr": out}
             constants = {
                 "HAS_BIAS": True,
@@ -178,9 +178,11 @@ def row_variants() -> Iterator[Variant]:
         label = ("int8" if not e4m3 else "fp8") + (" rotated" if rotated else "")
         out = "*i32" if rotated else "*u8" if e4m3 else "*i8"
         types = {
-            "x_ptr": "*bf16",
+            "x_ptr": "*fp16",
             "out_ptr": out,
             "out_scale_ptr": "*fp32",
+            "low_ptr": out,
+            "low_scale_ptr": "*fp32",
             "K": "i32",
             "stride_x": "i32",
             "stride_out": "i32",
@@ -195,16 +197,23 @@ def row_variants() -> Iterator[Variant]:
             ("demo's gelu", rows_kernel, DEMO_FFN, {"GELU": True}, {}),
         ):
             groups = groups_of(width)
-            constants = {"GROUPS": groups, "ROTATED": rotated, "E4M3": e4m3} | extra
             options = {"num_warps": tuning.row_warps(groups * 256), "enable_fp_fusion": False}
-            yield Variant(f"{name} {label}", kernel, types | changed, constants, options)
+            for low in (False,) if e4m3 else (False, True):
+                constants = {"GROUPS": groups, "ROTATED": rotated, "E4M3": e4m3, "LOW": low}
+                yield Variant(
+                    f"{name} {label}" + (", two codes" if low else ""),
+                    kernel,
+                    types | changed,
+                    constants | extra,
+                    options,
+                )
 
 
 def head_variants() -> Iterator[Variant]:
     types = dict.fromkeys(
         ("weight_ptr", "cos_ptr", "sin_ptr", "smoothing_ptr", "out_scale_ptr"), "*fp32"
     )
-    types |= {"x_ptr": "*bf16", "out_ptr": "*i8", "H": "i32", "eps": "fp32"} | strides(
+    types |= {"x_ptr": "*fp16", "out_ptr": "*i8", "H": "i32", "eps": "fp32"} | strides(
         rms_rope_kernel
     )
     for owner, heads, width in (("", HEADS, HEAD_DIM), ("demo's ", DEMO_HEADS, DEMO_HEAD_DIM)):
@@ -229,7 +238,7 @@ def attention_variants(arch: str) -> Iterator[Variant]:
     for pv in tuning.pv_choices(arch):
         for width, label in ((HEAD_DIM, ""), (DEMO_HEAD_DIM, f", heads of {DEMO_HEAD_DIM}")):
             types = {
-                "v_ptr": "*bf16",
+                "v_ptr": "*fp16",
                 "out_scale_ptr": "*fp32",
                 "M": "i32",
             } | strides(values_kernel)
@@ -256,7 +265,7 @@ def attention_variant(arch: str, pv: str, head_dim: int, name: str) -> Variant:
     }
     types |= {
         "v_ptr": CODE_TYPES.get(pv, f"*{pv}"),
-        "out_ptr": "*bf16",
+        "out_ptr": "*fp16",
         "M": "i32",
         "N": "i32",
         "softmax_scale": "fp32",

@@ -23,7 +23,7 @@ from lowvram_kernels.ops import OPS
 from lowvram_kernels.sizes import STORED_VALUES
 from lowvram_kernels.tuning import PV_DTYPES, architecture, pv_choices
 
-INT8, BF16 = torch.int8, torch.bfloat16
+INT8, FP16 = torch.int8, torch.float16
 DIM, FFN, HEADS = (
     5120,
     13824,
@@ -109,23 +109,37 @@ def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
     if op == "quantized_linear":
         return {
             "int8": partial(cases.linear, 33, 65, 96, device=where),
-            "int8, bf16": partial(cases.linear, 150, 328, 256, out=BF16, device=where),
-            "int8, GELU": partial(cases.linear_gelu, 33, 72, 256, out=BF16, device=where),
+            "int8, fp16": partial(cases.linear, 150, 328, 256, out=FP16, device=where),
+            "int8, GELU": partial(cases.linear_gelu, 33, 72, 256, out=FP16, device=where),
             "int8, += gate * y": partial(cases.linear_add, 150, 328, 256, device=where),
             "int8, += y": partial(cases.linear_add, 33, 72, 256, gated=False, device=where),
-            "fp8": partial(cases.linear, 150, 328, 256, code=cases.E4M3, out=BF16, device=where),
+            "int8, fp16 += y": partial(
+                cases.linear_add, 33, 72, 256, gated=False, out=FP16, device=where
+            ),
+            "fp8": partial(cases.linear, 150, 328, 256, code=cases.E4M3, out=FP16, device=where),
             "fp8, += gate * y": partial(
                 cases.linear_add, 33, 72, 256, code=cases.E4M3, device=where
             ),
         }
     if op in ("adaln_quantize", "quantize_rows", "gelu_quantize"):
         x, width = (
-            torch.float32 if op == "adaln_quantize" else BF16,
+            torch.float32 if op == "adaln_quantize" else FP16,
             FFN if op == "gelu_quantize" else DIM,
         )
         return {
-            label: partial(cases.rows, op, 3, width, code=code, rotated=rotated, x=x, device=where)
+            label + (", two codes" if two else ""): partial(
+                cases.rows,
+                op,
+                3,
+                width,
+                code=code,
+                rotated=rotated,
+                x=x,
+                two_codes=two,
+                device=where,
+            )
             for label, (code, rotated) in ROWS.items()
+            for two in ((False, True) if code == INT8 else (False,))
         }
     if op == "rms_rope_quantize":
         return {
@@ -146,7 +160,7 @@ def calls(op: str, device: torch.device) -> dict[str, Callable[[], cases.Case]]:
             if STORED_VALUES[pv].scaled
             for label, (n, heads, width) in sizes.items()
         }
-    shapes = {"": (150, 130, 2, 128, torch.float32), ", heads of 64": (33, 64, 2, 64, BF16)}
+    shapes = {"": (150, 130, 2, 128, torch.float32), ", heads of 64": (33, 64, 2, 64, FP16)}
     return {
         f"{pv}{label}": partial(
             cases.attention, m, n, heads, head_dim=width, pv=pv, out=out, device=where

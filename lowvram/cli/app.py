@@ -141,6 +141,7 @@ def generate(
     guidance_low: opts.GuidanceLow = None,
     seed: opts.SeedOrRandom = 0,
     solver: opts.Solver = "unipc",
+    refine_steps: opts.RefineSteps = 0,
     vram: opts.Vram = "auto",
     ram: opts.Ram = "auto",
     device: opts.Device = "auto",
@@ -170,6 +171,7 @@ def generate(
         guidance_low=guidance_low,
         seed=secrets.randbelow(2**31) if seed == -1 else seed,
         solver=solver,
+        refine_steps=refine_steps,
     )
     _generate(pipeline, request, out, resume, overwrite, scale, as_json)
 
@@ -298,6 +300,7 @@ def plan(
     size: opts.PlannedSize = None,
     frames: opts.Frames = None,
     steps: opts.Steps = None,
+    refine_steps: opts.RefineSteps = 0,
     vram: opts.PlannedVram = None,
     ram: opts.Ram = "16GiB",
     format: opts.Format = "int8",
@@ -313,6 +316,7 @@ def plan(
     settings: dict[str, Any] = {
         "frames": frames,
         "steps": steps,
+        "refine_steps": refine_steps,
         "vram": vram,
         "ram": ram,
         "format": format,

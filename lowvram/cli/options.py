@@ -73,6 +73,13 @@ Scale = Annotated[
     typer.Option(help="Enlarge each pixel of the saved video this many times.", min=1, max=16),
 ]
 
+RefineSteps = Annotated[
+    int,
+    typer.Option(
+        help="Compute this many of the last steps more exactly, at twice their time; int8 models."
+    ),
+]
+
 # The machine and the format.
 Vram = Annotated[str, typer.Option(help="VRAM budget: 8GiB, 8GB, 8192MiB or auto.")]
 PlannedVram = Annotated[

@@ -47,6 +47,7 @@ def plan(
     size: str | tuple[int, int] | None = None,
     frames: int | None = None,
     steps: int | None = None,
+    refine_steps: int = 0,
     vram: str | int | None = None,
     ram: str | int = "16GiB",
     format: str = "int8",
@@ -59,7 +60,7 @@ def plan(
 
     model: folder of a store, or a variant such as `t2v-a14b`. format: used for a variant only.
     size: (width, height) in pixels or text like `832x480`; size, frames and steps default to the
-    model's.
+    model's; refine_steps: as in `Request`.
 
     vram, ram: bytes, text like `8GiB`, or `auto`. VRAM `auto` is a share of the card's memory with
     `gpu`, else the budget and device that a run on this machine would get. VRAM None is `auto` with
@@ -77,7 +78,7 @@ def plan(
     """
     config, format = describe(model, format)
     pixels = None if size is None else clip_size(size)
-    workload = Workload.of(config, format, pixels, frames, steps)
+    workload = Workload.of(config, format, pixels, frames, steps, refine_steps)
     device, vram_bytes, ram_bytes = _budgets(vram, ram, gpu, device)
     machine = planned_machine(model, gpu, link, disk, ram_bytes, device)
     if machine is None and (link or disk):
@@ -101,6 +102,7 @@ def plan_matrix(
     *,
     frames: int | None = None,
     steps: int | None = None,
+    refine_steps: int = 0,
     vram: str | int | None = None,
     ram: str | int = "16GiB",
     format: str = "int8",
@@ -145,7 +147,7 @@ def plan_matrix(
     for (width, height), length, budget in product(sizes, lengths, budgets):
         single, refusal = None, ""
         try:
-            workload = Workload.of(config, format, (width, height), length, steps)
+            workload = Workload.of(config, format, (width, height), length, steps, refine_steps)
             single = _choose(workload, host, budget, ram_bytes, machine)
         except BudgetError as error:
             refusal = str(error)

@@ -35,7 +35,7 @@ from lowvram.demo.run import MODEL
 from lowvram.models import numerics
 from lowvram.pipeline import load
 from lowvram.planner import workspace
-from scripts.demo.judge import fingerprint, pairs_of
+from scripts.demo.judge import fingerprint
 
 PEAK = 255.0
 # Held-out captions are shown with as many seeds each.
@@ -81,21 +81,32 @@ def clips(format: str, pairs: Iterable[Pair], model: Path = MODEL) -> list[Tenso
             ]
 
 
-def held_out(count: int) -> list[Pair]:
-    """`count` pairs of test captions and seeds, `SEEDS` of each caption."""
-    captions = pairs_of("test", -(-count // SEEDS))
+def spread(split: str, count: int, captions: int) -> list[Pair]:
+    """`count` pairs of a scene and a seed: `captions` scenes of one figure, spread over all of
+    `split`, each with several seeds.
+    """
+    scenes_ = [
+        scene
+        for scene in scenes.all_scenes()
+        if len(scene.figures) == 1 and scenes.split(scene) == split
+    ]
+    chosen = [scenes_[number * len(scenes_) // captions] for number in range(captions)]
+    return [(chosen[seed % captions], seed) for seed in range(count)]
+
+
+def clip_pairs(num_clips: int, num_held_out: int) -> list[Pair]:
+    """The validation clips, each of another caption, then the held-out ones."""
     return [
-        (scene, seed + number)
-        for scene, seed in captions
-        for number in range(0, SEEDS * 1000, 1000)
-    ][:count]
+        *spread("validation", num_clips, num_clips),
+        *spread("test", num_held_out, -(-num_held_out // SEEDS)),
+    ]
 
 
 def measured(
     formats: Sequence[str], num_clips: int, num_held_out: int, model: Path = MODEL
 ) -> list[Fidelity]:
     """The fidelity of each format, over as many validation and held-out clips."""
-    pairs = pairs_of("validation", num_clips) + held_out(num_held_out)
+    pairs = clip_pairs(num_clips, num_held_out)
     exact = clips("fp32", pairs, model)
     found = []
     for format in formats:

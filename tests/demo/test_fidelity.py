@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowvram.demo import scenes
 from lowvram.demo.run import MODEL
 from scripts.demo import fidelity
-from scripts.demo.judge import fingerprint, pairs_of
+from scripts.demo.judge import fingerprint
 
 RECORD = Path(__file__).parents[2] / "docs" / "benchmarks" / "fidelity.json"
 
@@ -23,11 +24,13 @@ def test_psnr_of_frames() -> None:
 
 
 def test_held_out_clips_are_test_captions_with_two_seeds_each() -> None:
-    pairs = fidelity.held_out(16)
+    pairs = fidelity.clip_pairs(24, 16)
     captions = [scene.caption() for scene, _ in pairs]
-    assert len(pairs) == len(set(pairs)) == 16
-    assert len(set(captions)) == 8
-    assert not set(captions) & {scene.caption() for scene, _ in pairs_of("validation", 24)}
+    assert len(pairs) == len(set(pairs)) == 40
+    assert len(set(captions[:24])) == 24
+    assert len(set(captions[24:])) == 8
+    assert not set(captions[:24]) & set(captions[24:])
+    assert {scenes.split(scene) for scene, _ in pairs[24:]} == {"test"}
 
 
 def test_a_clip_in_fp32_is_its_own_reference_and_int8_is_close() -> None:

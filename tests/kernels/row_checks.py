@@ -22,6 +22,15 @@ def check_agreement(op: str, code: str, rotated: bool) -> None:
         assert not cases.rows(op, m, k, code=CODES[code], rotated=rotated).mismatch(), (m, k)
 
 
+def check_two_codes(op: str, rotated: bool) -> None:
+    case = cases.rows(op, 3, 768, code=torch.int8, rotated=rotated, two_codes=True)
+    assert not case.mismatch()
+    steps = tl.constexpr(252.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common_triton, "LOW_STEPS", steps)
+        assert case.mismatch()
+
+
 def check_bf16(op: str, m: int, width: int) -> None:
     assert not cases.rows(op, m, width, code=torch.int8, rotated=True, x=torch.bfloat16).mismatch()
 

@@ -71,3 +71,36 @@ def test_gelu_is_exact_to_a_few_units_of_fp32() -> None:
     near = (x > -3) & (x != 0) & (x.abs() < 1e19)
     assert float((error / expected.abs())[near].max()) < 2e-6
     assert torch.equal(gelu_tanh(x[:7]), gelu_tanh(x)[:7]), "no vector tail rounds otherwise"
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_a_second_code_takes_up_what_the_first_loses(rotated: bool) -> None:
+    """The error is at most 1 / 508 of the scale, and both products add up."""
+    x = with_outliers(random(5, 512))
+    out, low = poisoned((5, 512), torch.int8), poisoned((5, 512), torch.int8)
+    scale, low_scale = poisoned((5, 1), torch.float32), poisoned((5, 1), torch.float32)
+    quantize_rows(x, out, scale, rotated=rotated, low=low, low_scale=low_scale)
+    exact = rotate(x) if rotated else x
+    error = (out * scale + low * low_scale - exact).abs()
+    assert (error <= scale / 508 * 1.01).all()
+    assert torch.allclose(low_scale * 254, scale)
+    codes = poisoned((5, 512), torch.int8)
+    quantize_rows(x, codes, scale, rotated=rotated)
+    assert torch.equal(codes, out)
+    weight, w_scale = random(16, 512, seed=1).mul(30).to(torch.int8), torch.ones(16, 1)
+    y = poisoned((5, 16), torch.float32)
+    quantized_linear(out, scale, weight, w_scale, None, y)
+    quantized_linear(low, low_scale, weight, w_scale, None, y, accumulate=True)
+    expected = exact.double() @ weight.double().t()
+    one = poisoned((5, 16), torch.float32)
+    quantized_linear(out, scale, weight, w_scale, None, one)
+    errors = [float((result - expected).norm() / expected.norm()) for result in (one, y)]
+    assert errors[1] < errors[0] / 100
+
+
+def test_activations_beyond_fp16_are_clamped() -> None:
+    a = torch.full((1, 256), 127, dtype=torch.int8)
+    weight = torch.cat((a, -a))
+    y = poisoned((1, 2), torch.float16)
+    quantized_linear(a, torch.ones(1, 1), weight, torch.ones(2, 1), None, y)
+    assert y.tolist() == [[65504, -65504]]

@@ -20,6 +20,11 @@ def test_p18_rows_agree_with_the_reference(op: str, code: str, rotated: bool) ->
     row_checks.check_agreement(op, code, rotated)
 
 
+@pytest.mark.parametrize(("op", "rotated"), list(itertools.product(OPS, (True, False))))
+def test_p18_second_codes_agree_with_the_reference(op: str, rotated: bool) -> None:
+    row_checks.check_two_codes(op, rotated)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_p18_rows_of_bf16_agree_with_the_reference(op: str) -> None:
     row_checks.check_bf16(op, 3, 512)

@@ -108,11 +108,9 @@ def test_each_refusal_has_its_reason() -> None:
     wrong = {
         "a and weight need the same dtype": refusal(linear, weight=linear.inputs["weight"].float()),
         "K = 40 is not a multiple of 16": refusal(cases.linear(3, 32, 40)),
-        "the residual stream is torch.bfloat16": refusal(
-            add, out=torch.zeros(3, 32, dtype=torch.bfloat16)
-        ),
+        "gate is torch.float64": refusal(add, gate=torch.zeros(32, dtype=torch.float64)),
         "bias is torch.float64": refusal(linear, bias=torch.zeros(32, dtype=torch.float64)),
-        "out is torch.float16": refusal(linear, out=torch.zeros(3, 32, dtype=torch.float16)),
+        "out is torch.float64": refusal(linear, out=torch.zeros(3, 32, dtype=torch.float64)),
         "last dimension of a has stride 2": refusal(
             linear, a=torch.zeros(3, 64, dtype=torch.int8)[:, ::2]
         ),
@@ -124,6 +122,14 @@ def test_each_refusal_has_its_reason() -> None:
         ),
         "out is torch.int16": refusal(rows, out=torch.zeros(2, 256, dtype=torch.int16)),
         "not aligned": refusal(rows, out=torch.zeros(1024, dtype=torch.int8)[1:513].view(2, 256)),
+        "low is torch.float32": refusal(
+            rows, low=torch.zeros(2, 256), low_scale=rows.inputs["x"].new_zeros(2, 1)
+        ),
+        "rows of low are 512 elements apart, those of out 256": refusal(
+            rows,
+            low=torch.zeros(2, 512, dtype=torch.int8)[:, :256],
+            low_scale=rows.inputs["x"].new_zeros(2, 1),
+        ),
         "rows of 40000 channels": refusal(
             cases.rows("quantize_rows", 1, 40000, code=torch.int8, rotated=False)
         ),

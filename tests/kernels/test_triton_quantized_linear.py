@@ -6,6 +6,7 @@ faults must show.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -23,7 +24,7 @@ SHAPES = [(1, 17, 32), (33, 65, 96), (70, 130, 256), (31, 64, 400), (300, 65, 96
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16])
 def test_p18_int8_linear_has_the_bits_of_the_reference(
     m: int, n: int, k: int, out: torch.dtype
 ) -> None:
@@ -37,8 +38,16 @@ def test_p18_int8_linear_adds_to_the_residual_with_the_bits_of_the_reference(
     assert not cases.linear_add(m, n, k).mismatch()
 
 
+def test_p18_int8_linear_adds_to_fp16() -> None:
+    """As the second code of an activation is."""
+    case = cases.linear_add(33, 65, 96, gated=False, out=torch.float16)
+    case.inputs["a_scale"] *= 1e-4
+    assert not case.mismatch()
+    assert case.run("triton")["out"].abs().max() < 65504
+
+
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16])
 def test_p18_int8_linear_with_gelu_has_the_bits_of_the_reference(
     m: int, n: int, k: int, out: torch.dtype
 ) -> None:
@@ -182,7 +191,7 @@ def test_e4m3_is_rounded_and_read_by_bits_as_torch_does() -> None:
 @triton.jit
 def _round(x_ptr, out_ptr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.arange(0, SIZE)
-    tl.store(out_ptr + index, stored(tl.load(x_ptr + index), tl.bfloat16))
+    tl.store(out_ptr + index, stored(tl.load(x_ptr + index), out_ptr.dtype.element_ty))
 
 
 def test_bf16_is_rounded_half_to_even() -> None:
@@ -197,6 +206,17 @@ def test_p20_nan_stays_nan_in_bf16_whatever_its_bits() -> None:
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, -0x400000], dtype=torch.int32).repeat(256)
     out = torch.zeros(1024, dtype=torch.bfloat16)
     _round[(1,)](bits.view(torch.float32), out, SIZE=1024)
+    assert bool(out.isnan().all())
+
+
+def test_p20_fp16_is_clamped_and_nan_stays_nan() -> None:
+    x = torch.cat(
+        (cases.random(1019) * 1e4, torch.tensor([7e4, -7e4, 65519.0, math.inf, -math.inf]))
+    )
+    out = torch.full(x.shape, float("nan"), dtype=torch.float16)
+    _round[(1,)](x, out, SIZE=1024)
+    assert torch.equal(out, x.clamp(-65504, 65504).half())
+    _round[(1,)](torch.full((1024,), math.nan), out, SIZE=1024)
     assert bool(out.isnan().all())
 
 
