@@ -27,7 +27,8 @@ _DEFAULTS = SamplingDefaults()
 class Request:
     """A request for one video. Defaults of guidance, shift and steps are the official ones;
     `guidance_high` belongs to the high-noise expert. refine_steps: how many of the last steps
-    quantize activations to two codes instead of one, and attend in fp16 (int8 formats).
+    quantize activations to two codes instead of one, with attention's values in fp16 (int8 formats
+    alone).
     """
 
     prompt: str

@@ -111,14 +111,14 @@ def e4m3_as_float16(code):
 
 
 @triton.jit
-def _half_sum_less_self(x, OUTER: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr):
+def _half_sum_less_self(x, OUTER: tl.constexpr, INNER: tl.constexpr):
     """Apply (ones / 2 - identity) along one base-4 digit of the channel index.
 
     Sums of pairs give the reference's order of additions.
     """
     y = tl.reshape(x, (OUTER, 2, 2, INNER))
     half = tl.sum(tl.sum(y, axis=2), axis=1) * 0.5
-    return tl.reshape(half[:, None, None, :] - y, (GROUPS, GROUP))
+    return tl.reshape(half[:, None, None, :] - y, x.shape)
 
 
 @triton.jit
@@ -128,10 +128,19 @@ def rotate_reversed(x, GROUPS: tl.constexpr):
     H4 = (ones / 2 - identity) * flip, and flips of all four digits are a flip of the whole group.
     The flip is left to `_reversed_words`, where the data is a quarter as large.
     """
-    x = _half_sum_less_self(x, GROUPS, 64, GROUPS)
-    x = _half_sum_less_self(x, GROUPS * 4, 16, GROUPS)
-    x = _half_sum_less_self(x, GROUPS * 16, 4, GROUPS)
-    return _half_sum_less_self(x, GROUPS * 64, 1, GROUPS)
+    x = _half_sum_less_self(x, GROUPS, 64)
+    x = _half_sum_less_self(x, GROUPS * 4, 16)
+    x = _half_sum_less_self(x, GROUPS * 16, 4)
+    return _half_sum_less_self(x, GROUPS * 64, 1)
+
+
+@triton.jit
+def turn_heads(x, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Apply `hadamard.turn_heads` to [HEADS, HEAD_DIM]."""
+    groups: tl.constexpr = HEADS * HEAD_DIM // 64
+    x = _half_sum_less_self(x, groups, 16)
+    x = _half_sum_less_self(x, groups * 4, 4)
+    return _half_sum_less_self(x, groups * 16, 1)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lowvram_kernels import constraints
 from lowvram_kernels.dispatch import op
+from lowvram_kernels.hadamard import turn_heads
 from lowvram_kernels.quantize_rows import INT8_MAX, SMALLEST_ABSMAX
 from lowvram_kernels.sizes import row_slices
 
@@ -46,7 +47,9 @@ def rms_rope_quantize(
     *,
     eps: float,
 ) -> None:
-    """Compute out, out_scale = quantize(rms_rope(x) - smoothing), one scale per token and head.
+    """Compute out, out_scale = quantize(turn_heads(rms_rope(x) - smoothing)).
+
+    There is one scale per token and head.
 
     x, weight, cos, sin: as in `rms_rope`; smoothing: [H, head_dim] float32 or None (subtracting the
     same vector from every key does not change the softmax); out: [H, M, head_dim] int8; out_scale:
@@ -57,6 +60,7 @@ def rms_rope_quantize(
         heads = rms_rope(x[rows], weight, *angles, num_heads=out.shape[0], eps=eps)
         if smoothing is not None:
             heads = heads - smoothing.unsqueeze(1)
+        heads = turn_heads(heads)
         scale = heads.abs().amax(dim=-1).clamp_(min=SMALLEST_ABSMAX) / INT8_MAX
         out[:, rows] = (heads / scale.unsqueeze(-1)).round_().clamp_(-INT8_MAX, INT8_MAX)
         out_scale[:, rows] = scale

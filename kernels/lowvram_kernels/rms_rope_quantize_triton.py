@@ -6,7 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowvram_kernels.common_triton import INT8_MAX, absmax_of_bits, quantized_codes, size_bits
+from lowvram_kernels.common_triton import (
+    INT8_MAX,
+    absmax_of_bits,
+    quantized_codes,
+    size_bits,
+    turn_heads,
+)
 from lowvram_kernels.tuning import row_warps
 
 
@@ -50,6 +56,7 @@ def rms_rope_kernel(
         y = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (HEADS, HEAD_DIM))
     if HAS_SMOOTHING:
         y = y - tl.load(smoothing_ptr + position, mask=inside, other=0.0)
+    y = turn_heads(y, HEADS, HEAD_DIM)
     absmax = absmax_of_bits(tl.max(size_bits(y), axis=1))
     scale = tl.div_rn(absmax, tl.full((HEADS,), INT8_MAX, tl.float32))
     codes = quantized_codes(y, scale[:, None], False)

@@ -44,8 +44,8 @@ STORED_VALUES = {
 
 
 # Values of the text, on every architecture: in int8 they cost 1.4 dB of the demo's clips, and their
-# products are under 1 % of a block's (docs/benchmarks/fidelity.md).
-TEXT_VALUES = "fp16"
+# products are under 1 % of a block's (docs/benchmarks/fidelity.md). Also those of refined steps.
+EXACT_VALUES = "fp16"
 
 
 def values_name(arch: str) -> str:

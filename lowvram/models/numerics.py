@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lowvram_kernels.adaln_quantize import adaln
 from lowvram_kernels.errors import UnsupportedOpError
 from lowvram_kernels.rms_rope_quantize import rms_rope
-from lowvram_kernels.sizes import KEY_TILE, STORED_VALUES, TEXT_VALUES
+from lowvram_kernels.sizes import EXACT_VALUES, KEY_TILE, STORED_VALUES
 from lowvram_kernels.tuning import PV_DTYPES, pv_dtype, values_of
 from torch import Tensor
 
@@ -155,7 +155,7 @@ def arithmetic(format: str, device: torch.device) -> str:
     values, activations = (
         str(dtype).removeprefix("torch.") for dtype in (pv_dtype(device), activation_dtype())
     )
-    return f"values {values}, of the text {TEXT_VALUES}, activations {activations}"
+    return f"values {values}, of the text {EXACT_VALUES}, activations {activations}"
 
 
 def stored_values(format: str, device: torch.device) -> str:
@@ -178,6 +178,8 @@ class QuantizedNumerics:
     values have the dtype of `pv_dtype`, and those of the text are fp16. Activations have
     `activation_dtype` between ops and are fp32 inside them.
 
+    Refined, inputs of linears are two int8 codes, which takes two products, and values are fp16.
+
     GELU is fused with the quantization of its result, not with the product (`quantized_linear` can
     do that, too): quantization is bound by memory, which hides GELU, and the product is not. Both
     compute row by row, so the results do not depend on the memory plan.
@@ -193,13 +195,13 @@ class QuantizedNumerics:
         eps: float,
         arena: Arena,
         *,
-        two_codes: bool = False,
+        refined: bool = False,
     ) -> None:
-        """two_codes: for every input of a linear, not only for the text's."""
+        """refined: for the last steps (`Request.refine_steps`)."""
         self.compute = activation_dtype()
         self._rotated = FORMATS[format].rotated
         self._code = TORCH_DTYPES[FORMATS[format].weights]
-        self._two_codes = two_codes
+        self._refined = refined
         self._shapes = _Shapes(num_heads, head_dim, eps)
         self._arena = arena
 
@@ -208,13 +210,13 @@ class QuantizedNumerics:
         return self._quantized(
             x,
             region,
-            self._two_codes,
+            self._refined,
             partial(ops.adaln_quantize, x, scale, shift, eps=self._shapes.eps),
         )
 
     def rows(self, x: Tensor, region: str) -> Rows:
         """x, quantized."""
-        return self._quantized(x, region, self._two_codes, partial(ops.quantize_rows, x))
+        return self._quantized(x, region, self._refined, partial(ops.quantize_rows, x))
 
     def text_rows(self, x: Tensor, region: str) -> Rows:
         """x, quantized; to two int8 codes, because every token attends to the text."""
@@ -224,7 +226,7 @@ class QuantizedNumerics:
     def gelu(self, x: Tensor, region: str) -> Rows:
         """GELU_tanh(x), quantized."""
         return self._quantized(
-            x, region, self._two_codes, partial(ops.gelu_quantize, x), "hidden_scales"
+            x, region, self._refined, partial(ops.gelu_quantize, x), "hidden_scales"
         )
 
     def _quantized(
@@ -276,7 +278,7 @@ class QuantizedNumerics:
             )
 
     def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
-        """Buffers for int8 keys and for values; those of the text are stored as `TEXT_VALUES`."""
+        """Buffers for int8 keys and for values: `EXACT_VALUES` of the text and in refined steps."""
         heads, width, _ = self._shapes
         tiles = -(-num_keys // KEY_TILE)
         names = ("keys", "key_scales", "values", "value_scales")
@@ -284,7 +286,8 @@ class QuantizedNumerics:
         stored = self._arena.view(keys, (heads, num_keys, width), torch.int8)
         scales = self._arena.view(key_scales, (heads, tiles * KEY_TILE), torch.float32)
         at_keys = Heads(stored, scales[:, :num_keys])
-        dtype = PV_DTYPES[TEXT_VALUES] if prefix else pv_dtype(stored.device)
+        exact = prefix or self._refined
+        dtype = PV_DTYPES[EXACT_VALUES] if exact else pv_dtype(stored.device)
         if not STORED_VALUES[values_of(dtype)].scaled:
             rows = self._arena.view(values, (num_keys, heads * width), dtype)
             return AttentionMemory(at_keys, rows, None)
@@ -449,44 +452,6 @@ def _codes(rows: Rows) -> list[tuple[Tensor, Tensor]]:
     return list(zip(rows.values, scale, strict=True)) if scale.ndim == 3 else [(rows.values, scale)]
 
 
-class RefinedNumerics(QuantizedNumerics):
-    """Quantized weights with almost exact activations, for the last steps (`Request.refine_steps`).
-
-    Inputs of linears are two int8 codes, which takes two products. Attention is that of
-    `PlainNumerics` in fp16.
-    """
-
-    smoothed = False
-
-    def __init__(
-        self, format: str, num_heads: int, head_dim: int, eps: float, arena: Arena
-    ) -> None:
-        super().__init__(format, num_heads, head_dim, eps, arena, two_codes=True)
-        self._attention = PlainNumerics(torch.float16, num_heads, head_dim, eps, arena)
-
-    def attention_memory(self, prefix: str, num_keys: int) -> AttentionMemory:
-        """Buffers for fp16 keys and values."""
-        return self._attention.attention_memory(prefix, num_keys)
-
-    def heads(
-        self, x: Tensor, weight: Tensor, rope: Rope | None, smoothing: Tensor | None, out: Heads
-    ) -> None:
-        """out = RoPE(RMSNorm(x)), split into heads."""
-        self._attention.heads(x, weight, rope, smoothing, out)
-
-    def queries(self, num_queries: int) -> Heads:
-        """Buffers for the fp16 queries of one chunk."""
-        return self._attention.queries(num_queries)
-
-    def values(self, v: Tensor, memory: AttentionMemory, start: int) -> None:
-        """Store v, split into heads."""
-        self._attention.values(v, memory, start)
-
-    def attend(self, queries: Heads, memory: AttentionMemory, out: Tensor) -> None:
-        """out = softmax(q k^T / sqrt(head_dim)) v, by torch."""
-        self._attention.attend(queries, memory, out)
-
-
 def make_numerics(
     format: str,
     num_heads: int,
@@ -497,6 +462,5 @@ def make_numerics(
 ) -> Numerics:
     """The arithmetic of a format of `FORMATS`. refined: that of the last steps, int8 alone."""
     if FORMATS[format].quantized:
-        kind = RefinedNumerics if refined else QuantizedNumerics
-        return kind(format, num_heads, head_dim, eps, arena)
+        return QuantizedNumerics(format, num_heads, head_dim, eps, arena, refined=refined)
     return PlainNumerics(TORCH_DTYPES[FORMATS[format].weights], num_heads, head_dim, eps, arena)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lowvram_kernels.sizes import KEY_TILE, STORED_VALUES, TEXT_VALUES
+from lowvram_kernels.sizes import EXACT_VALUES, KEY_TILE, STORED_VALUES
 
 from lowvram.formats import Format
 from lowvram.variants import DiTConfig
 
 ALIGNMENT_BYTES = 256
-FLOAT16 = 2
 # Direct reads (O_DIRECT) start and end at pages of this size, in the file and in memory; their
 # buffers need room for that at both ends and for the alignment of their start.
 PAGE_BYTES = 4096
@@ -56,19 +55,19 @@ def dit_workspace(
 
     branches: guidance branches that share a visit of a block (1 or 2); values: how quantized
     self attention stores values, a key of `STORED_VALUES`; refined: some steps quantize to two
-    codes and attend in fp16 (`Request.refine_steps`).
+    codes and store values as `EXACT_VALUES` (`Request.refine_steps`).
     """
     compute, code, quantized = format.float_bytes, format.code_bytes, format.quantized
     dim, ffn, heads, text = config.dim, config.ffn_dim, config.num_heads, config.text_len
     rows = max(chunk_tokens, min(num_tokens, SMOOTHING_TOKENS))
     persistent = {f"residual.{branch}": num_tokens * dim * 4 for branch in range(branches)}
-    for prefix, tokens, stored in (("", num_tokens, values), ("text_", text, TEXT_VALUES)):
+    for prefix, tokens, stored in (("", num_tokens, values), ("text_", text, EXACT_VALUES)):
         memory = {"keys": tokens * dim * code, "values": tokens * dim * code}
         if quantized:
             memory = _quantized_memory(tokens, dim, heads, stored)
         if refined:
-            for name in ("keys", "values"):
-                memory[name] = max(memory[name], tokens * dim * FLOAT16)
+            exact = _quantized_memory(tokens, dim, heads, EXACT_VALUES)
+            memory = {name: max(nbytes, exact[name]) for name, nbytes in memory.items()}
         persistent |= {f"{prefix}{name}": nbytes for name, nbytes in memory.items()}
     codes = 2 if refined else 1  # of an input of a linear
     # The text's keys and values use the regions of the chunk's. Its context has two int8 codes.
@@ -80,7 +79,7 @@ def dit_workspace(
         "attend": inputs
         | {
             "projected": rows * dim * compute,
-            "queries": rows * dim * (FLOAT16 if refined else code),
+            "queries": rows * dim * code,
             "attended": rows * dim * compute,
         }
         | ({"query_scales": rows * heads * 4} if quantized else {}),

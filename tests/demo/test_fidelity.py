@@ -33,18 +33,20 @@ def test_held_out_clips_are_test_captions_with_two_seeds_each() -> None:
     assert {scenes.split(scene) for scene, _ in pairs[24:]} == {"test"}
 
 
-def test_a_clip_in_fp32_is_its_own_reference_and_int8_is_close() -> None:
+def test_int8_is_close_to_fp32_and_refined_steps_are_closer() -> None:
     torch.set_num_threads(1)
-    exact, other = fidelity.measured(("fp32", "int8"), 1, 0)
-    assert exact.validation == (100,)
-    assert 45 < other.validation[0] < 70
-    assert other.means()["held_out"] is None
+    names = ("bf16", "int8", "int8, 4 refined steps")
+    _, int8, refined = fidelity.measured(names, 1, 0)
+    assert 45 < int8.validation[0] < 70
+    assert refined.validation[0] > int8.validation[0] + 1
+    assert int8.means()["held_out"] is None
 
 
 def test_the_record_is_of_these_weights_and_names_what_was_measured() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     assert record["model_sha256"] == fingerprint(MODEL)
-    formats = {one["format"]: one for one in record["formats"]}
+    formats = {one["case"]: one for one in record["cases"]}
+    assert set(formats) == set(fidelity.CASES)
     assert {len(one["validation"]) for one in formats.values()} == {24}
     assert {len(one["held_out"]) for one in formats.values()} == {16}
     text = (RECORD.parent / "fidelity.md").read_text(encoding="utf-8")
