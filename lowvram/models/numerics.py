@@ -59,11 +59,13 @@ class Numerics(Protocol):
     """Arithmetic of one format. Results are stored in the arena, in the region named by the caller.
 
     compute: dtype of activations between ops; smoothed: keys are quantized less their mean.
+    largest: if a tensor, [] float, it becomes the largest |x| of the fp16 activations since then.
     Shapes: M tokens, D = H * head_dim channels.
     """
 
     compute: torch.dtype
     smoothed: bool
+    largest: Tensor | None
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
         """LN(x) * scale + shift as the input of a linear; x: [M, D] float32."""
@@ -204,6 +206,7 @@ class QuantizedNumerics:
         self._refined = refined
         self._shapes = _Shapes(num_heads, head_dim, eps)
         self._arena = arena
+        self.largest: Tensor | None = None
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, region: str) -> Rows:
         """LN(x) * scale + shift, quantized."""
@@ -249,7 +252,7 @@ class QuantizedNumerics:
         return Rows(codes[0], scale[0])
 
     def linear(self, rows: Rows, weights: LinearWeights, out: Tensor) -> None:
-        """out = rows W^T + b."""
+        """out = rows W^T + b; its range is recorded in `largest`, if that is not None."""
         for number, (codes, scale) in enumerate(_codes(rows)):
             ops.quantized_linear(
                 codes,
@@ -260,6 +263,9 @@ class QuantizedNumerics:
                 out,
                 accumulate=number > 0,
             )
+        if self.largest is not None and out.dtype == torch.float16:
+            low, high = torch.aminmax(out)
+            self.largest = torch.maximum(self.largest, torch.maximum(-low, high))
 
     def linear_add(
         self, rows: Rows, weights: LinearWeights, x: Tensor, gate: Tensor | None
@@ -353,6 +359,7 @@ class PlainNumerics:
         self, compute: torch.dtype, num_heads: int, head_dim: int, eps: float, arena: Arena
     ) -> None:
         self.compute = compute
+        self.largest: Tensor | None = None
         self._shapes = _Shapes(num_heads, head_dim, eps)
         self._arena = arena
 

@@ -164,15 +164,17 @@ class WanTransformer:
         after_block: Callable[[int, Tensor], None] | None = None,
         *,
         refined: bool = False,
+        watched: bool = False,
     ) -> list[Tensor]:
         """Velocity of every branch, each [C, T, h, w] float32. after_block: called as
         `after_block(index, residual)` after each block; refined: in the arithmetic of the last
-        steps (`Request.refine_steps`).
+        steps (`Request.refine_steps`); watched: record `largest_activation`.
 
         Joint branches run together block by block, others one after the other; the result is the
         same bit for bit.
         """
         self._numerics = self._refined if refined else self._usual
+        self._numerics.largest = latents.new_zeros((), dtype=torch.float16) if watched else None
         numbers = range(len(conditioning.contexts))
         groups = [tuple(numbers)] if self._joint else [(number,) for number in numbers]
         results: list[Tensor] = []
@@ -187,6 +189,12 @@ class WanTransformer:
                             after_block(index, x)
             results += [self._head(x, conditioning.time[step], ends) for x in streams]
         return results
+
+    @property
+    def largest_activation(self) -> float:
+        """The largest |x| of the fp16 activations of a watched forward; 0 where none is fp16."""
+        largest = self._numerics.largest
+        return 0.0 if largest is None else float(largest)
 
     def _embed(self, latents: Tensor, slot: int, ends: EmbeddingsAndHead) -> Tensor:
         """Patches (c, dy, dx) -> tokens: the fp32 residual stream [N, D]."""

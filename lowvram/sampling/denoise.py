@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from lowvram_kernels.sizes import FLOAT16_MAX
 from torch import Tensor
 
 from lowvram.errors import NumericsError
@@ -17,6 +19,7 @@ from lowvram.sigmas import expert_of
 from lowvram.streaming.block import Blocks
 from lowvram.streaming.schedule import BlockId
 
+_log = logging.getLogger(__name__)
 # Tokens of the residual stream checked for NaN after each block; attention spreads a NaN to all.
 WATCHED_TOKENS = 64
 
@@ -72,6 +75,7 @@ def denoise(
     `on_step(finished_steps, latents)` after each step. Returns the clean latents. Raises
     `NumericsError` that names step, expert and block if the latents become NaN or infinite.
     """
+    watched: set[str] = set()
     for step in range(solver.index, schedule.steps):
         timestep = int(schedule.timesteps[step])
         name = expert_of(timestep, request.boundary)
@@ -86,7 +90,11 @@ def denoise(
             name,
             finite,
             refined=request.refines(step),
+            watched=name not in watched,
         )
+        if name not in watched:
+            watched.add(name)
+            _warn_of_clamped(name, model.largest_activation)
         latents = solver.step(latents, guided(velocities, request.guidance(name)))
         if not bool(torch.isfinite(latents).all()):
             raise NumericsError(
@@ -96,6 +104,17 @@ def denoise(
             )
         on_step(step + 1, latents)
     return latents
+
+
+def _warn_of_clamped(expert: str, largest: float) -> None:
+    """Warn if activations of an expert's first step reach the limit of fp16."""
+    if largest >= FLOAT16_MAX:
+        _log.warning(
+            "activations of the %s expert are larger than %g, the limit of fp16, and were clamped: "
+            "if the video looks wrong, set LOWVRAM_ACTIVATIONS=bf16",
+            expert,
+            FLOAT16_MAX,
+        )
 
 
 class _FiniteCheck:

@@ -610,6 +610,8 @@ def test_plan_and_doctor_speak_json() -> None:
         (["--frames", "0"], 2, ("frames 0 is not 4n+1", "use 1")),
         (["--steps", "-1"], 2, ("steps -1 is less than 1",)),
         (["--steps", "0"], 2, ("steps 0 is less than 1",)),
+        (["--refine-steps", "3"], 2, ("refine_steps 3 is outside 0 .. 2, the number of steps",)),
+        (["--refine-steps", "-1"], 2, ("refine_steps -1 is outside 0 .. 2",)),
         (["--steps", "1001"], 2, ("steps 1001 is more than the 1000 timesteps",)),
         (["--vram", "0GiB"], 2, ("the VRAM budget is '0GiB'",)),
         (["--ram", "lots"], 2, ("'lots'", "8GiB")),

@@ -15,12 +15,13 @@ import torch
 
 from lowvram import pipeline as pipeline_module
 from lowvram.errors import NumericsError, ResumeError
+from lowvram.models.numerics import arithmetic
 from lowvram.pipeline import Pipeline
 from lowvram.planner.phases import PlanChoice
 from lowvram.progress import Progress
 from lowvram.sampling.state import load_state
 from lowvram.store.reader import Store
-from tests.helpers.runs import digest, expert_velocities, pipeline_of, plan_of, request_of
+from tests.helpers.runs import CPU, digest, expert_velocities, pipeline_of, plan_of, request_of
 from tests.helpers.staged import PROCESS_BYTES, StagedPipeline
 
 StoreOf = Callable[[str], Store]
@@ -43,8 +44,10 @@ SLOW = pytest.mark.slow
     "format", ["int8", pytest.param("int8-plain", marks=SLOW), pytest.param("fp8", marks=SLOW)]
 )
 def test_p17_no_plan_changes_a_bit(tiny_store: StoreOf, format: str) -> None:
+    """The last step of three is refined where the format can be."""
     pipeline = pipeline_of(tiny_store(format))
-    request = request_of(pipeline, steps=3, shift=8.0, **CLIP)
+    refined = int(format != "fp8")
+    request = request_of(pipeline, steps=3, shift=8.0, refine_steps=refined, **CLIP)
     digests = {
         name: digest(pipeline.generate(request, plan=plan_of(pipeline, request, choice)).frames)
         for name, choice in PLANS.items()
@@ -52,6 +55,9 @@ def test_p17_no_plan_changes_a_bit(tiny_store: StoreOf, format: str) -> None:
     assert len(set(digests.values())) == 1, digests
     other = pipeline.generate(request_of(pipeline, steps=3, shift=8.0, seed=1, **CLIP))
     assert digest(other.frames) not in digests.values(), "another seed must give another video"
+    if refined:
+        usual = pipeline.generate(request_of(pipeline, steps=3, shift=8.0, **CLIP))
+        assert digest(usual.frames) not in digests.values(), "refined steps must do something"
 
 
 # plan, and how many blocks pass from pageable RAM to staging in three steps of two branches of two
@@ -167,13 +173,13 @@ def test_p20_resumed_at_any_step_ends_in_the_same_bits(
     tiny_store: StoreOf, tmp_path: Path, solver: str
 ) -> None:
     pipeline = pipeline_of(tiny_store("int8"))
-    request = request_of(pipeline, steps=4, shift=8.0, solver=solver)
+    request = request_of(pipeline, steps=4, shift=8.0, solver=solver, refine_steps=2)
     expected = digest(pipeline.generate(request).frames)
     for step in range(1, 5):
         state = tmp_path / f"{solver}{step}.resume"
         with pytest.raises(Interrupted):
             pipeline.generate(request, state_file=state, listener=interrupt_after(step))
-        assert load_state(state, request, pipeline.model, "int8, text fp16").step == step
+        assert load_state(state, request, pipeline.model, arithmetic("int8", CPU)).step == step
         assert digest(pipeline.generate(request, state_file=state, resume=True).frames) == expected
 
 
@@ -189,8 +195,12 @@ def test_resume_refuses_another_request_and_names_both_values(
     with monkeypatch.context() as patched:
         patched.setenv("LOWVRAM_PV", "fp16")
         with pytest.raises(
-            ResumeError, match=r"arithmetic was 'int8, text fp16', now 'float16, text fp16'"
+            ResumeError, match=r"arithmetic was 'values int8, .*', now 'values float16, "
         ):
+            pipeline.generate(request_of(pipeline), state_file=state, resume=True)
+    with monkeypatch.context() as patched:
+        patched.setenv("LOWVRAM_ACTIVATIONS", "bf16")
+        with pytest.raises(ResumeError, match=r"activations float16', now .* activations bfloat16"):
             pipeline.generate(request_of(pipeline), state_file=state, resume=True)
     with pytest.raises(ResumeError, match="nothing to resume"):
         pipeline.generate(request_of(pipeline), state_file=tmp_path / "none.resume", resume=True)

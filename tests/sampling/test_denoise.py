@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowvram.errors import UsageError
 from lowvram.request import Request
 from lowvram.sampling.denoise import block_schedule, guided
 from lowvram.sampling.schedule import make_schedule
@@ -79,3 +80,30 @@ def test_unknown_settings_are_named(tiny_store: StoreOf) -> None:
 
     with pytest.raises(UsageError, match="unknown setting stepz"):
         pipeline_of(tiny_store("int8")).request("a circle", stepz=3)
+
+
+@pytest.mark.parametrize("activations", ["fp16", "bf16"])
+def test_activations_at_the_limit_of_fp16_are_reported_once_per_expert(
+    tiny_store: StoreOf,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    activations: str,
+) -> None:
+    monkeypatch.setenv("LOWVRAM_ACTIVATIONS", activations)
+    pipeline = pipeline_of(tiny_store("int8"))
+    request = request_of(pipeline, steps=4, shift=1.0)
+    pipeline.generate(request)
+    assert "limit of fp16" not in caplog.text
+    monkeypatch.setattr("lowvram.sampling.denoise.FLOAT16_MAX", 1e-3)
+    pipeline.generate(request)
+    warned = [record for record in caplog.messages if "LOWVRAM_ACTIVATIONS=bf16" in record]
+    assert len(warned) == (2 if activations == "fp16" else 0)
+
+
+def test_an_unknown_dtype_of_activations_is_refused(
+    tiny_store: StoreOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWVRAM_ACTIVATIONS", "int8")
+    pipeline = pipeline_of(tiny_store("int8"))
+    with pytest.raises(UsageError, match="LOWVRAM_ACTIVATIONS=int8: use one of fp16, bf16"):
+        pipeline.generate(request_of(pipeline))

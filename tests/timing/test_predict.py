@@ -93,6 +93,44 @@ def test_seconds_of_a_block_follow_from_the_rates() -> None:
     assert seconds > tokens * elementwise_bytes(DIT, FORMATS["int8"]) / 1e9
 
 
+def test_a_refined_step_has_two_products_per_linear_and_slower_attention() -> None:
+    tokens, rate = 8192 * 4, 1e12
+    bare = profile(
+        gemm_int8_ops_s=rate,
+        attention_ops_s=rate,
+        attention_bf16_ops_s=rate / 2,
+        elementwise_bytes_s=1e30,
+        launch_s=1e-12,
+    )
+    ops = 2 * (
+        linear_ops(DIT, tokens) + text_ops(DIT) + attention_ops(DIT, tokens, tokens + DIT.text_len)
+    )
+    refined_s = block_seconds(DIT, FORMATS["int8"], tokens, 8192, bare, refined=True)
+    assert refined_s == pytest.approx(ops / rate)
+    assert elementwise_bytes(DIT, FORMATS["int8"], 2) > elementwise_bytes(DIT, FORMATS["int8"])
+
+
+@pytest.mark.parametrize("refine_steps", [2, 30, 40])
+def test_refined_steps_take_their_own_time(refine_steps: int) -> None:
+    """Of 40 steps; 30 reach into the high-noise expert."""
+    workloads = [
+        Workload.of(T2V_A14B, "int8", (832, 480), 81, refine_steps=count)
+        for count in (0, refine_steps, 40)
+    ]
+    choice, host = PlanChoice(8192, 0, 40, 0, False), Host.of("cuda")
+    usual, refined, all_refined = (
+        Forecast(workload, CARD)(describe_plan(workload, choice, host)) for workload in workloads
+    )
+    assert usual is not None
+    assert refined is not None
+    assert all_refined is not None
+    share = refine_steps / 40
+    expected = (1 - share) * usual.compute_s + share * all_refined.compute_s
+    assert refined.compute_s == pytest.approx(expected)
+    assert refined.denoise_s >= refined.compute_s > usual.compute_s
+    assert all_refined.compute_s < 2.5 * usual.compute_s
+
+
 def test_short_chunks_cost_time_and_launches_bound_tiny_ones() -> None:
     seconds = [
         block_seconds(DIT, FORMATS["int8"], 32_760, chunk, CARD) for chunk in (8192, 2048, 512, 64)
