@@ -1,5 +1,5 @@
-"""The UMT5 encoder, block by block (spec section 3): weights as stored, activations in bf16 (fp32
-in the fp32 yardstick).
+"""The UMT5 encoder, block by block (spec section 3): weights as stored, activations in
+`Format.outside`.
 """
 
 from __future__ import annotations

@@ -205,7 +205,9 @@ class Forecast:
         """
         text = self._workload.config.text_encoder
         tokens = max(self._branches) * self._workload.config.dit.text_len
-        compute_s = text_seconds(text, tokens, self._text_parameters, self._profile)
+        compute_s = text_seconds(
+            text, self._workload.format, tokens, self._text_parameters, self._profile
+        )
         visits = assign_slots(
             [("text_encoder", index) for index in range(text.num_layers)],
             0,

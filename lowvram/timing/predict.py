@@ -132,13 +132,18 @@ def elementwise_bytes(config: DiTConfig, format: Format, codes: int = 1) -> int:
 
 
 def text_seconds(
-    config: TextEncoderConfig, tokens: int, block_parameters: int, profile: MachineProfile
+    config: TextEncoderConfig,
+    format: Format,
+    tokens: int,
+    block_parameters: int,
+    profile: MachineProfile,
 ) -> float:
     """Seconds to compute one block of the text encoder for `tokens` tokens.
 
-    The weights are dequantized, then multiplied in bf16.
+    The weights are dequantized, then multiplied in `Format.outside`: fp32 at half of bf16's rate,
+    as on consumer cards.
     """
-    rate = profile.gemm_bf16_ops_s
+    rate = profile.gemm_bf16_ops_s / (2 if format.outside == "F32" else 1)
     attention = 4 * tokens * tokens * config.num_heads * config.head_dim
     return (
         2 * tokens * block_parameters + attention
