@@ -280,7 +280,8 @@ class Pipeline:
 
     def _load_state(self, path: Path, request: Request, values: str, solver: Solver) -> Tensor:
         """Latents of an interrupted run, on the device; sets the solver's state."""
-        state = load_state(path, request, self.model, values)
+        shape = self.workload(request).latents.shape
+        state = load_state(path, request, self.model, values, shape)
         solver.load_state_dict(
             {
                 name: value.to(self.device) if value.ndim else value

@@ -42,6 +42,9 @@ from lowvram_kernels.attention_int8_triton import (
     permuted,
     scale_copies,
 )
+from lowvram_kernels.attention_int8_triton import (
+    tile_of as attention_tile_of,
+)
 from lowvram_kernels.common_triton import scalar_products
 from lowvram_kernels.quantize_rows_triton import groups_of, rows_kernel
 from lowvram_kernels.quantize_values import VALUE_MAX
@@ -257,7 +260,7 @@ def attention_variants(arch: str) -> Iterator[Variant]:
 
 
 def attention_variant(arch: str, pv: str, head_dim: int, name: str) -> Variant:
-    tile, dtype = tuning.attention_tile(arch, pv, head_dim), tuning.PV_DTYPES[pv]
+    tile, dtype = attention_tile_of(arch, pv, head_dim), tuning.PV_DTYPES[pv]
     scaled = STORED_VALUES[pv].scaled
     loops = 1 if one_loop(arch, pv) else 2  # the second takes the keys that are left
     types = dict.fromkeys(("q_ptr", "k_ptr"), "*i8") | {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowvram_kernels import sizes
 from lowvram_kernels.common_triton import (
+    AFTER_3_8,
     BEFORE_3_7,
     e4m3_as_float16,
     e4m3_bytes,
@@ -18,6 +19,7 @@ from lowvram_kernels.common_triton import (
 )
 from lowvram_kernels.tuning import (
     INTERPRETER,
+    AttentionTile,
     architecture,
     attention_tile,
     multiplies_e4m3,
@@ -417,6 +419,12 @@ def one_loop(arch: str, pv: str) -> bool:
     return arch.startswith("gfx") and (pv == "fp16" or not BEFORE_3_7)
 
 
+def tile_of(arch: str, pv: str, head_dim: int) -> AttentionTile:
+    """Return `attention_tile`; the assembler of Triton 3.9 spills at another limit."""
+    tile = attention_tile(arch, pv, head_dim)
+    return tile._replace(registers=236) if AFTER_3_8 and tile.registers == 240 else tile
+
+
 def attention_int8(
     q: Tensor,
     q_scale: Tensor,
@@ -438,7 +446,7 @@ def attention_int8(
     num_heads, num_queries, head_dim = q.shape
     arch = architecture(q.device)
     pv = values_of(v.dtype)
-    tile = attention_tile(arch, pv, head_dim)
+    tile = tile_of(arch, pv, head_dim)
     if v.dtype == torch.float8_e4m3fn and not multiplies_e4m3(arch):
         v = v.view(torch.uint8)
     options = {} if tile.registers is None else {"maxnreg": tile.registers}

@@ -12,6 +12,7 @@ from lowvram_kernels import quantize_rows, sizes
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 BEFORE_3_7 = VERSION < (3, 7)
 AFTER_3_7 = VERSION > (3, 7)
+AFTER_3_8 = VERSION > (3, 8)
 # 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 half to even, on every architecture and in
 # the interpreter.
 ROUND = tl.constexpr(12582912.0)

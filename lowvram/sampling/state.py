@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from lowvram.checkpoint.readers.safetensors import TensorFile
+from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.errors import CheckpointError, OutOfMemoryError, ResumeError
 from lowvram.files.checked import checked
 from lowvram.files.write import replace_file
@@ -19,6 +24,8 @@ from lowvram.memory.out_of_memory import as_out_of_memory
 from lowvram.request import Request
 
 FORMAT_VERSION = "3"
+SOLVER = "solver."  # begins the names of the solver's tensors
+MOST_TENSORS = 5  # latents; index, sample and two clean samples of a solver
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,10 @@ def save_state(path: Path, state: RunState) -> None:
 
     Raises `OutputError`.
     """
-    tensors = {"latents": state.latents.contiguous()} | {
-        f"solver.{name}": value.contiguous() for name, value in state.solver.items()
+    tensors = {"latents": state.latents} | {
+        f"{SOLVER}{name}": value for name, value in state.solver.items()
     }
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     metadata = {
         "lowvram_state": FORMAT_VERSION,
         "request": json.dumps(asdict(state.request)),
@@ -67,35 +75,45 @@ def save_state(path: Path, state: RunState) -> None:
         "arithmetic": state.arithmetic,
         "step": str(state.step),
     }
-    replace_file(path, save({name: value.cpu() for name, value in tensors.items()}, metadata))
+    metadata["sha256"] = _checksum(metadata, tensors)
+    replace_file(path, save(tensors, metadata))
 
 
-def load_state(path: Path, request: Request, model: str, arithmetic: str) -> RunState:
-    """Read the state file of a run with the same request, model and attention dtype.
+def load_state(
+    path: Path, request: Request, model: str, arithmetic: str, shape: tuple[int, ...]
+) -> RunState:
+    """Read the state file of a run with the same request, model and arithmetic.
 
-    Raises `ResumeError` if there is no file, it cannot be read or is damaged, or belongs to another
-    run (the message names both values); `OutOfMemoryError` if it does not fit into memory. The file
-    itself is never changed.
+    shape: of the latents. Raises `ResumeError` if there is no file, it cannot be read or is not as
+    it was written, or belongs to another run (the message names both values); `OutOfMemoryError` if
+    it does not fit into memory. The file itself is never changed.
     """
     if not path.is_file():
         raise ResumeError(f"nothing to resume: {path} does not exist; run without --resume")
     try:
-        with as_out_of_memory():
-            metadata, tensors = _read(path)
-        # Before the other fields, which differ between versions.
-        version = metadata.get("lowvram_state", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise ResumeError(
-                f"{path} is of state version {version[:40]}, this is version {FORMAT_VERSION}: "
-                f"remove it and run without --resume"
+        with as_out_of_memory(), _causes_of_checkpoint_errors(), TensorFile(path) as file:
+            metadata = dict(file.header.metadata)
+            # Before the other fields, which differ between versions.
+            version = metadata.get("lowvram_state", FORMAT_VERSION)
+            if version != FORMAT_VERSION:
+                raise ResumeError(
+                    f"{path} is of state version {version[:40]}, this is version "
+                    f"{FORMAT_VERSION}: remove it and run without --resume"
+                )
+            header = checked(metadata, StateHeader, strict=False)
+            saved: dict[str, object] = {"model": header.model, "arithmetic": header.arithmetic}
+            saved |= asdict(msgspec.json.decode(header.request, type=Request))
+            _require_equal(
+                path, saved, {"model": model, "arithmetic": arithmetic} | asdict(request)
             )
-        header = checked(metadata, StateHeader, strict=False)
-        saved: dict[str, object] = {
-            "model": header.model,
-            "arithmetic": header.arithmetic,
-        }
-        saved |= asdict(msgspec.json.decode(header.request, type=Request))
+            _check_tensors(file.header.tensors, shape)
+            # Clones are allocated by torch, whose memory is counted against the RAM budget.
+            tensors = {name: file.read(name, mapped=False).clone() for name in file.header.tensors}
+        if metadata.pop("sha256", None) != _checksum(metadata, tensors):
+            raise ValueError("it has been changed: its checksum is another")
         step, latents = header.step, tensors.pop("latents")
+        if int(tensors.get(f"{SOLVER}index", step)) != step:
+            raise ValueError(f"its solver is not at step {step}")
     except (ResumeError, OutOfMemoryError):
         raise
     except OSError as error:
@@ -108,25 +126,45 @@ def load_state(path: Path, request: Request, model: str, arithmetic: str) -> Run
             f"{path} is not the state of an interrupted run ({error}): remove it and run "
             f"without --resume"
         ) from error
-    _require_equal(path, saved, {"model": model, "arithmetic": arithmetic} | asdict(request))
-    solver = {name.removeprefix("solver."): value for name, value in tensors.items()}
+    solver = {name.removeprefix(SOLVER): value for name, value in tensors.items()}
     return RunState(request, model, arithmetic, step, latents, solver)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read metadata and tensors. Raises `OSError` if the disk fails, `CheckpointError` if the file
-    is not safetensors.
-    """
+@contextmanager
+def _causes_of_checkpoint_errors() -> Iterator[None]:
+    """Raise the `OSError` that made a file unreadable instead of the `CheckpointError`."""
     try:
-        with TensorFile(path) as file:
-            # Clones are allocated by torch, whose memory is counted against the RAM budget.
-            return file.header.metadata, {
-                name: file.read(name, mapped=False).clone() for name in file.header.tensors
-            }
+        yield
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None
         raise
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of everything in a state file: metadata, and names, dtypes, shapes and bytes of the
+    tensors.
+    """
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_tensors(tensors: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless these can be the tensors of a state, before any is read."""
+    if "latents" not in tensors:
+        raise ValueError("it has no latents")
+    if len(tensors) > MOST_TENSORS:
+        raise ValueError(f"it has {len(tensors)} tensors, a state at most {MOST_TENSORS}")
+    for name, info in tensors.items():
+        wanted = ("I64", ()) if name == f"{SOLVER}index" else ("F32", shape)
+        if (info.dtype, tuple(info.shape)) != wanted:
+            raise ValueError(
+                f"its {name[:40]} is {info.dtype} {list(info.shape)}, not {wanted[0]} "
+                f"{list(wanted[1])}"
+            )
 
 
 def _require_equal(path: Path, saved: dict[str, object], wanted: dict[str, object]) -> None:

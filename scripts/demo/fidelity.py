@@ -17,7 +17,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -137,11 +137,10 @@ def clip_pairs(num_clips: int, num_held_out: int) -> list[Pair]:
 
 def measured(
     cases: Sequence[str], num_clips: int, num_held_out: int, model: Path = MODEL
-) -> list[Fidelity]:
+) -> Iterator[Fidelity]:
     """The fidelity of each case of `CASES`, over as many validation and held-out clips."""
     pairs = clip_pairs(num_clips, num_held_out)
     exact = clips("fp32", Case("fp32"), pairs, model)
-    found = []
     for case in cases:
         began = time.monotonic()
         values = [
@@ -149,8 +148,7 @@ def measured(
             for clip, other in zip(clips(case, CASES[case], pairs, model), exact, strict=True)
         ]
         seconds = round((time.monotonic() - began) / max(1, len(pairs)), 2)
-        found.append(Fidelity(case, tuple(values[:num_clips]), tuple(values[num_clips:]), seconds))
-    return found
+        yield Fidelity(case, tuple(values[:num_clips]), tuple(values[num_clips:]), seconds)
 
 
 def table(found: Sequence[Fidelity]) -> Table:
@@ -179,19 +177,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = measured(args.cases, args.clips, args.held_out)
+    found: list[Fidelity] = []
+    for one in measured(args.cases, args.clips, args.held_out):
+        found.append(one)
+        if args.json:
+            write(args.json, found)
     Console().print(table(found))
-    if args.json:
-        record = {
-            "machine": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "processor": platform.machine(),
-            },
-            "model_sha256": fingerprint(MODEL),
-            "cases": [asdict(one) | {"mean": one.means()} for one in found],
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def write(path: Path, found: Sequence[Fidelity]) -> None:
+    """Write what was measured so far as JSON."""
+    record = {
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "processor": platform.machine(),
+        },
+        "model_sha256": fingerprint(MODEL),
+        "cases": [asdict(one) | {"mean": one.means()} for one in found],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

