@@ -163,7 +163,7 @@ class Pipeline:
             values["width"], values["height"] = clip_size(values.pop("size"))
         if "frames" in values:
             values["num_frames"] = values.pop("frames")
-        if not values.get("negative_prompt"):
+        if values.get("negative_prompt") is None:
             values["negative_prompt"] = DEFAULT_NEGATIVE_PROMPT
         unknown = sorted(set(values) - {field.name for field in fields(Request)})
         if unknown:

@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from lowvram.cli import options as opts
+from lowvram.cli.terminal import (
+    PrintableFormatter,
+    accept_every_character,
+    emit,
+    make_console,
+    printable,
+)
 from lowvram.errors import LowvramError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
     from lowvram.progress import Listener
     from lowvram.request import Request
 
-console = Console(stderr=True)
+console = make_console(stderr=True)
 
 
 class Commands(TyperGroup):
@@ -42,9 +48,7 @@ class Commands(TyperGroup):
         except LowvramError as error:
             if ctx.params.get("debug"):
                 raise
-            console.print(
-                f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False
-            )
+            console.print(f"error: {printable(str(error))}", style="red", soft_wrap=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             console.print("interrupted")
@@ -61,11 +65,13 @@ app = typer.Typer(
 
 
 @app.callback()
-def options(debug: opts.Debug = False, verbose: opts.Verbose = False) -> None:
+def options(
+    version: opts.Version = False, debug: opts.Debug = False, verbose: opts.Verbose = False
+) -> None:
     """Options before the subcommand. `Commands.invoke` reads `debug`."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 @app.command()
@@ -87,9 +93,9 @@ def demo(
     result.video.save(out, overwrite=overwrite or is_own_clip(out), scale=result.scale)
     console.print(
         f"quantized in {duration(result.quantize_s)}, generated in "
-        f"{duration(result.generate_s)}: “{prompt}”"
+        f"{duration(result.generate_s)}: “{printable(prompt)}”"
     )
-    print(out)
+    emit(str(out), finished_work=True)
 
 
 @app.command()
@@ -121,10 +127,9 @@ def quantize(
             progress=listener,
         )
     if as_json:
-        print(report.to_json(), end="")
+        emit(report.to_json().rstrip("\n"), finished_work=True)
         return
-    Console().print(summary_table(report))
-    print(model)
+    emit(summary_table(report), str(model), finished_work=True)
 
 
 @app.command()
@@ -169,11 +174,21 @@ def generate(
         shift=shift,
         guidance_high=guidance_high,
         guidance_low=guidance_low,
-        seed=secrets.randbelow(2**31) if seed == -1 else seed,
+        seed=_drawn_seed(out, resume) if seed == -1 else seed,
         solver=solver,
         refine_steps=refine_steps,
     )
     _generate(pipeline, request, out, resume, overwrite, scale, as_json)
+
+
+def _drawn_seed(out: Path, resume: bool) -> int:
+    """A random seed, or that of the interrupted run of `out`; it is printed."""
+    from lowvram.sampling.state import saved_seed, state_path
+
+    saved = saved_seed(state_path(out)) if resume else None
+    seed = secrets.randbelow(2**31) if saved is None else saved
+    console.print(f"seed: {seed}")
+    return seed
 
 
 def _generate(
@@ -217,12 +232,12 @@ def _generate(
             "seconds": times,
             "prompt_tokens": pipeline.prompt_tokens(request),
         }
-        print(json.dumps(facts))
+        emit(json.dumps(facts), finished_work=True)
         return
     console.print(peaks_table(memory))
     if plan.prediction is not None:
         console.print(times_table(plan.prediction, times))
-    print(out)
+    emit(str(out), finished_work=True)
 
 
 def _resumable(
@@ -248,8 +263,8 @@ def _resumable(
     except KeyboardInterrupt:
         if state.exists():
             console.print(
-                f"interrupted; the finished steps are saved in {state}: run the same command with "
-                f"--resume to continue"
+                f"interrupted; the finished steps are saved in {printable(str(state))}: run the "
+                f"same command with --resume to continue"
             )
         raise
 
@@ -335,9 +350,9 @@ def plan(
 def _show(data: dict[str, Any], table: Callable[[], Table], as_json: bool) -> None:
     """Print `data` as JSON, or the table."""
     if as_json:
-        print(json.dumps(data))
+        emit(json.dumps(data))
     else:
-        Console().print(table())
+        emit(table())
 
 
 @app.command()
@@ -377,4 +392,5 @@ def doctor(
 
 def main() -> None:
     """Run the command line: the entry point of the `lowvram` script."""
+    accept_every_character()
     app()

@@ -24,10 +24,12 @@ InspectedPath = Annotated[
         help="A .safetensors file, a checkpoint folder or a quantized model.", readable=False
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Output video, .mp4.", readable=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output video, .mp4.", readable=False)]
 DemoOut = Annotated[
     Path,
-    typer.Option(help="Output video; a clip written by lowvram is replaced.", readable=False),
+    typer.Option(
+        "--out", "-o", help="Output video; a clip written by lowvram is replaced.", readable=False
+    ),
 ]
 DoctorFolder = Annotated[
     Path, typer.Option("--path", help="Folder whose disk is checked.", readable=False)
@@ -38,8 +40,8 @@ DemoOverwrite = Annotated[
 ]
 
 # The prompt.
-DemoPrompt = Annotated[str, typer.Option(help="What the video shows.")]
-Prompt = Annotated[str | None, typer.Option(help="What the video shows.")]
+DemoPrompt = Annotated[str, typer.Option("--prompt", "-p", help="What the video shows.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What the video shows.")]
 PromptFile = Annotated[
     Path | None, typer.Option(help="Text file that contains the prompt.", readable=False)
 ]
@@ -53,12 +55,18 @@ PromptCache = Annotated[
 ]
 
 # The video and its sampling.
-Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")]
+Size = Annotated[
+    str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16; or 480p, 720p.")
+]
 PlannedSize = Annotated[
     str | None,
-    typer.Option(help="WIDTHxHEIGHT in pixels; without it, a matrix of sizes and lengths."),
+    typer.Option(
+        help="WIDTHxHEIGHT in pixels, or 480p, 720p; without it, a matrix of sizes and lengths."
+    ),
 ]
-Frames = Annotated[int | None, typer.Option(help="Number of frames, 4n+1.")]
+Frames = Annotated[
+    int | None, typer.Option("--frames", "--num-frames", help="Number of frames, 4n+1.")
+]
 Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.")]
 Shift = Annotated[float | None, typer.Option(help="Flow shift of the schedule.")]
 GuidanceHigh = Annotated[
@@ -117,6 +125,20 @@ Refresh = Annotated[
     typer.Option("--refresh", help="Check the kernels and measure the machine's speeds again."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"lowvram {version('lowvram')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Verbose = Annotated[
     bool,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from lowvram.cli.progress import PhaseTimer, duration
+from lowvram.cli.terminal import printable
 from lowvram.planner.phases import PHASES
 from lowvram.units import format_bytes
 from lowvram.variants import VARIANTS
@@ -46,7 +47,7 @@ def plan_table(plan: MemoryPlan, gpu: str | None = None) -> Table:
     """
     choice, workload = plan.choice, plan.workload
     table = Table(
-        title=f"{workload.config.variant} {workload.format.name}, "
+        title=f"{printable(workload.config.variant)} {workload.format.name}, "
         f"{workload.width}x{workload.height} x {workload.num_frames} frames, "
         f"{workload.num_tokens:,} tokens"
     )
@@ -102,7 +103,7 @@ def _add_prediction(table: Table, plan: MemoryPlan, gpu: str | None) -> None:
         )
         table.add_row("predicted time", reason)
         return
-    table.add_row(f"predicted from the {_BASES[prediction.basis]}", prediction.machine)
+    table.add_row(f"predicted from the {_BASES[prediction.basis]}", printable(prediction.machine))
     table.add_row(
         "a denoising step, predicted",
         f"{_seconds(prediction.step_s)}, {prediction.overhead:.1%} more than with all blocks "
@@ -123,7 +124,8 @@ def matrix_table(matrix: Matrix) -> Table:
         "table": "from the table of cards",
     }.get(matrix.basis, "from given speeds")
     model = f"{matrix.variant} {matrix.format}, {format_bytes(matrix.ram_bytes)} of RAM"
-    table = Table(title=f"{model}: time of a video, predicted for {matrix.machine} {source}")
+    machine = printable(matrix.machine)
+    table = Table(title=f"{model}: time of a video, predicted for {machine} {source}")
     budgets = list(dict.fromkeys(cell.vram_bytes for cell in matrix.cells))
     table.add_column("size x frames")
     for budget in budgets:
@@ -180,7 +182,8 @@ def compared_times(prediction: Prediction | None, timer: PhaseTimer) -> dict[str
 def times_table(prediction: Prediction, times: dict[str, Any]) -> Table:
     """Table of predicted and actual seconds. times: from `compared_times`, with predictions."""
     table = Table(
-        title=f"time; predicted from the {_BASES[prediction.basis]} of {prediction.machine}"
+        title=f"time; predicted from the {_BASES[prediction.basis]} of "
+        f"{printable(prediction.machine)}"
     )
     table.add_column("phase")
     for name in ("predicted", "actual", "actual / predicted"):

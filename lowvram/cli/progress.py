@@ -75,11 +75,11 @@ def generation_progress(console: Console) -> Iterator[Listener]:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[left]}", markup=False),
     )
     bars: dict[str, TaskID] = {}
     with RichProgress(*columns, console=console) as display:
@@ -106,13 +106,13 @@ def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress],
     with bytes, speed and time left.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
-        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[speed]}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-        TextColumn("{task.fields[tensor]}", style="dim"),
+        TextColumn("{task.fields[left]}", markup=False),
+        TextColumn("{task.fields[tensor]}", style="dim", markup=False),
     )
     labels = {"scan": "checking the source", "quantize": "quantizing"}
     bars: dict[str, TaskID] = {}

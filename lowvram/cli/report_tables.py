@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from lowvram.cli.terminal import printable
 from lowvram.units import format_bytes
 
 
@@ -19,7 +20,8 @@ def inspect_table(report: dict[str, Any]) -> Table:
         report["kind"], report["kind"]
     )
     facts = [str(report[key]) for key in ("format", "dialect", "component") if report.get(key)]
-    table = Table(title=f"{report['path']}: {title}{', ' + ', '.join(facts) if facts else ''}")
+    heading = f"{report['path']}: {', '.join([title, *facts])}"
+    table = Table(title=printable(heading))
     for name in ("component", "tensors", "bytes", "dtypes"):
         table.add_column(name, justify="left" if name in ("component", "dtypes") else "right")
     single = {report.get("component") or "file": report}
@@ -27,14 +29,19 @@ def inspect_table(report: dict[str, Any]) -> Table:
         dtypes = ", ".join(
             f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in part["dtypes"].items()
         )
-        table.add_row(component, f"{part['tensors']:,}", format_bytes(part["bytes"]), dtypes)
+        table.add_row(
+            printable(component),
+            f"{part['tensors']:,}",
+            format_bytes(part["bytes"]),
+            printable(dtypes),
+        )
     if "config" in report:
         dit = report["config"]["dit"]
         sizes = (
             f"{dit['num_layers']} blocks, dim {dit['dim']}, ffn {dit['ffn_dim']}, "
             f"{dit['num_heads']} heads"
         )
-        table.caption = f"{report['config']['variant']}: {sizes}"
+        table.caption = f"{printable(report['config']['variant'])}: {sizes}"
     if report.get("verified"):
         table.caption = f"{table.caption}; the hash of every tensor matches"
     return table
@@ -53,8 +60,8 @@ def doctor_table(report: dict[str, Any]) -> Table:
         status = finding["status"]
         table.add_row(
             finding["name"],
-            f"[{styles[status]}]{status}[/]",
-            escape(finding["detail"]),
-            escape(finding["advice"]),
+            Text(status, styles[status]),
+            printable(finding["detail"]),
+            printable(finding["advice"]),
         )
     return table

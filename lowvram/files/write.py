@@ -14,6 +14,8 @@ from lowvram.units import format_bytes
 
 BINARY = getattr(os, "O_BINARY", 0)  # without it Windows would write \r\n for every byte 10
 PARTIAL = ".partial"  # ends the name of a file that is still being written
+# How file systems refuse to sync a folder: network and FUSE mounts, drives of Windows under WSL.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EIO, errno.ENOSYS, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ADVICE = {
     errno.EEXIST: "it is a file: choose a folder that does not exist",
@@ -55,12 +57,15 @@ def check_room(path: Path, needed_bytes: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable, on systems that can sync a folder."""
+    """Make renames in `folder` durable, on systems and file systems that can sync a folder."""
     if os.name == "nt":
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(fd)
 

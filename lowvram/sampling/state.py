@@ -79,6 +79,15 @@ def save_state(path: Path, state: RunState) -> None:
     replace_file(path, save(tensors, metadata))
 
 
+def saved_seed(path: Path) -> int | None:
+    """The seed in a state file, not checked yet; None if it cannot be read."""
+    try:
+        with TensorFile(path) as file:
+            return msgspec.json.decode(file.metadata["request"], type=Request).seed
+    except Exception:  # `load_state` says what is wrong
+        return None
+
+
 def load_state(
     path: Path, request: Request, model: str, arithmetic: str, shape: tuple[int, ...]
 ) -> RunState:

@@ -376,6 +376,19 @@ def test_places_that_cannot_be_written_are_refused_with_what_to_do(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["afile", "source"]
 
 
+def test_a_drawn_seed_is_shown_and_kept_by_resume(model: Path, tmp_path: Path) -> None:
+    out, state = tmp_path / "clip.mp4", tmp_path / "clip.mp4.resume"
+    request = Request(prompt="a circle", width=64, height=64, num_frames=5, seed=1234)
+    save_state(state, RunState(request, "another model", "int8", 1, torch.zeros(1), {}))
+    asked = ["generate", model, "-p", "a circle", "-o", out, *CLIP, "--seed", "-1"]
+    resumed = run(*asked, "--resume")
+    assert "seed: 1234\n" in resumed.stderr
+    state.unlink()
+    fresh = run(*asked)
+    assert fresh.exit_code == 0
+    assert re.search(r"^seed: \d+$", fresh.stderr, re.MULTILINE)
+
+
 def test_a_state_that_does_not_fit_is_refused_with_a_way_out(model: Path, tmp_path: Path) -> None:
     out, state = tmp_path / "clip.mp4", tmp_path / "clip.mp4.resume"
     asked = ["generate", model, "--prompt", "a circle", "--out", out, *CLIP]

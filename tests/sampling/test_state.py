@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lowvram.errors import ResumeError
 from lowvram.request import Request
-from lowvram.sampling.state import RunState, load_state, save_state
+from lowvram.sampling.state import RunState, load_state, save_state, saved_seed
 
 SHAPE = (2, 1, 3, 4)
 REQUEST = Request("a circle", width=64, height=64, num_frames=5, steps=4)
@@ -109,6 +109,15 @@ def test_p26_what_is_wrong_with_a_state_is_named(
         loaded(path)
     assert reason in str(error.value)
     assert "run without --resume" in str(error.value)
+
+
+def test_the_seed_of_an_interrupted_run_is_found(written: Path, tmp_path: Path) -> None:
+    """`--seed -1 --resume` goes on with it."""
+    assert saved_seed(written) == 0
+    garbage = tmp_path / "garbage.resume"
+    garbage.write_bytes(b"garbage")
+    assert saved_seed(garbage) is None
+    assert saved_seed(tmp_path / "none.resume") is None
 
 
 def test_p26_a_solver_at_another_step_is_refused(tmp_path: Path) -> None:
