@@ -15,7 +15,10 @@ from lowvram.units import format_bytes
 BINARY = getattr(os, "O_BINARY", 0)  # without it Windows would write \r\n for every byte 10
 PARTIAL = ".partial"  # ends the name of a file that is still being written
 # How file systems refuse to sync a folder: network and FUSE mounts, drives of Windows under WSL.
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.EIO, errno.ENOSYS, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+_NO_FOLDER_SYNC = tuple(
+    getattr(errno, name, errno.EINVAL)  # not every system has all of them
+    for name in ("EINVAL", "EIO", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EACCES", "EPERM")
+)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ADVICE = {
     errno.EEXIST: "it is a file: choose a folder that does not exist",
