@@ -167,7 +167,11 @@ def test_attention_of_data_with_outliers_is_close_to_exact_attention(
 
 
 def test_p18_keys_that_are_not_smoothed_show() -> None:
-    assert cases.attention_error(triton_ops(), 64, 200, 2, dtype=torch.int8, smoothed=False) > 0.008
+    smoothed, plain = (
+        cases.attention_error(triton_ops(), 64, 200, 2, dtype=torch.int8, smoothed=smoothed)
+        for smoothed in (True, False)
+    )
+    assert plain > 1.1 * smoothed
 
 
 def triton_ops() -> cases.AttentionOps:
