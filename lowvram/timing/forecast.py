@@ -89,17 +89,17 @@ class Forecast:
         """None where the machine's profile has no rate for the plan's format."""
         tokens, chunk = plan.workload.num_tokens, plan.choice.chunk_tokens
         longest_chunk = min(CHUNK_TOKENS[0], -(-tokens // KEY_TILE) * KEY_TILE)
+        longest = max(range(len(self._parts)), key=lambda number: self._parts[number].steps)
         block_s = self._block_seconds(tokens, chunk, False)
-        refined_s = self._block_seconds(tokens, chunk, True)
-        unbounded_s = self._block_seconds(tokens, longest_chunk, False)
-        if block_s is None or refined_s is None or unbounded_s is None:
+        unbounded_s = self._block_seconds(tokens, longest_chunk, self._parts[longest].refined)
+        found = [self._block_seconds(tokens, chunk, part.refined) for part in self._parts]
+        of_parts = [seconds for seconds in found if seconds is not None]
+        if block_s is None or unbounded_s is None or len(of_parts) < len(found):
             return None
-        of_parts = [refined_s if part.refined else block_s for part in self._parts]
         timeline, lengths = self._timeline(plan, of_parts)
         ends = [timeline.visits[last].compute_end_s for last in _running(lengths)]
         durations = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
         last = _running([part.simulated for part in self._parts])  # simulated step of each part
-        longest = max(range(len(self._parts)), key=lambda number: self._parts[number].steps)
         moved = self._bytes(plan, timeline, lengths, last)
         return Prediction(
             machine=self._profile.name,
