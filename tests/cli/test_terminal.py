@@ -36,14 +36,14 @@ def lowvram(
     )
 
 
-def test_p28_what_is_not_printable_is_shown_as_its_escape() -> None:
+def test_p29_what_is_not_printable_is_shown_as_its_escape() -> None:
     assert printable(HOSTILE) == ("a [/red] \\x1b[31m [bold]circle\\nerror: none \\u202e:smile:")
     assert printable("ein Häuschen 山 🎈") == "ein Häuschen 山 🎈"
     assert printable("\udcff") == "\\udcff"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_p28_hostile_text_is_printed_as_text(
+def test_p29_hostile_text_is_printed_as_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
 ) -> None:
     console = make_console()
@@ -65,7 +65,7 @@ def test_p28_hostile_text_is_printed_as_text(
     assert "\u202e" not in shown
 
 
-def test_p28_an_error_with_a_hostile_path_is_one_line(tmp_path: Path) -> None:
+def test_p29_an_error_with_a_hostile_path_is_one_line(tmp_path: Path) -> None:
     done = lowvram("inspect", str(tmp_path / "[/red]\x1b[2J\nerror: forged"))
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
@@ -74,7 +74,7 @@ def test_p28_an_error_with_a_hostile_path_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_p28_a_full_standard_output_is_an_error_in_one_line(more: list[str]) -> None:
+def test_p29_a_full_standard_output_is_an_error_in_one_line(more: list[str]) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = lowvram("plan", "t2v-a14b", "--size", "480p", *more, stdout=full)
     assert done.returncode == 1
@@ -83,7 +83,7 @@ def test_p28_a_full_standard_output_is_an_error_in_one_line(more: list[str]) -> 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_p28_the_output_never_decides_the_exit_code_of_finished_work(tmp_path: Path) -> None:
+def test_p29_the_output_never_decides_the_exit_code_of_finished_work(tmp_path: Path) -> None:
     out = tmp_path / "山.mp4"
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = lowvram("demo", "-o", str(out), "--format", "bf16", stdout=full)
@@ -92,7 +92,7 @@ def test_p28_the_output_never_decides_the_exit_code_of_finished_work(tmp_path: P
     assert out.exists()
 
 
-def test_p28_a_closed_pipe_is_no_error() -> None:
+def test_p29_a_closed_pipe_is_no_error() -> None:
     read, written = os.pipe()
     os.close(read)
     with os.fdopen(written, "w") as pipe:
@@ -101,7 +101,7 @@ def test_p28_a_closed_pipe_is_no_error() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_p28_an_encoding_without_a_character_gets_its_escape(encoding: str, tmp_path: Path) -> None:
+def test_p29_an_encoding_without_a_character_gets_its_escape(encoding: str, tmp_path: Path) -> None:
     done = lowvram("inspect", str(tmp_path / "山"), PYTHONIOENCODING=encoding)
     assert done.returncode == 1
     assert "\\u5c71 does not exist" in done.stderr.replace("\n", " ")
@@ -127,7 +127,7 @@ def test_the_version_is_printed() -> None:
 
 
 @pytest.mark.parametrize("code", ["EINVAL", "EIO", "ENOSYS"])
-def test_p29_a_folder_that_cannot_be_synced_is_no_reason_to_stop(
+def test_p30_a_folder_that_cannot_be_synced_is_no_reason_to_stop(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str
 ) -> None:
     real = os.fsync

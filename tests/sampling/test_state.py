@@ -128,7 +128,7 @@ def test_p26_a_solver_at_another_step_is_refused(tmp_path: Path) -> None:
         loaded(path)
 
 
-def test_p30_a_large_sparse_state_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_p31_a_large_sparse_state_is_refused_before_it_is_read(tmp_path: Path) -> None:
     """Its header promises 1 GiB of latents."""
     import json
 
