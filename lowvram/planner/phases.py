@@ -20,6 +20,7 @@ from lowvram.planner.wan import (
     LATENTS_IN_STATE,
     conditioning_bytes,
     conditioning_phase_bytes,
+    copied_weight_bytes,
     latent_bytes,
     loop_host_bytes,
     loop_rounding_bytes,
@@ -130,7 +131,8 @@ def _text(inputs: PlanInputs) -> tuple[int, int]:
 
 def _conditioning(inputs: PlanInputs) -> tuple[int, int]:
     vram, ram = conditioning_phase_bytes(inputs.workload, inputs.host.staged)
-    return inputs.resumed_bytes + vram + inputs.rounding_bytes(), ram
+    copied = copied_weight_bytes(inputs.workload)
+    return inputs.resumed_bytes + vram + inputs.rounding_bytes(*copied), ram
 
 
 def _denoise(inputs: PlanInputs) -> tuple[int, int]:

@@ -135,6 +135,14 @@ def conditioning_phase_bytes(workload: Workload, staged: bool) -> tuple[int, int
     return first + max(time, read - largest, contexts + ends - largest), largest + features
 
 
+def copied_weight_bytes(workload: Workload) -> list[int]:
+    """Sizes of the text embedding's weights where they are copied to another dtype."""
+    dit, format = workload.config.dit, workload.format
+    if format.outside == format.rest:
+        return []
+    return [dit.dim * inputs * format.outside_bytes for inputs in (dit.text_dim, dit.dim)]
+
+
 def features_bytes(workload: Workload) -> int:
     """RAM of the text features of both prompts, which stay on the host."""
     compute = workload.format.outside_bytes
