@@ -168,7 +168,8 @@ class WanTransformer:
     ) -> list[Tensor]:
         """Velocity of every branch, each [C, T, h, w] float32. after_block: called as
         `after_block(index, residual)` after each block; refined: in the arithmetic of the last
-        steps (`Request.refine_steps`); watched: record `largest_activation`.
+        steps (`Request.refine_steps`); watched: record the range of
+        activations for `take_largest_activation`.
 
         Joint branches run together block by block, others one after the other; the result is the
         same bit for bit.
@@ -190,10 +191,11 @@ class WanTransformer:
             results += [self._head(x, conditioning.time[step], ends) for x in streams]
         return results
 
-    @property
-    def largest_activation(self) -> float:
-        """The largest |x| of the fp16 activations of a watched forward; 0 where none is fp16."""
-        largest = self._numerics.largest
+    def take_largest_activation(self) -> float:
+        """Return and forget the largest |x| of a watched forward's fp16 activations; 0 where none
+        is fp16.
+        """
+        largest, self._numerics.largest = self._numerics.largest, None
         return 0.0 if largest is None else float(largest)
 
     def _embed(self, latents: Tensor, slot: int, ends: EmbeddingsAndHead) -> Tensor:

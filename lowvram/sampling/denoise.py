@@ -94,7 +94,7 @@ def denoise(
         )
         if name not in watched:
             watched.add(name)
-            _warn_of_clamped(name, model.largest_activation)
+            _warn_of_clamped(name, model.take_largest_activation())
         latents = solver.step(latents, guided(velocities, request.guidance(name)))
         if not bool(torch.isfinite(latents).all()):
             raise NumericsError(

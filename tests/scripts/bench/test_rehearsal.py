@@ -159,7 +159,7 @@ def test_a_fault_costs_its_step_alone(tmp_path: Path) -> None:
     found = lines(tmp_path / "out", steps)
     assert "| done |" in found["machine"]
     assert "| failed |" in found["correct"]
-    assert "check quantize_rows: WrongKernelError: 3 of its calls disagree" in found["correct"]
+    assert "check quantize_rows: WrongKernelError: 5 of its calls disagree" in found["correct"]
     assert "1 of " in found["correct"]
     assert "| left out |" in found["block"]
     assert "not installed: diffusers" in found["block"]
