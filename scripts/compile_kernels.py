@@ -130,6 +130,14 @@ def linear_variants(arch: str) -> Iterator[Variant]:
             ("+= y", {"ACCUMULATE": True}),
         ]
         main += [("+= gate * y", {"ACCUMULATE": True, "HAS_GATE": True})]
+        if int8:  # the second code of an activation
+            main += [("fp16 += y, no bias", {"ACCUMULATE": True, "HAS_BIAS": False})]
+            main += [
+                (
+                    "+= gate * y, no bias",
+                    {"ACCUMULATE": True, "HAS_GATE": True, "HAS_BIAS": False},
+                )
+            ]
         more = [(f"{label}, ragged K", changed | {"EVEN_K": False}) for label, changed in main[2:]]
         more += [
             ("store, no bias", {"HAS_BIAS": False}),
@@ -139,7 +147,8 @@ def linear_variants(arch: str) -> Iterator[Variant]:
         for label, changed in main + (more if arch in MORE else []):
             accumulate = "ACCUMULATE" in changed
             codes = CODE_TYPES[kind]
-            out = "*fp32" if accumulate or "fp32" in label else "*fp16"
+            fp32 = (accumulate and "fp16" not in label) or "fp32" in label
+            out = "*fp32" if fp32 else "*fp16"
             types = floats | sizes | {"a_ptr": codes, "w_ptr": codes, "out_ptr": out}
             constants = {
                 "HAS_BIAS": True,

@@ -84,7 +84,7 @@ Scale = Annotated[
 RefineSteps = Annotated[
     int,
     typer.Option(
-        help="Compute this many of the last steps more exactly, at twice their time; int8 models."
+        help="Compute this many of the last steps more exactly, which takes longer; int8 models."
     ),
 ]
 
