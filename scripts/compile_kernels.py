@@ -477,10 +477,10 @@ def amd_resources(assembly: str) -> tuple[int, int, int]:
         for key, value in re.findall(r"\.([vs]gpr_(?:spill_)?count):\s*(\d+)", assembly)
     }
     spilled = 4 * (count["vgpr_spill_count"] + count["sgpr_spill_count"])
-    # a division has five
-    fused = len(re.findall(r"\bv_(?:dual_|pk_)?fma", assembly)) - 5 * assembly.count(
-        "v_div_fixup_f32"
-    )
+    fused = len(re.findall(r"\bv_(?:dual_|pk_)?fma", assembly))
+    fused -= 5 * assembly.count("v_div_fixup_f32")  # a division has five
+    # a sum with an fp16 operand: times 1.0, so that it rounds once
+    fused -= len(re.findall(r"\bv_fma_mix_f32 \w+, \w+, 1\.0, ", assembly))
     return count["vgpr_count"], spilled, fused
 
 
