@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -14,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowvram.errors import OutputError, UsageError
-from lowvram.files.write import output_error, replacing
+from lowvram.errors import UsageError
+from lowvram.files.output import PART, check_name
+from lowvram.files.write import replacing
 from lowvram.request import Request
 
 if TYPE_CHECKING:  # otherwise imported when a video is written or read
@@ -64,36 +64,6 @@ def clip_metadata(request: Request, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Check before a run that `write_video` will be able to write `path`.
-
-    Raises `UsageError`, `OutputError`.
-    """
-    _check_path(path, overwrite)
-    try:
-        # Write a file: permissions do not reveal a read-only file system.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise output_error(path.parent, error) from error
-
-
-def _check_path(path: Path, overwrite: bool) -> None:
-    if path.suffix.lower() != ".mp4":
-        raise UsageError(
-            f"output {path} is not an .mp4 file: use "
-            f"{path.with_suffix('.mp4') if path.name else 'clip.mp4'}"
-        )
-    if not path.parent.is_dir():
-        raise OutputError(f"output folder {path.parent} does not exist: create it first")
-    if path.is_dir():
-        raise OutputError(f"output {path} is a folder: give a file name")
-    if path.exists() and not overwrite:
-        raise OutputError(
-            f"output {path} already exists: use --overwrite to replace it, or another name"
-        )
-
-
 def write_video(
     path: Path,
     frames: Iterable[Tensor],
@@ -111,12 +81,12 @@ def write_video(
     written as `<name>.part` and renamed when complete.
     Raises `UsageError`, `OutputError`, `DiskFullError`.
     """
-    _check_path(path, overwrite)
+    check_name(path, overwrite)
     if scale < 1 or fps < 1:
         raise UsageError(f"scale {scale} and fps {fps} must both be at least 1")
-    with replacing(path, path.with_name(path.name + ".part")) as part:
+    with replacing(path, path.with_name(path.name + PART)) as part:
         _encode(part, (_encodable(frame, scale) for frame in frames), fps, metadata)
-        _check_path(path, overwrite)
+        check_name(path, overwrite)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

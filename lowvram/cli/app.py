@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,20 @@ from lowvram.cli.terminal import (
     make_console,
     printable,
 )
-from lowvram.errors import LowvramError, OutputError, UsageError
+from lowvram.errors import CheckpointError, LowvramError, OutputError, UsageError
+from lowvram.files.lock import OutputLock
+from lowvram.files.output import check_output, fresh_output
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from lowvram.pipeline import Pipeline, Video
     from lowvram.planner.plan import MemoryPlan
-    from lowvram.progress import Listener
+    from lowvram.progress import Listener, Progress
     from lowvram.request import Request
 
 console = make_console(stderr=True)
+MAX_PROMPT_BYTES = 4 * 20_000  # of the most characters that a prompt may have
 
 
 class Commands(TyperGroup):
@@ -42,13 +46,22 @@ class Commands(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the subcommand; print a `LowvramError` as one line and exit with its code."""
+        """Run the subcommand; print a `LowvramError` as one line and exit with its code.
+
+        With --json it is also an object on standard output.
+        """
+        as_json = "--json" in ctx.args
         try:
             return super().invoke(ctx)
         except LowvramError as error:
             if ctx.params.get("debug"):
                 raise
-            console.print(f"error: {printable(str(error))}", style="red", soft_wrap=True)
+            if as_json:
+                facts = {"type": type(error).__name__, "message": str(error)}
+                emit(json.dumps({"error": facts}))
+            make_console(stderr=True).print(
+                f"error: {printable(str(error))}", style="red", soft_wrap=True
+            )
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             console.print("interrupted")
@@ -66,9 +79,13 @@ app = typer.Typer(
 
 @app.callback()
 def options(
-    version: opts.Version = False, debug: opts.Debug = False, verbose: opts.Verbose = False
+    version: opts.Version = False,
+    debug: opts.Debug = False,
+    verbose: opts.Verbose = False,
+    quiet: opts.Quiet = False,
 ) -> None:
     """Options before the subcommand. `Commands.invoke` reads `debug`."""
+    console.quiet = quiet
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
@@ -85,7 +102,6 @@ def demo(
     """Quantize the small bundled model and generate a video with it; runs on any machine."""
     from lowvram.cli.progress import duration, generation_progress
     from lowvram.demo.run import is_own_clip, run_demo
-    from lowvram.video import check_output
 
     check_output(out, overwrite or is_own_clip(out))
     with generation_progress(console) as listener:
@@ -109,13 +125,15 @@ def quantize(
     as_json: opts.Json = False,
 ) -> None:
     """Quantize a checkpoint into a model for streaming, in bounded memory; resumable."""
+    _check_readable(source)
+    _check_readable(model)
+    if not source.is_dir():  # before torch is imported
+        raise CheckpointError(f"{source} is not a folder: give the folder of the whole model")
     from lowvram_quantize.convert import quantize as convert
     from lowvram_quantize.report import summary_table
 
     from lowvram.cli.progress import quantize_progress
 
-    _check_readable(source)
-    _check_readable(model)
     with quantize_progress(console) as listener:
         report = convert(
             source,
@@ -127,7 +145,7 @@ def quantize(
             progress=listener,
         )
     if as_json:
-        emit(report.to_json().rstrip("\n"), finished_work=True)
+        emit(json.dumps({"model": str(model)} | report.summary()), finished_work=True)
         return
     emit(summary_table(report), str(model), finished_work=True)
 
@@ -139,9 +157,12 @@ def generate(
     prompt_file: opts.PromptFile = None,
     negative_prompt: opts.NegativePrompt = None,
     size: opts.Size = None,
+    width: opts.Width = None,
+    height: opts.Height = None,
     frames: opts.Frames = None,
     steps: opts.Steps = None,
     shift: opts.Shift = None,
+    guidance: opts.Guidance = None,
     guidance_high: opts.GuidanceHigh = None,
     guidance_low: opts.GuidanceLow = None,
     seed: opts.SeedOrRandom = 0,
@@ -151,34 +172,44 @@ def generate(
     ram: opts.Ram = "auto",
     device: opts.Device = "auto",
     resume: opts.ResumeGenerate = False,
-    out: opts.Out = Path("clip.mp4"),
+    out: opts.Out = None,
     scale: opts.Scale = 1,
     overwrite: opts.Overwrite = False,
     prompt_cache: opts.PromptCache = True,
     as_json: opts.Json = False,
 ) -> None:
     """Generate a video within VRAM and RAM budgets."""
-    from lowvram.pipeline import load
-    from lowvram.video import check_output
-
-    check_output(out, overwrite)
+    # What can be known without torch, whose import takes seconds.
     text = _prompt(prompt, prompt_file)
+    if (width is None) != (height is None):
+        raise UsageError("give both --width and --height, or --size WIDTHxHEIGHT")
+    if width is not None and size is not None:
+        raise UsageError("give either --size or --width and --height")
     _check_readable(model)
+    if not model.exists():
+        raise CheckpointError(
+            f"{model} does not exist: make it with `lowvram quantize SOURCE {model}`"
+        )
+    out = out or fresh_output(Path(), resume)
+    check_output(out, overwrite)
+    from lowvram.pipeline import load
+
     pipeline = load(model, vram, ram, device, prompt_cache)
     request = pipeline.request(
         text,
         negative_prompt=negative_prompt,
-        size=size,
+        size=size if width is None else (width, height),
         frames=frames,
         steps=steps,
         shift=shift,
-        guidance_high=guidance_high,
-        guidance_low=guidance_low,
+        guidance_high=guidance if guidance_high is None else guidance_high,
+        guidance_low=guidance if guidance_low is None else guidance_low,
         seed=_drawn_seed(out, resume) if seed == -1 else seed,
         solver=solver,
         refine_steps=refine_steps,
     )
-    _generate(pipeline, request, out, resume, overwrite, scale, as_json)
+    with OutputLock(out, is_file=True):
+        _generate(pipeline, request, out, resume, overwrite, scale, as_json)
 
 
 def _drawn_seed(out: Path, resume: bool) -> int:
@@ -215,7 +246,7 @@ def _generate(
     plan = pipeline.plan(request)
     console.print(plan_line(plan))
     with generation_progress(console) as listener:
-        timer = PhaseTimer(listener)
+        timer = PhaseTimer(_told_resumption(listener) if resume else listener)
         peaks = PhasePeaks(timer, pipeline.device.type, pipeline.host.context_bytes)
         video = _resumable(pipeline, request, plan, out, resume, peaks)
         memory = compared_peaks(plan, peaks.by_phase)
@@ -238,6 +269,20 @@ def _generate(
     if plan.prediction is not None:
         console.print(times_table(plan.prediction, times))
     emit(str(out), finished_work=True)
+
+
+def _told_resumption(listener: Listener) -> Listener:
+    """A listener that also says at which step a resumed run goes on."""
+    told = False
+
+    def listen(event: Progress) -> None:
+        nonlocal told
+        if event.phase == "denoise" and not told:
+            told = True
+            console.print(f"continuing at step {event.done + 1} of {event.total}")
+        listener(event)
+
+    return listen
 
 
 def _resumable(
@@ -278,8 +323,18 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt_file is None:
         return prompt or ""
     try:
+        if str(prompt_file) == "-":
+            content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        else:
+            with prompt_file.open("rb") as file:
+                content = file.read(MAX_PROMPT_BYTES + 1)
+        if len(content) > MAX_PROMPT_BYTES:
+            raise UsageError(
+                f"the prompt file {prompt_file} is longer than {MAX_PROMPT_BYTES} bytes: give a "
+                f"text file that contains the prompt alone"
+            )
         # utf-8-sig: editors on Windows may write a byte order mark.
-        return prompt_file.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig")
     except OSError as error:
         advice = "check the name, or use --prompt TEXT"
         raise LowvramError(

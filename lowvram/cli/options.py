@@ -24,7 +24,12 @@ InspectedPath = Annotated[
         help="A .safetensors file, a checkpoint folder or a quantized model.", readable=False
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Output video, .mp4.", readable=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="Output video, .mp4; default: clip.mp4, clip-2.mp4, …", readable=False
+    ),
+]
 DemoOut = Annotated[
     Path,
     typer.Option(
@@ -43,7 +48,8 @@ DemoOverwrite = Annotated[
 DemoPrompt = Annotated[str, typer.Option("--prompt", "-p", help="What the video shows.")]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What the video shows.")]
 PromptFile = Annotated[
-    Path | None, typer.Option(help="Text file that contains the prompt.", readable=False)
+    Path | None,
+    typer.Option(help="Text file that contains the prompt; - for standard input.", readable=False),
 ]
 NegativePrompt = Annotated[
     str | None,
@@ -58,6 +64,8 @@ PromptCache = Annotated[
 Size = Annotated[
     str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16; or 480p, 720p.")
 ]
+Width = Annotated[int | None, typer.Option(help="Width in pixels, with --height.")]
+Height = Annotated[int | None, typer.Option(help="Height in pixels, with --width.")]
 PlannedSize = Annotated[
     str | None,
     typer.Option(
@@ -69,6 +77,9 @@ Frames = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.")]
 Shift = Annotated[float | None, typer.Option(help="Flow shift of the schedule.")]
+Guidance = Annotated[
+    float | None, typer.Option(help="Guidance scale of both experts; 1 computes one branch.")
+]
 GuidanceHigh = Annotated[
     float | None, typer.Option(help="Guidance scale of the high-noise expert.")
 ]
@@ -140,6 +151,9 @@ Version = Annotated[
     typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print results and errors, no progress.")
+]
 Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Log decisions such as the backend of each op."),

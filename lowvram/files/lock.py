@@ -1,7 +1,9 @@
-"""A lock per output folder, held by one process, with the holder's id in the lock file."""
+"""A lock per output, held by one process, with the holder's id in the lock file."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
 import os
@@ -14,11 +16,13 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lowvram.errors import OutputError
-from lowvram.files.write import output_error
+from lowvram.files.write import output_error, refuse_foreign
 
 LOCK_NAME = ".lowvram.lock"
 # Windows lets nobody read or write a locked file, so the holder's id stands in a file beside it.
 HOLDER_SUFFIX = ".pid" if os.name == "nt" else ""
+# How file systems without locks refuse one.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 TIMEOUT_S = 0.1  # covers a holder that removes its file between our open and our lock
 _log = logging.getLogger(__name__)
 
@@ -26,17 +30,27 @@ _log = logging.getLogger(__name__)
 class OutputLock:
     """Held from construction to `release`; the system frees it when the process dies.
 
+    output: a folder, made if there is none, or a file in a folder that exists. On a file system
+    without locks the process named in the lock file decides.
     Raises `OutputError` naming the process that holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK_NAME
-        self.holder_path = folder / (LOCK_NAME + HOLDER_SUFFIX)
+    def __init__(self, output: Path, *, is_file: bool = False) -> None:
+        self.output = output
+        folder, name = output, LOCK_NAME
+        if is_file:
+            folder, name = output.parent, f".{_digest(output.name)}{LOCK_NAME}"
+        self.path = folder / name
+        self.holder_path = folder / (name + HOLDER_SUFFIX)
+        self._held = False
         self._lock = FileLock(
             self.path, timeout=TIMEOUT_S, poll_interval=TIMEOUT_S / 5, thread_local=False
         )
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if not is_file:
+                folder.mkdir(parents=True, exist_ok=True)
+            refuse_foreign(self.path)
+            refuse_foreign(self.holder_path)
             self._acquire()
         except OSError as error:
             raise output_error(self.path, error) from error
@@ -54,10 +68,12 @@ class OutputLock:
 
     def release(self) -> None:
         """Free the lock and remove its file; a second call does nothing."""
-        if not self._lock.is_locked:
+        if not self._held:
             return
+        self._held = False
         # While the lock is held: a waiting process finds its inode unlinked and tries again.
-        self.holder_path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.holder_path.unlink(missing_ok=True)
         self._lock.release()
         if HOLDER_SUFFIX:
             with suppress(OSError):  # another process may hold it by now
@@ -68,6 +84,10 @@ class OutputLock:
             self._lock.acquire()
         except Timeout:
             raise self._refusal(_read_holder(self.holder_path)) from None
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+                raise
+            _log.info("%s: no locks here: the process named in the file decides", self.path)
         try:
             # Some file systems grant every lock, so the named process must be dead as well.
             holder = _read_holder(self.holder_path)
@@ -78,15 +98,21 @@ class OutputLock:
                     "took over %s, left by process %s, which is gone", self.path, holder.get("pid")
                 )
             self.holder_path.write_text(json.dumps(_process(os.getpid())), encoding="utf-8")
+            self._held = True
         except BaseException:
             self._lock.release()
             raise
 
     def _refusal(self, holder: dict[str, object]) -> OutputError:
         return OutputError(
-            f"{self.path.parent} is being written by process {holder.get('pid', '?')}: wait "
-            f"for it or stop it"
+            f"{self.output} is being written by process {holder.get('pid', '?')}: wait for it or "
+            f"stop it"
         )
+
+
+def _digest(name: str) -> str:
+    """A short name for the lock of a file: with a suffix the file's own could become too long."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _process(pid: object) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,6 +60,25 @@ def check_room(path: Path, needed_bytes: int) -> None:
         )
 
 
+def refuse_foreign(path: Path, *, folder: bool = False) -> None:
+    """Raise `OutputError` if something that lowvram did not write has this name.
+
+    Its temporary files are regular files (`folder`: its temporary folders, folders). A link, a pipe
+    or a device of that name would send what is written elsewhere. Raises `OSError`.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+        kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file"}
+        kind = kinds.get(stat.S_IFMT(mode), "no regular file")
+        wanted = "a folder" if folder else "a file"
+        raise OutputError(
+            f"{path} is {kind}, where lowvram keeps {wanted} of its own: remove or rename it"
+        )
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable, on systems and file systems that can sync a folder."""
     if os.name == "nt":
@@ -82,6 +102,11 @@ def replacing(path: Path, partial: Path | None = None, durable: bool = True) -> 
     survives a power cut. Raises `OutputError` in place of `OSError`.
     """
     partial = partial or path.with_name(path.name + PARTIAL)
+    try:
+        refuse_foreign(partial)
+        partial.unlink(missing_ok=True)  # it may have other names
+    except OSError as error:
+        raise output_error(path, error) from error
     try:
         yield partial
         if durable:
@@ -108,7 +133,7 @@ def _sync_file(path: Path) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Replace `path` atomically by `content`; see `replacing`. Raises `OutputError`."""
     with replacing(path) as partial:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
         try:
             write_all(fd, content)
         finally:

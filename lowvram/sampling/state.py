@@ -19,6 +19,7 @@ from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.errors import CheckpointError, OutOfMemoryError, ResumeError
 from lowvram.files.checked import checked
+from lowvram.files.output import RESUME
 from lowvram.files.write import replace_file
 from lowvram.memory.out_of_memory import as_out_of_memory
 from lowvram.request import Request
@@ -56,7 +57,7 @@ class StateHeader(msgspec.Struct, frozen=True):
 
 def state_path(output: Path) -> Path:
     """Path of the state file for an output: `clip.mp4` -> `clip.mp4.resume`."""
-    return output.with_name(output.name + ".resume")
+    return output.with_name(output.name + RESUME)
 
 
 def save_state(path: Path, state: RunState) -> None:

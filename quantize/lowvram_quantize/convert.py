@@ -15,7 +15,7 @@ from pathlib import Path
 from lowvram.checkpoint.source import Source, open_source
 from lowvram.errors import CheckpointError, DiskFullError, LowvramError, NonFiniteError, OutputError
 from lowvram.files.lock import OutputLock
-from lowvram.files.write import output_error
+from lowvram.files.write import output_error, refuse_foreign
 from lowvram.store.layout import component_layout
 from lowvram.store.manifest import (
     MANIFEST_NAME,
@@ -73,6 +73,7 @@ def quantize(
         }
         build = Build(opened, recipe, layouts, run_identity(recipe, opened), model / STAGING_NAME)
         with _output_folder(model), OutputLock(model):
+            refuse_foreign(build.staging, folder=True)
             if _is_finished(build, model, resume, overwrite):
                 return read_report(model)
             if not (resume and build.staging.exists()):

@@ -60,15 +60,18 @@ class QuantizationReport:
     stored_bytes: int
     tensors: tuple[TensorError, ...]
 
-    def to_json(self) -> str:
-        """Return the report as JSON; interruptions of the run do not change it."""
-        data = {
+    def summary(self) -> dict[str, Any]:
+        """Sizes and the errors of each group of tensors, for scripts."""
+        return {
             "recipe": self.recipe,
             "source_bytes": self.source_bytes,
             "stored_bytes": self.stored_bytes,
             "groups": summarize(self.tensors),
-            "tensors": [asdict(error) for error in self.tensors],
         }
+
+    def to_json(self) -> str:
+        """Return the report as JSON; interruptions of the run do not change it."""
+        data = self.summary() | {"tensors": [asdict(error) for error in self.tensors]}
         return json.dumps(data, indent=1) + "\n"
 
 

@@ -445,12 +445,71 @@ def test_defaults_that_no_request_could_use_are_refused_at_once(
     assert not (tmp_path / "model").exists()
 
 
+def test_p32_a_wrong_path_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    script = (
+        "import sys; from lowvram.cli.app import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit as end: sys.exit(9 if 'torch' in sys.modules else end.code)"
+    )
+    clip = ["--prompt", "a", "--out", "clip.mp4"]
+    for arguments in (
+        ["quantize", "nothere", "new"],
+        ["generate", "nothere", *clip],
+        ["generate", str(tmp_path), "--prompt", "a", "--out", "clip.gif"],
+        ["generate", str(tmp_path), *clip, "--width", "64"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        )
+        assert done.returncode in (1, 2), (arguments, done.returncode, done.stderr)
+        assert "error: " in done.stderr
+
+
+def test_errors_are_json_too(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path / "none", "--json")
+    refused(result, 1, "does not exist")
+    assert "does not exist" in json.loads(result.stdout)["error"]["message"]
+    result = run("--quiet", "inspect", tmp_path / "none")
+    refused(result, 1, "does not exist")
+
+
+def test_a_prompt_comes_from_standard_input_and_has_an_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = ["--width", "64", "--height", "64", *CLIP[2:]]
+    command = ["generate", str(model), "--prompt-file", "-", "--guidance", "1", "--json", *size]
+    for name in ("clip.mp4", "clip-2.mp4"):
+        result = CliRunner().invoke(app, ["--quiet", *command], input="a red circle")
+        assert result.exit_code == 0, result.output
+        assert result.stderr == ""
+        facts = json.loads(result.stdout)
+        assert facts["out"] == name
+        asked = facts["request"]
+        assert asked["prompt"] == "a red circle"
+        assert (asked["guidance_high"], asked["guidance_low"]) == (1, 1)
+    assert sorted(os.listdir()) == ["clip-2.mp4", "clip.mp4"]
+    for file in ("-", "/dev/zero") if Path("/dev/zero").exists() else ("-",):
+        result = CliRunner().invoke(
+            app, ["generate", str(model), "--prompt-file", file], input="a" * 100_000
+        )
+        refused(result, 2, "longer than")
+
+
 def test_quantize_says_what_it_lost(tmp_path: Path) -> None:
     source, model = tmp_path / "source", tmp_path / "model"
     write_official(source, tiny_config())
     result = run("quantize", source, model, "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)
+    facts = json.loads(result.stdout)
+    assert facts["model"] == str(model)
+    assert facts["groups"]
+    assert len(result.stdout) < 10_000
     refused(run("quantize", source, model), 1, "--overwrite")
     result = run("inspect", model, "--verify", "--json")
     assert json.loads(result.stdout)["verified"] is True
