@@ -21,6 +21,7 @@ from lowvram.hardware.profile import MachineProfile
 from lowvram.memory.cap import vram_cap
 from lowvram.memory.malloc import return_freed_memory
 from lowvram.memory.out_of_memory import release_cached_memory
+from lowvram.memory.turns import only_run
 from lowvram.models.numerics import arithmetic, stored_values
 from lowvram.models.vae import WanVAE
 from lowvram.models.wan import Conditioning, EmbeddingsAndHead, condition, load_embeddings_and_head
@@ -202,22 +203,26 @@ class Pipeline:
 
         plan: a plan other than the one that `plan` chooses; noise: [C, T, h, w] float32 in place of
         the seed's; state_file: file for latents and solver state, written after each step; resume:
-        continue from that file, with the same result. Raises `LowvramError`s only, and
-        `KeyboardInterrupt`.
+        continue from that file, with the same result. A run of another thread on the same device is
+        waited for. Raises `LowvramError`s only, and `KeyboardInterrupt`.
         """
-        return_freed_memory()
-        run = self.new_run(request, plan or self.plan(request), listener)
-        # a plan of the caller's own may ask for more
-        granted = max(self.vram_bytes, run.plan.peak_vram_bytes)
-        try:
-            with vram_cap(self.device, granted - self.host.context_bytes):
-                latents = self.latents(run, noise, state_file, resume)
-                frames = run.phase("decode", lambda: self._decode(run, latents))
-        except UnsupportedOpError as error:
-            raise UnsupportedError(str(error)) from error
-        return Video(
-            frames, request, self.model, {"vram": run.vram.peak_bytes, "ram": run.ram.peak_bytes}
-        )
+        with only_run(self.device):
+            return_freed_memory()
+            run = self.new_run(request, plan or self.plan(request), listener)
+            # a plan of the caller's own may ask for more
+            granted = max(self.vram_bytes, run.plan.peak_vram_bytes)
+            try:
+                with vram_cap(self.device, granted - self.host.context_bytes):
+                    latents = self.latents(run, noise, state_file, resume)
+                    frames = run.phase("decode", lambda: self._decode(run, latents))
+            except UnsupportedOpError as error:
+                raise UnsupportedError(str(error)) from error
+            return Video(
+                frames,
+                request,
+                self.model,
+                {"vram": run.vram.peak_bytes, "ram": run.ram.peak_bytes},
+            )
 
     def new_run(self, request: Request, plan: MemoryPlan, listener: Listener = silent) -> Run:
         """A run of `request` under `plan` on this pipeline's store and device."""

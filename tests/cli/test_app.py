@@ -783,7 +783,12 @@ def test_p20_an_interrupted_run_leaves_no_video_and_resumes(
     )
     state = tmp_path / "cut.mp4.resume"
     wait_for(state.exists, process)
+    process.send_signal(signal.SIGSTOP)
+    second = subprocess.run(command(model, cut), env=environment, capture_output=True, text=True)
+    assert second.returncode == 1
+    assert f"is being written by process {process.pid}" in second.stderr
     process.send_signal(kill)
+    process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (130 if kill == signal.SIGINT else -signal.SIGKILL)
     if kill == signal.SIGINT:
@@ -794,10 +799,12 @@ def test_p20_an_interrupted_run_leaves_no_video_and_resumes(
     again = subprocess.run(command(model, cut), env=environment, capture_output=True, text=True)
     assert again.returncode == 1
     assert "continue it with --resume" in again.stderr
-    subprocess.run(
-        command(model, cut, "--resume"), check=True, env=environment, capture_output=True
+    resumed = subprocess.run(
+        command(model, cut, "--resume"), check=True, env=environment, capture_output=True, text=True
     )
+    assert re.search(r"continuing at step [2-9]\d* of ", resumed.stderr)
     assert cut.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob(".*"))
     assert not state.exists()
 
 
