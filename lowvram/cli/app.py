@@ -114,7 +114,7 @@ def demo(
     emit(str(out), finished_work=True)
 
 
-@app.command()
+@app.command(epilog="Example: lowvram quantize Wan2.2-T2V-A14B MODEL --allow-pickle")
 def quantize(
     source: opts.Source,
     model: opts.NewModel,
@@ -150,7 +150,9 @@ def quantize(
     emit(summary_table(report), str(model), finished_work=True)
 
 
-@app.command()
+@app.command(
+    epilog='Example: lowvram generate MODEL -p "a lighthouse in a storm" --size 480p --vram 8GiB'
+)
 def generate(
     model: opts.Model,
     prompt: opts.Prompt = None,
@@ -364,7 +366,7 @@ def _check_readable(path: Path) -> None:
         )
 
 
-@app.command()
+@app.command(epilog='Example: lowvram plan t2v-a14b --size 480p --gpu "RTX 3060 12GB"')
 def plan(
     model: opts.ModelOrVariant,
     size: opts.PlannedSize = None,

@@ -7,6 +7,13 @@ from typing import Annotated
 
 import typer
 
+# Panels of the help.
+PROMPT = "What the video shows"
+VIDEO = "The video"
+SAMPLING = "Sampling"
+MACHINE = "The machine"
+SCRIPTS = "How it runs"
+
 # Input and output paths: readable=False because the commands report unreadable paths themselves.
 Source = Annotated[
     Path, typer.Argument(help="Checkpoint folder: official or diffusers layout.", readable=False)
@@ -27,7 +34,12 @@ InspectedPath = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option(
-        "--out", "-o", help="Output video, .mp4; default: clip.mp4, clip-2.mp4, …", readable=False
+        "--out",
+        "-o",
+        rich_help_panel=VIDEO,
+        metavar="FILE",
+        help="Output video, .mp4; default: clip.mp4, clip-2.mp4, …",
+        readable=False,
     ),
 ]
 DemoOut = Annotated[
@@ -39,91 +51,214 @@ DemoOut = Annotated[
 DoctorFolder = Annotated[
     Path, typer.Option("--path", help="Folder whose disk is checked.", readable=False)
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel=VIDEO, help="Replace an existing output.")
+]
 DemoOverwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing file of any kind.")
 ]
 
 # The prompt.
 DemoPrompt = Annotated[str, typer.Option("--prompt", "-p", help="What the video shows.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What the video shows.")]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt", "-p", rich_help_panel=PROMPT, metavar="TEXT", help="What the video shows."
+    ),
+]
 PromptFile = Annotated[
     Path | None,
-    typer.Option(help="Text file that contains the prompt; - for standard input.", readable=False),
+    typer.Option(
+        rich_help_panel=PROMPT,
+        metavar="FILE",
+        help="Text file that contains the prompt; - for standard input.",
+        readable=False,
+    ),
 ]
 NegativePrompt = Annotated[
     str | None,
-    typer.Option(help="What the video must not show; default: the official negative prompt."),
+    typer.Option(
+        rich_help_panel=PROMPT,
+        metavar="TEXT",
+        help="What the video must not show; default: the official negative prompt.",
+    ),
 ]
 PromptCache = Annotated[
     bool,
-    typer.Option("--prompt-cache/--no-prompt-cache", help="Cache encoded prompts for later runs."),
+    typer.Option(
+        "--prompt-cache/--no-prompt-cache",
+        rich_help_panel=PROMPT,
+        help="Cache encoded prompts for later runs.",
+    ),
 ]
 
 # The video and its sampling.
 Size = Annotated[
-    str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16; or 480p, 720p.")
+    str | None,
+    typer.Option(
+        rich_help_panel=VIDEO,
+        metavar="WxH",
+        help="WIDTHxHEIGHT in pixels, multiples of 16; or 480p, 720p. Default of A14B: 1280x720.",
+    ),
 ]
-Width = Annotated[int | None, typer.Option(help="Width in pixels, with --height.")]
-Height = Annotated[int | None, typer.Option(help="Height in pixels, with --width.")]
+Width = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=VIDEO, metavar="N", help="Width in pixels, with --height."),
+]
+Height = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=VIDEO, metavar="N", help="Height in pixels, with --width."),
+]
 PlannedSize = Annotated[
     str | None,
     typer.Option(
-        help="WIDTHxHEIGHT in pixels, or 480p, 720p; without it, a matrix of sizes and lengths."
+        rich_help_panel=VIDEO,
+        metavar="WxH",
+        help="WIDTHxHEIGHT in pixels, or 480p, 720p; without it, a matrix of sizes and lengths.",
     ),
 ]
 Frames = Annotated[
-    int | None, typer.Option("--frames", "--num-frames", help="Number of frames, 4n+1.")
+    int | None,
+    typer.Option(
+        "--frames",
+        "--num-frames",
+        rich_help_panel=VIDEO,
+        metavar="N",
+        help="Number of frames, 4n+1. Default of A14B: 81.",
+    ),
 ]
-Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.")]
-Shift = Annotated[float | None, typer.Option(help="Flow shift of the schedule.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        metavar="N",
+        help="Number of denoising steps. Default of A14B: 40.",
+    ),
+]
+Shift = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        metavar="X",
+        help="Flow shift of the schedule. Default of A14B: 12.",
+    ),
+]
 Guidance = Annotated[
-    float | None, typer.Option(help="Guidance scale of both experts; 1 computes one branch.")
+    float | None,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        metavar="X",
+        help="Guidance scale of both experts; 1 computes one branch.",
+    ),
 ]
 GuidanceHigh = Annotated[
-    float | None, typer.Option(help="Guidance scale of the high-noise expert.")
+    float | None,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        metavar="X",
+        help="Guidance scale of the high-noise expert. Default of A14B: 4.",
+    ),
 ]
-GuidanceLow = Annotated[float | None, typer.Option(help="Guidance scale of the low-noise expert.")]
-Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-SeedOrRandom = Annotated[int, typer.Option(help="Seed of the noise; -1 picks a random one.")]
-Solver = Annotated[str, typer.Option(help="unipc or euler.")]
+GuidanceLow = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        metavar="X",
+        help="Guidance scale of the low-noise expert. Default of A14B: 3.",
+    ),
+]
+Seed = Annotated[int, typer.Option(rich_help_panel=VIDEO, metavar="N", help="Seed of the noise.")]
+SeedOrRandom = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=VIDEO, metavar="N", help="Seed of the noise; -1 picks a random one."
+    ),
+]
+Solver = Annotated[
+    str, typer.Option(rich_help_panel=SAMPLING, metavar="NAME", help="unipc or euler.")
+]
 Scale = Annotated[
     int,
-    typer.Option(help="Enlarge each pixel of the saved video this many times.", min=1, max=16),
+    typer.Option(
+        rich_help_panel=VIDEO,
+        metavar="N",
+        help="Enlarge each pixel of the saved video this many times.",
+        min=1,
+        max=16,
+    ),
 ]
 
 RefineSteps = Annotated[
     int,
     typer.Option(
-        help="Compute this many of the last steps more exactly, which takes longer; int8 models."
+        rich_help_panel=SAMPLING,
+        metavar="N",
+        help="Compute this many of the last steps more exactly, which takes longer; int8 models.",
     ),
 ]
 
 # The machine and the format.
-Vram = Annotated[str, typer.Option(help="VRAM budget: 8GiB, 8GB, 8192MiB or auto.")]
+Vram = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=MACHINE, metavar="SIZE", help="VRAM budget: 8GiB, 8GB, 8192MiB or auto."
+    ),
+]
 PlannedVram = Annotated[
     str | None,
-    typer.Option(help="VRAM budget: 8GiB, 8GB or auto; default: auto with --gpu, else 8GiB."),
+    typer.Option(
+        rich_help_panel=MACHINE,
+        metavar="SIZE",
+        help="VRAM budget: 8GiB, 8GB or auto; default: auto with --gpu, else 8GiB.",
+    ),
 ]
-Ram = Annotated[str, typer.Option(help="RAM budget: 16GiB, 16GB or auto.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Ram = Annotated[
+    str,
+    typer.Option(rich_help_panel=MACHINE, metavar="SIZE", help="RAM budget: 16GiB, 16GB or auto."),
+]
+Device = Annotated[
+    str, typer.Option(rich_help_panel=MACHINE, metavar="NAME", help="auto, cpu, cuda or cuda:N.")
+]
 Format = Annotated[
     str,
-    typer.Option("--format", help="int8 (rotated, the default), int8-plain, fp8, bf16 or fp32."),
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="int8 (rotated, the default), int8-plain, fp8, bf16 or fp32.",
+    ),
 ]
 Gpu = Annotated[
     str | None,
-    typer.Option(help='Card to predict times for, such as "RTX 3060 12GB"; default: this machine.'),
+    typer.Option(
+        rich_help_panel=MACHINE,
+        metavar="NAME",
+        help='Card to predict times for, such as "RTX 3060 12GB"; default: this machine.',
+    ),
 ]
 Link = Annotated[
-    str | None, typer.Option(help='Link of the card: "PCIe 3.0 x8", or bytes per second: 12GB.')
+    str | None,
+    typer.Option(
+        rich_help_panel=MACHINE,
+        metavar="SPEED",
+        help='Link of the card: "PCIe 3.0 x8", or bytes per second: 12GB.',
+    ),
 ]
-Disk = Annotated[str | None, typer.Option(help="Speed of the disk in bytes per second: 3.5GB.")]
+Disk = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=MACHINE,
+        metavar="SPEED",
+        help="Speed of the disk in bytes per second: 3.5GB.",
+    ),
+]
 
 # How a command runs and what it prints.
 ResumeQuantize = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 ResumeGenerate = Annotated[
-    bool, typer.Option("--resume", help="Continue an interrupted run of the same request.")
+    bool,
+    typer.Option(
+        "--resume", rich_help_panel=SCRIPTS, help="Continue an interrupted run of the same request."
+    ),
 ]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .pth files (weights only).")
@@ -135,7 +270,9 @@ Refresh = Annotated[
     bool,
     typer.Option("--refresh", help="Check the kernels and measure the machine's speeds again."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")]
+Json = Annotated[
+    bool, typer.Option("--json", rich_help_panel=SCRIPTS, help="Print one JSON object for scripts.")
+]
 
 
 def _print_version(asked: bool) -> None:
