@@ -211,6 +211,7 @@ def generate(
         refine_steps=refine_steps,
     )
     with OutputLock(out, is_file=True):
+        check_output(out, overwrite)  # a run that held the lock may have finished
         _generate(pipeline, request, out, resume, overwrite, scale, as_json)
 
 
