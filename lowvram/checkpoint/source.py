@@ -12,10 +12,11 @@ import torch
 
 from lowvram.checkpoint.dialects.table import Dialect, dialect_of
 from lowvram.checkpoint.layouts.parts import Parts, Rename
-from lowvram.checkpoint.layouts.table import layout_of
+from lowvram.checkpoint.layouts.table import layout_of, model_folder
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.checkpoint.readers.shards import RawTensors, fingerprint_texts, named
 from lowvram.checkpoint.validate import (
+    WrongExpertError,
     check_config,
     check_dialect,
     check_experts,
@@ -24,7 +25,7 @@ from lowvram.checkpoint.validate import (
     raise_problems,
 )
 from lowvram.errors import CheckpointError
-from lowvram.variants import COMPONENTS, ModelConfig
+from lowvram.variants import COMPONENTS, EXPERTS, ModelConfig
 
 # Second name of the tied embedding: transformers may store it under both.
 TIED = "encoder.embed_tokens.weight"
@@ -90,6 +91,7 @@ def open_source(path: Path, allow_pickle: bool = False) -> Source:
     or of the wrong shape; `UnsafeFileError` for a pickle without `allow_pickle` or a path out of
     the folder; `CheckpointError` for any other defect.
     """
+    path = model_folder(path)
     parts = _read_parts(path, allow_pickle)
     check_config(path, parts.config)
     check_experts(parts.raw)
@@ -105,6 +107,28 @@ def open_source(path: Path, allow_pickle: bool = False) -> Source:
         components[component] = ComponentSource(component, tensors, stored, raw, dialect)
     raise_problems(texts)
     return Source(path, parts.layout, parts.config, components, parts.tokenizer)
+
+
+def check_distinct_experts(source: Source) -> None:
+    """Raise `WrongExpertError` if all tensors of the two experts are equal.
+
+    Small tensors are compared first: those of two trained experts differ, and nothing else is read.
+    """
+    high, low = (source.components[name] for name in EXPERTS)
+    if high.tensors.keys() != low.tensors.keys():
+        return
+    for name in sorted(high.tensors, key=lambda name: high.tensors[name].nbytes):
+        one, other = high.read(name), low.read(name)
+        if one.dtype != other.dtype or not torch.equal(_bits(one), _bits(other)):
+            return
+    raise WrongExpertError(
+        f"{high.raw.where} and {low.raw.where} hold the same weights, but the model needs both "
+        f"experts: download the other one"
+    )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _read_parts(path: Path, allow_pickle: bool) -> Parts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from lowvram.checkpoint.readers.shards import RawTensors, named
 from lowvram.errors import CheckpointError, MissingTensorsError
 from lowvram.variants import EXPERTS, ModelConfig
 
+_log = logging.getLogger(__name__)
 _OTHER = {
     "high_noise": re.compile(r"low[\W_]?noise", re.IGNORECASE),
     "low_noise": re.compile(r"high[\W_]?noise", re.IGNORECASE),
@@ -102,27 +105,36 @@ def raise_problems(texts: list[str]) -> None:
 
 
 def check_experts(raw: Mapping[str, RawTensors]) -> None:
-    """Raise `WrongExpertError` when file names or metadata say that the experts are swapped.
+    """Raise `WrongExpertError` when file names or titles say that the experts are swapped.
 
-    Also when both experts are the same files.
+    Also when both experts are the same files. Other texts that say so are logged.
     """
     for component in EXPERTS:
         other, own = _OTHER[component], _OTHER[EXPERTS[1 - EXPERTS.index(component)]]
-        for note in raw[component].notes:
-            if other.search(note) and not own.search(note):
+        for notes, is_title in ((raw[component].names, True), (raw[component].notes, False)):
+            for note in notes:
+                if not other.search(note) or own.search(note):
+                    continue
                 text = f"{component} is expected here, but a file in it says {note[:120]!r}"
-                raise WrongExpertError(
-                    f"{raw[component].where}: {text}: put each expert into its own folder"
+                if is_title:
+                    raise WrongExpertError(
+                        f"{raw[component].where}: {text}: put each expert into its own folder"
+                    )
+                _log.warning(
+                    "%s: %s: check that the experts are not swapped", raw[component].where, text
                 )
-    high, low = (
-        {(item.st_dev, item.st_ino) for item in (path.stat() for path in raw[name].files)}
-        for name in EXPERTS
-    )
+    high, low = (set(map(_identity, raw[name].files)) for name in EXPERTS)
     if high & low:
         both = f"{raw['high_noise'].where} and {raw['low_noise'].where}"
         raise WrongExpertError(
             f"{both} are the same files, but the model needs both experts: download the other one"
         )
+
+
+def _identity(path: Path) -> tuple[int, int] | str:
+    """What tells two files apart; some network drives number no files."""
+    item = path.stat()
+    return (item.st_dev, item.st_ino) if item.st_ino else os.path.realpath(path)
 
 
 def check_config(path: Path, config: ModelConfig) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from lowvram.checkpoint.dialects.table import dialect_of
 from lowvram.checkpoint.layouts.official import FOLDERS, STEMS, looks_official
+from lowvram.checkpoint.layouts.table import model_folder
 from lowvram.checkpoint.readers.safetensors_header import Header, TensorInfo, read_header
 from lowvram.checkpoint.readers.shards import RawTensors, named, open_folder, open_one
 from lowvram.checkpoint.source import Source, open_source
@@ -42,6 +43,7 @@ def inspect_path(path: Path, verify: bool, progress: OnBytes | None = None) -> d
             f"{path} does not exist: give a .safetensors file, a checkpoint folder or a "
             f"quantized model"
         )
+    path = model_folder(path)
     if (path / MANIFEST_NAME).exists():
         # A failed sample check would prevent the complete list of differences.
         with open_store(path, sample=not verify) as store:

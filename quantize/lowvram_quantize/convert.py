@@ -7,12 +7,13 @@ the manifest last. Until then an earlier store in MODEL stays intact.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lowvram.checkpoint.source import Source, open_source
+from lowvram.checkpoint.source import Source, check_distinct_experts, open_source
 from lowvram.errors import CheckpointError, DiskFullError, LowvramError, NonFiniteError, OutputError
 from lowvram.files.lock import OutputLock
 from lowvram.files.write import output_error, refuse_foreign
@@ -64,9 +65,10 @@ def quantize(
     `ResumeError`, and `UsageError` for an unknown format.
     """
     source, model, recipe = Path(source), Path(model), Recipe(format)
-    if model.resolve() == source.resolve():
+    if os.path.realpath(model) == os.path.realpath(source):
         raise OutputError(f"{model} is the checkpoint itself: choose another folder for the result")
     with open_source(source, allow_pickle) as opened, RowEngine(threads, device) as engine:
+        check_distinct_experts(opened)
         layouts = {
             component: component_layout(component, opened.config, format)
             for component in COMPONENTS

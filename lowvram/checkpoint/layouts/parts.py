@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -52,7 +53,7 @@ def read_sampling(root: Path, defaults: SamplingDefaults) -> SamplingDefaults:
     Raises `CheckpointError`, naming file and field, when no valid request has these defaults.
     """
     path = root / DEFAULTS_FILE
-    if not path.exists():
+    if not os.path.lexists(path):  # a broken link is an error
         return defaults
     advice = "correct it or remove it"
     data = read_json(root, path, CONFIG_CAP_BYTES, advice)

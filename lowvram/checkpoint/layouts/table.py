@@ -52,6 +52,31 @@ def is_checkpoint(path: Path) -> bool:
     return any(layout.looks(path) for layout in LAYOUTS)
 
 
+def model_folder(path: Path) -> Path:
+    """The folder of the model: `path`, or the snapshot in it where `path` is a folder of the cache
+    of huggingface_hub.
+
+    Raises `CheckpointError` where it cannot be told which snapshot is meant.
+    """
+    snapshots = path / "snapshots"
+    if is_checkpoint(path) or not snapshots.is_dir():
+        return path
+    main = path / "refs" / "main"
+    try:
+        named = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    except (OSError, ValueError):
+        named = ""
+    found = sorted(item.name for item in snapshots.iterdir() if item.is_dir())
+    if named in found:
+        return snapshots / named
+    if len(found) == 1:
+        return snapshots / found[0]
+    raise CheckpointError(
+        f"{path} is a folder of the hub cache with {len(found)} snapshots: give one of them, such "
+        f"as {snapshots}/{found[0] if found else 'REVISION'}"
+    )
+
+
 def layout_of(path: Path) -> Layout:
     """The layout of a folder. Raises `CheckpointError` when it has none or several."""
     found = [layout for layout in LAYOUTS if layout.looks(path)]

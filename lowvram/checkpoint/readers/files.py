@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from lowvram.files.checked import checked
 JSON_CAP_BYTES = 64 * 2**20  # UMT5's tokenizer.json has 17 MB
 CONFIG_CAP_BYTES = 2**20
 DOWNLOAD = "download it again"
+LFS_POINTER = b"version https://git-lfs"
 T = TypeVar("T")
 
 
@@ -40,7 +42,8 @@ def inside(root: Path, path: Path) -> Path:
 
     Raises `UnsafeFileError` for a link that points elsewhere.
     """
-    home, target = root.resolve(), path.resolve()
+    # realpath: `resolve` raises on links that lead in a circle
+    home, target = Path(os.path.realpath(root)), Path(os.path.realpath(path))
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
@@ -50,6 +53,17 @@ def inside(root: Path, path: Path) -> Path:
             f"itself"
         )
     return path
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raise `CheckpointError` if a file that begins with `start` is a Git LFS pointer: a text of
+    some 130 bytes in place of the file itself.
+    """
+    if start.startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, "
+            f"or download it with `hf download`"
+        )
 
 
 def read_bytes(
@@ -69,6 +83,7 @@ def read_bytes(
             content = file.read(cap_bytes + 1)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}: {advice}") from error
+    refuse_pointer(path, content)
     if len(content) > cap_bytes:
         raise CheckpointError(
             f"{path} is larger than {cap_bytes} bytes, the limit for such a file: {advice}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lowvram.checkpoint.readers.files import LFS_POINTER, refuse_pointer
 from lowvram.checkpoint.readers.safetensors import DTYPE_CODES
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
 from lowvram.errors import CheckpointError, UnsafeFileError
@@ -69,6 +70,8 @@ def _check_torch() -> None:
 
 def _load(path: Path) -> object:
     try:
+        with open(path, "rb") as file:
+            refuse_pointer(path, file.read(len(LFS_POINTER)))
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         reason = (

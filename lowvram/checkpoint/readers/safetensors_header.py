@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lowvram.checkpoint.readers.files import LFS_POINTER, refuse_pointer
 from lowvram.errors import CheckpointError, HeaderError
 
 DTYPE_BYTES = {
@@ -108,7 +109,10 @@ def _read_text(path: Path) -> tuple[bytes, int]:
             raise CheckpointError(f"{path} is not a regular file")
         with open(path, "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
+            prefix = file.read(len(LFS_POINTER))
+            refuse_pointer(path, prefix)
+            prefix = prefix[:8]
+            file.seek(len(prefix))
             length = _check_length(path, prefix, file_bytes)
             text = file.read(length)
     except OSError as error:
@@ -194,6 +198,8 @@ def _check_text(path: Path, text: str) -> None:
 
 
 def _metadata(path: Path, entry: Any) -> dict[str, str]:
+    if entry is None:  # as the safetensors library reads it
+        return {}
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
         raise HeaderError("metadata", f"{path}: __metadata__ is not an object of strings")
     for key, value in entry.items():

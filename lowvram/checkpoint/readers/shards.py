@@ -14,18 +14,23 @@ from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
 from lowvram.checkpoint.readers.table import READERS, TensorReader
 from lowvram.errors import CheckpointError, MissingTensorsError
 
+# Keys of metadata whose values name the model.
+TITLES = ("title", "name", "model", "modelspec.title", "general.name", "ss_output_name")
+
 
 @dataclass
 class RawTensors:
     """All tensors of one component, by stored name, and their files.
 
-    notes: file names and metadata texts, which may say which expert the files belong to.
+    names: file names and titles, which tell the experts apart; notes: other texts of the metadata,
+    which may mention either.
     """
 
     where: Path
     infos: dict[str, TensorInfo] = field(default_factory=dict)
     readers: dict[str, TensorReader] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -45,7 +50,9 @@ class RawTensors:
         self.infos |= infos
         self.readers |= dict.fromkeys(infos, reader)
         self.files.append(path)
-        self.notes += [path.name, *reader.metadata.values()]
+        self.names.append(path.name)
+        for key, value in reader.metadata.items():
+            (self.names if key in TITLES else self.notes).append(value)
         self.metadata |= reader.metadata
 
 
@@ -83,8 +90,8 @@ def open_folder(root: Path, folder: Path) -> RawTensors:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing or is not a folder: download it again")
     inside(root, folder)
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
+    indexes = _listed(folder, "*.safetensors.index.json")
+    files = _listed(folder, "*.safetensors")
     if len(indexes) > 1:
         raise CheckpointError(
             f"{folder} contains {len(indexes)} index files: "
@@ -101,6 +108,11 @@ def open_folder(root: Path, folder: Path) -> RawTensors:
     raw = RawTensors(folder)
     open_safetensors(root, files[0], raw)
     return raw
+
+
+def _listed(folder: Path, pattern: str) -> list[Path]:
+    """Matching files, without those in which macOS keeps attributes on other file systems."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("._"))
 
 
 def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> RawTensors:
