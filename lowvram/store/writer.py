@@ -24,6 +24,7 @@ from lowvram.store.layout import ALIGNMENT_BYTES, StoredTensor
 SYNC_BYTES = 256 * 2**20
 CHUNK_BYTES = 16 * 2**20
 JOURNAL = PARTIAL + ".journal"
+READ_BYTES = 8 * 2**20  # read at once where a resumed file is checked
 _log = logging.getLogger(__name__)
 
 
@@ -238,14 +239,19 @@ class StoreWriter:
                 f"{self._partial} does not contain the {end} bytes that its journal lists "
                 f"({size} found): start again without --resume"
             )
+        if (damaged := self._damaged(self._fd)) is not None:
+            raise ResumeError(
+                f"{self._partial}: tensor {damaged} is not as it was written: start again without "
+                f"--resume"
+            )
         check_room(self.path, sum(tensor.nbytes for tensor in self.remaining) - (size - end))
         os.ftruncate(self._fd, end)
         os.lseek(self._fd, end, os.SEEK_SET)
         return True
 
     def _continue_finished(self, journal: Journal) -> bool:
-        """Accept a file that already has its final name, if header, length and number of tensors
-        match the journal.
+        """Accept a file that already has its final name, if header, length and the hashes of all
+        tensors match the journal.
         """
         fd = os.open(self.path, os.O_RDONLY | BINARY)
         try:
@@ -255,13 +261,31 @@ class StoreWriter:
                 and os.fstat(fd).st_size == total
                 and self._has_header(fd)
             )
+            if complete:
+                self.hashes = dict(journal.hashes)
+                if (damaged := self._damaged(fd)) is not None:
+                    text = "%s: tensor %s is not as it was written: the file is made again"
+                    _log.warning(text, self.path, damaged)
+                    complete, self.hashes = False, {}
         finally:
             os.close(fd)
         if complete:
-            self.hashes, self._finished = dict(journal.hashes), True
+            self._finished = True
         else:
             self._close()
         return complete
+
+    def _damaged(self, fd: int) -> str | None:
+        """The first tensor in the file whose bytes do not have the hash in `hashes`."""
+        os.lseek(fd, len(self._header), os.SEEK_SET)
+        for tensor in self.tensors[: len(self.hashes)]:
+            digest, left = hashlib.sha256(), tensor.nbytes
+            while left and (data := os.read(fd, min(left, READ_BYTES))):
+                digest.update(data)
+                left -= len(data)
+            if digest.hexdigest() != self.hashes[tensor.name]:
+                return tensor.name
+        return None
 
     def _has_header(self, fd: int) -> bool:
         os.lseek(fd, 0, os.SEEK_SET)

@@ -1,12 +1,13 @@
 """The journal of a quantizer run: its identity and the error of every lossy tensor.
 
-A file of JSON lines, the identity first, which is synced before anything else is written. Errors
-are not synced: those that a crash removes are measured again from the source. The writer keeps its
-own journals of the tensors written.
+A file of JSON lines, each with a checksum; the identity is the first and is synced before anything
+else is written. Errors are not synced: those that a crash removes are measured again from the
+source. The writer keeps its own journals of the tensors written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -33,15 +34,15 @@ class RunJournal:
         self.errors: dict[tuple[str, str], TensorError] = {}
         kept = _whole_lines(path)
         if kept:
-            check_same(json.loads(kept[0])["identity"], identity, str(path.parent))
+            check_same(json.loads(kept[0])["entry"], identity, str(path.parent))
         for line in kept[1:]:
-            error = TensorError(**json.loads(line))
+            error = TensorError(**json.loads(line)["entry"])
             self.errors[error.component, error.name] = error
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | BINARY, 0o666)
             os.ftruncate(self._fd, os.lseek(self._fd, sum(len(line) for line in kept), os.SEEK_SET))
             if not kept:
-                self._append({"identity": identity})
+                self._append(identity)
                 os.fsync(self._fd)
         except OSError as error:
             raise output_error(path, error) from error
@@ -66,18 +67,24 @@ class RunJournal:
             raise output_error(self.path, failure, "make room and go on with --resume") from failure
 
     def _append(self, entry: object) -> None:
-        write_all(self._fd, json.dumps(entry).encode() + b"\n")
+        line = json.dumps({"entry": entry, "sha256": _checksum(entry)})
+        write_all(self._fd, line.encode() + b"\n")
+
+
+def _checksum(entry: object) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Return the lines before the first that a crash truncated or damaged."""
+    """Return the lines before the first that is not as it was written."""
     if not path.exists():
         return []
     lines = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
-        except ValueError:
+            data = json.loads(line) if line.endswith(b"\n") else {}
+            whole = data["sha256"] == _checksum(data["entry"])
+        except (ValueError, LookupError, TypeError, RecursionError):
             whole = False
         if not whole:
             break

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import shutil
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ from lowvram_quantize.recipe import Recipe, run_identity
 from lowvram_quantize.rows import RowEngine
 
 from lowvram.checkpoint.names import Shape, dit_shapes, text_encoder_shapes, vae_shapes
+from lowvram.checkpoint.readers.safetensors_header import read_header
 from lowvram.checkpoint.source import Source, open_source
 from lowvram.memory.usage import peak_rss_bytes
 from lowvram.store.layout import StoredTensor, component_layout
@@ -41,13 +43,25 @@ COPY_BYTES = 16 * 2**20
 
 
 def write_sparse_source(path: Path, config: ModelConfig, shards: int) -> None:
-    """The official layout with fp32 experts, every weight a zero that takes no room on the disk."""
+    """The official layout with fp32 experts, whose weights are zeros that take no room on the disk.
+
+    One weight is not, since equal experts are refused.
+    """
     for expert in EXPERTS:
         folder = path / f"{expert}_model"
         folder.mkdir(parents=True)
         _write_sparse_shards(folder, dit_shapes(config.dit), shards)
         data = {key: value for key, value in asdict(config.dit).items() if key != "patch_size"}
         (folder / "config.json").write_text(json.dumps({"model_type": "t2v"} | data))
+    folder = path / "low_noise_model"
+    headers = [read_header(file) for file in sorted(folder.glob("*.safetensors"))]
+    smallest, file = min(
+        ((info, header.path) for header in headers for info in header.tensors.values()),
+        key=lambda found: found[0].nbytes,
+    )
+    with open(file, "r+b") as opened:
+        opened.seek(smallest.start)
+        opened.write(struct.pack("<f", 1.0))
     write_sparse_file(
         path / "models_t5_umt5-xxl-enc-bf16.safetensors",
         text_encoder_shapes(config.text_encoder),

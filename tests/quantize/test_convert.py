@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -215,6 +216,48 @@ def test_resume_measures_again_what_the_state_lost(source: Path, tmp_path: Path)
     state.write_bytes(b"".join(lines[:4]) + b'{"component": "hi')
     quantize(source, tmp_path / "m", resume=True)
     assert hashes(tmp_path / "m") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[]", b'{"entry": {"component": "x"}, "sha256": ""}'])
+def test_p26_alien_lines_of_the_state_are_measured_again(
+    line: bytes, source: Path, tmp_path: Path
+) -> None:
+    quantize(source, tmp_path / "whole")
+    for place in (0, 3):
+        model = tmp_path / f"m{place}"
+        with pytest.raises(Stopped):
+            quantize(source, model, progress=StopAt(100))
+        state = model / STAGING_NAME / build.JOURNAL_NAME
+        lines = state.read_bytes().splitlines(keepends=True)
+        lines[place] = line + b"\n"
+        state.write_bytes(b"".join(lines))
+        quantize(source, model, resume=True)
+        assert hashes(model) == hashes(tmp_path / "whole")
+
+
+def test_p26_a_flipped_byte_of_an_unfinished_store_is_found(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "whole")
+    random = Random(0)
+    outcomes = set()
+    for number in range(20):
+        model = tmp_path / f"m{number}"
+        with pytest.raises(Stopped):
+            quantize(source, model, progress=StopAt(random.randrange(90, 160)))
+        files = [file for file in (model / STAGING_NAME).iterdir() if file.stat().st_size]
+        file = random.choice(sorted(files))
+        data = bytearray(file.read_bytes())
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        file.write_bytes(data)
+        try:
+            quantize(source, model, resume=True)
+        except ResumeError as error:
+            outcomes.add("refused" if "start again without --resume" in str(error) else "unclear")
+            quantize(source, model)
+        else:
+            outcomes.add("mended")
+        assert hashes(model) == hashes(tmp_path / "whole")
+    assert "refused" in outcomes
+    assert "unclear" not in outcomes
 
 
 def test_p05_another_format_is_refused_with_both(source: Path, tmp_path: Path) -> None:
@@ -502,17 +545,17 @@ def test_the_lock_is_gone_after_the_run(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_state_cut_at_any_byte_keeps_its_whole_lines(source: Path, tmp_path: Path) -> None:
-    identity = {"format": "int8"}
     with pytest.raises(Stopped):
         quantize(source, tmp_path / "m", progress=StopAt(8))
     lines = (
         (tmp_path / "m" / STAGING_NAME / build.JOURNAL_NAME).read_bytes().splitlines(keepends=True)
     )
-    content = json.dumps({"identity": identity}).encode() + b"\n" + b"".join(lines[1:4])
+    identity = json.loads(lines[0])["entry"]
+    content = b"".join(lines[:4])
     path = tmp_path / "state"
     for length in range(len(content) + 1):
         path.write_bytes(content[:length])
         with RunJournal(path, identity) as state:
             assert len(state.errors) == max(0, content[:length].count(b"\n") - 1)
-        assert path.read_bytes().startswith(b'{"identity": {"format": "int8"}}\n')
+        assert path.read_bytes().startswith(lines[0])
         assert path.read_bytes().endswith(b"\n")
