@@ -94,17 +94,21 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path, partial: Path | None = None, durable: bool = True) -> Iterator[Path]:
+def replacing(
+    path: Path, partial: Path | None = None, durable: bool = True, made: bool = False
+) -> Iterator[Path]:
     """A path to write to, renamed to `path` when the block ends and removed when it raises.
 
     `path` holds either its old content or all of the new one, at any moment. partial: the file
     written to, by default `path` with `.partial`; durable: sync file and folder, so that the rename
-    survives a power cut. Raises `OutputError` in place of `OSError`.
+    survives a power cut; made: the caller has just made `partial`, otherwise what an earlier run left
+    there is removed first. Raises `OutputError` in place of `OSError`.
     """
     partial = partial or path.with_name(path.name + PARTIAL)
     try:
         refuse_foreign(partial)
-        partial.unlink(missing_ok=True)  # it may have other names
+        if not made:
+            partial.unlink(missing_ok=True)  # it may have other names
     except OSError as error:
         raise output_error(path, error) from error
     try:

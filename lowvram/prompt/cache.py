@@ -115,7 +115,7 @@ class PromptCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # A unique name, because several processes may encode the same prompt.
             descriptor, partial = tempfile.mkstemp(suffix=PARTIAL, dir=self.folder)
-            with replacing(self._path(key), Path(partial), durable=False):
+            with replacing(self._path(key), Path(partial), durable=False, made=True):
                 try:
                     write_all(descriptor, content)
                 finally:
