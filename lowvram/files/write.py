@@ -101,8 +101,8 @@ def replacing(
 
     `path` holds either its old content or all of the new one, at any moment. partial: the file
     written to, by default `path` with `.partial`; durable: sync file and folder, so that the rename
-    survives a power cut; made: the caller has just made `partial`, otherwise what an earlier run left
-    there is removed first. Raises `OutputError` in place of `OSError`.
+    survives a power cut; made: the caller has just made `partial`; otherwise what an earlier run
+    left there is removed first. Raises `OutputError` in place of `OSError`.
     """
     partial = partial or path.with_name(path.name + PARTIAL)
     try:
