@@ -350,7 +350,7 @@ def test_later_steps_are_dropped_when_no_time_is_left(
     assert code == 0
 
 
-def test_ctrl_c_ends_the_step_and_still_writes_the_page(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_step_and_still_writes_the_page(tmp_path: Path, hears_ctrl_c: None) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
