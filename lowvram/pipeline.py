@@ -31,7 +31,13 @@ from lowvram.planner.plan import MemoryPlan
 from lowvram.progress import Listener, PhaseClock, silent
 from lowvram.prompt.cache import PromptCache
 from lowvram.prompt.encode import prompt_features, prompt_tokens
-from lowvram.request import DEFAULT_NEGATIVE_PROMPT, LatentShape, Request, Workload
+from lowvram.request import (
+    DEFAULT_NEGATIVE_PROMPT,
+    MAX_PROMPT_CHARACTERS,
+    LatentShape,
+    Request,
+    Workload,
+)
 from lowvram.run import Run
 from lowvram.sampling.denoise import Expert
 from lowvram.sampling.recovery import denoise_within_budgets
@@ -45,7 +51,6 @@ from lowvram.units import clip_size, shown
 from lowvram.variants import EXPERTS
 from lowvram.video import clip_metadata, to_uint8, write_video
 
-MAX_PROMPT_CHARACTERS = 20_000
 HOST = torch.device("cpu")
 
 

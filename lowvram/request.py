@@ -13,6 +13,7 @@ from lowvram.variants import EXPERTS, ModelConfig, SamplingDefaults
 
 # The text that the official code uses where the user gives no negative prompt (Wan2.2
 # `shared_config.py`).
+MAX_PROMPT_CHARACTERS = 20_000
 DEFAULT_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"

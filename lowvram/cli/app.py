@@ -25,6 +25,7 @@ from lowvram.cli.terminal import (
 from lowvram.errors import CheckpointError, LowvramError, OutputError, UsageError
 from lowvram.files.lock import OutputLock
 from lowvram.files.output import check_output, fresh_output
+from lowvram.request import MAX_PROMPT_CHARACTERS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from lowvram.request import Request
 
 console = make_console(stderr=True)
-MAX_PROMPT_BYTES = 4 * 20_000  # of the most characters that a prompt may have
+MAX_PROMPT_BYTES = 4 * MAX_PROMPT_CHARACTERS  # in UTF-8
 
 
 class Commands(TyperGroup):

@@ -7,11 +7,11 @@ from itertools import chain, count
 from pathlib import Path
 
 from lowvram.errors import OutputError, UsageError
-from lowvram.files.write import output_error, refuse_foreign
+from lowvram.files.write import PARTIAL, output_error, refuse_foreign
 
 PART = ".part"  # ends the name of a video that is being written
 RESUME = ".resume"  # ends the name of the state of an interrupted run
-SUFFIXES = (RESUME + ".partial", RESUME, PART)
+SUFFIXES = (RESUME + PARTIAL, RESUME, PART)
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -63,10 +63,12 @@ def model_folder(path: Path) -> Path:
         return path
     main = path / "refs" / "main"
     try:
+        found = sorted(item.name for item in snapshots.iterdir() if item.is_dir())
         named = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
-    except (OSError, ValueError):
-        named = ""
-    found = sorted(item.name for item in snapshots.iterdir() if item.is_dir())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error}: give one of the folders in {snapshots}"
+        ) from error
     if named in found:
         return snapshots / named
     if len(found) == 1:
