@@ -15,6 +15,7 @@ from lowvram.checkpoint.layouts.parts import Parts, Rename
 from lowvram.checkpoint.layouts.table import layout_of, model_folder
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.checkpoint.readers.shards import RawTensors, fingerprint_texts, named
+from lowvram.checkpoint.readers.tensor_data import Rows
 from lowvram.checkpoint.validate import (
     WrongExpertError,
     check_config,
@@ -42,18 +43,25 @@ class ComponentSource:
     dialect: Dialect
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype, memory-mapped. Raises `CheckpointError`."""
+        """The tensor in a floating-point dtype. Raises `CheckpointError`."""
+        rows = self.rows(name)
+        return rows[:].reshape(self.tensors[name].shape)
+
+    def rows(self, name: str) -> Rows:
+        """The tensor as a matrix whose rows are read when they are asked for; a vector is one row.
+
+        Raises `CheckpointError`.
+        """
         if name not in self.stored:
             raise CheckpointError(f"{self.raw.where} holds no tensor {name[:120]!r}")
-        stored, read = self.stored[name], self.dialect.read
-        if read is None:
+        stored, rows = self.stored[name], self.dialect.rows
+        if rows is None:
             raise CheckpointError(f"{self.raw.where}: the dialect {self.dialect.name} is not read")
-        return read(self.raw, stored)
+        return rows(self.raw, stored)
 
     def fingerprint(self) -> str:
-        """Hash of tensor names, dtypes and shapes, and of file sizes and modification times."""
-        texts = fingerprint_texts(dict(self.tensors), self.raw.files)
-        return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+        """Hash of tensor names, dtypes, shapes and samples, and of the files' sizes and times."""
+        return hashlib.sha256("\n".join(fingerprint_texts(self.raw)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def check_dialect(component: str, raw: RawTensors, dialect: Dialect, unknown: li
     """Raises `QuantizedSourceError` for a dialect that is not read and for weights in a dtype that
     the dialect does not have. unknown: tensors that the model does not have.
     """
-    if dialect.read is None:
+    if dialect.rows is None:
         scales = [name for name in raw.infos if is_scale(name)]
         raise QuantizedSourceError(
             f"{raw.where}: {component} is quantized in a dialect that is not supported "

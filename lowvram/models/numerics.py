@@ -21,7 +21,7 @@ from lowvram_kernels.sizes import EXACT_VALUES, KEY_TILE, STORED_VALUES
 from lowvram_kernels.tuning import PV_DTYPES, pv_dtype, values_of
 from torch import Tensor
 
-from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.errors import UnsupportedError, UsageError
 from lowvram.formats import FORMATS
 from lowvram.memory.arena import Arena

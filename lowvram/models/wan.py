@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lowvram_kernels.adaln_quantize import adaln
 from torch import Tensor
 
-from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.formats import FORMATS
 from lowvram.memory.arena import Arena
 from lowvram.models.linear import fixed_rows_linear

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,9 @@ from lowvram.checkpoint.readers.files import inside, read_bytes
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
 from lowvram.checkpoint.readers.shards import named
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.errors import CheckpointError, IntegrityError, MissingTensorsError, UsageError
+from lowvram.store.hashes import TensorHashes
 from lowvram.store.layout import StoredTensor, component_layout
 from lowvram.store.manifest import TOKENIZER_NAME, Manifest, component_file, read_manifest
 from lowvram.variants import COMPONENTS, ModelConfig
@@ -28,6 +31,8 @@ _SAMPLES = {
     "text_encoder": "norm.weight",
     "vae": "decoder.conv1.bias",
 }
+# Of a table that is read by rows, for its hash.
+_PIECE_BYTES = 4 * 2**20
 _BLOCK_NAME = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(.+)")
 
 
@@ -50,7 +55,8 @@ class StoreFile:
     """The open file of one component.
 
     rest: tensors outside the blocks; blocks: byte range of each block; block_tensors: the tensors
-    of every block, by name without `blocks.i.`.
+    of every block, by name without `blocks.i.`; hashes: compared with each tensor when it is first
+    read, None to read without.
     The constructor raises `CheckpointError` for a file that is not block-contiguous.
     """
 
@@ -61,6 +67,7 @@ class StoreFile:
         self.rest: dict[str, TensorInfo] = {}
         self.blocks: list[BlockRange] = []
         self.block_tensors: dict[str, BlockTensor] = {}
+        self.hashes: TensorHashes | None = None
         self._read_blocks()
 
     def __enter__(self) -> StoreFile:
@@ -81,13 +88,52 @@ class StoreFile:
     def read(self, name: str) -> torch.Tensor:
         """Copy the tensor with the full `name`, so that later disk failures do not affect it.
 
-        See `TensorFile.read`. Raises `CheckpointError`.
+        See `TensorFile.read`. Raises `CheckpointError`, and `IntegrityError` for a tensor that
+        differs from its hash.
         """
-        return self._file.read(name, mapped=False)
+        tensor = self._file.read(name)
+        if self.hashes is not None and (self.is_modified() or self.hashes.missing([name])):
+            self.hashes.check(name, _bytes(tensor))
+        return tensor
 
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Copy rows of the tensor with the full `name`; see `TensorFile.read_rows`."""
+        """Copy rows of the tensor with the full `name`; see `TensorFile.read_rows`.
+
+        At the first call the whole tensor is read in pieces for its hash. Raises as `read`.
+        """
+        if name not in self._file.tensors:
+            raise CheckpointError(f"{self.path}: tensor {quoted(name)} is missing")
+        if self.hashes is not None and (self.is_modified() or self.hashes.missing([name])):
+            self.hashes.check_pieces(name, self._file.pieces(name, _PIECE_BYTES))
         return self._file.read_rows(name, rows)
+
+    def is_modified(self) -> bool:
+        """Whether the file was written to since it was opened: everything is compared again."""
+        return self._file.is_modified()
+
+    @property
+    def modified_ns(self) -> int:
+        """When the file was last written to before it was opened."""
+        return self._file.modified_ns
+
+    def checks(self, block: int, data: torch.Tensor) -> list[Callable[[], None]]:
+        """Comparisons of a block with its hashes, to run on any thread.
+
+        data: the block, [nbytes] uint8 on the CPU. Each raises `IntegrityError`.
+        """
+        if self.hashes is None:
+            return []
+        return self.hashes.tasks(
+            {
+                f"blocks.{block}.{name}": _bytes(data[offset : offset + _nbytes(dtype, shape)])
+                for name, (dtype, shape, offset) in self.block_tensors.items()
+            }
+        )
+
+    def is_checked(self, block: int) -> bool:
+        """Whether all tensors of the block have been compared with their hashes, or none are."""
+        names = [f"blocks.{block}.{name}" for name in self.block_tensors]
+        return self.hashes is None or not self.hashes.missing(names)
 
     def _read_blocks(self) -> None:
         groups: list[list[TensorInfo]] = []
@@ -157,11 +203,20 @@ class Store:
             file.close()
 
 
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+
+
 def open_store(path: Path, sample: bool = True) -> Store:
     """Open the store in the folder `path` and check its headers against the manifest.
 
-    sample: also check the hash of one small tensor per file, which detects swapped files;
-    `lowvram inspect --verify` checks all data.
+    sample: also check the hash of one small tensor per file, which detects swapped files. Every
+    other tensor is compared with its hash when it is first read.
     Raises `MissingTensorsError`, listing the differences from the layout in all files;
     `IntegrityError` for samples that differ from the manifest; `CheckpointError` for any other
     defect.
@@ -188,6 +243,8 @@ def open_store(path: Path, sample: bool = True) -> Store:
         _open_files(store)
         if sample:
             _check_samples(store)
+        for component, file in store.files.items():
+            file.hashes = TensorHashes(file.path, manifest.components[component].tensors)
     except BaseException:
         store.close()
         raise
@@ -207,7 +264,7 @@ def _open_files(store: Store) -> None:
 def _check_samples(store: Store) -> None:
     texts = []
     for component, name in _SAMPLES.items():
-        data = store.files[component].read(name).reshape(-1).view(torch.uint8).numpy().data
+        data = _bytes(store.files[component].read(name))
         digest = hashlib.sha256(data).hexdigest()
         if digest != store.manifest.components[component].tensors[name]:
             owners = [

@@ -15,7 +15,7 @@ from types import TracebackType
 
 import torch
 
-from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.errors import CheckpointError, ResumeError
 from lowvram.files.write import BINARY, PARTIAL, check_room, output_error, sync_folder, write_all
 from lowvram.store.journal import Journal

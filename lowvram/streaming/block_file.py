@@ -75,16 +75,23 @@ class BlockFile:
     """Reads the blocks of one store file into buffers, without memory-mapping the file.
 
     direct: reads bypass the page cache (O_DIRECT). Otherwise they are buffered, and the cache is
-    advised to drop the data.
+    advised to drop the data. modified: the file is not as it was when its header was read.
     """
 
+    modified = False
+
     def __init__(
-        self, path: Path, ranges: list[tuple[int, int]], part_bytes: int = PART_BYTES
+        self,
+        path: Path,
+        ranges: list[tuple[int, int]],
+        part_bytes: int = PART_BYTES,
+        modified_ns: int | None = None,
     ) -> None:
         """Open the file.
 
         ranges: (start, bytes) of each block; part_bytes: size of one thread's read, a multiple of
-        `PAGE_BYTES`. Raises `CheckpointError`, and `OSError` when the system is out of memory.
+        `PAGE_BYTES`; modified_ns: the file's time of modification when its header was read.
+        Raises `CheckpointError`, and `OSError` when the system is out of memory.
         """
         self.path = path
         self.ranges = ranges
@@ -96,6 +103,8 @@ class BlockFile:
         self._readers = Readers(READ_THREADS)
         weakref.finalize(self, self._readers.end)  # if the file is not closed
         self._fd, self.direct = _open(path)
+        self._modified_ns = modified_ns
+        self._note_changes()
 
     def read_into(self, block: int, buffer: Tensor) -> Tensor:
         """Read a block; returns a view [nbytes] into `buffer`.
@@ -115,6 +124,11 @@ class BlockFile:
                     self._fd = _opened(self.path, os.O_RDONLY | BINARY)
                     _log.info("%s: the file system does not support direct reads", self.path)
             return self._read(block, buffer)
+
+    def _note_changes(self) -> None:
+        with contextlib.suppress(OSError):  # the read itself reports what fails
+            found_ns = os.fstat(self._fd).st_mtime_ns
+            self.modified |= self._modified_ns not in (None, found_ns)
 
     def stop(self) -> None:
         """Stop a read in another thread at its next part or pause, or after `STOP_GRACE_S`."""
@@ -148,6 +162,7 @@ class BlockFile:
                     (target[first : first + self._part_bytes], start - lead + first, needed)
                 )
         self._read_parts(block, parts)
+        self._note_changes()
         if not self.direct and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # only advice
                 # for the whole file, to include data that were read ahead

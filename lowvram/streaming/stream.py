@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.memory.arena import Ledger
 from lowvram.store.reader import StoreFile
 from lowvram.streaming.block_file import BlockFile
@@ -83,4 +83,9 @@ def streamed(file: StoreFile) -> StreamedComponent:
         name: (TORCH_DTYPES[dtype], shape, offset)
         for name, (dtype, shape, offset) in file.block_tensors.items()
     }
-    return StreamedComponent(BlockFile(file.path, ranges), tensors)
+    return StreamedComponent(
+        BlockFile(file.path, ranges, modified_ns=file.modified_ns),
+        tensors,
+        file.is_checked,
+        file.checks,
+    )

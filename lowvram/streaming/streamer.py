@@ -6,29 +6,39 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from lowvram.errors import InternalLimitError
+from lowvram.hardware.cgroups import cpu_count
 from lowvram.streaming.block import BlockTensors, BlockView
 from lowvram.streaming.block_file import BlockFile
-from lowvram.streaming.schedule import NEVER, Visit
+from lowvram.streaming.schedule import NEVER, BlockId, Visit
 from lowvram.streaming.slots import Slots
 from lowvram.streaming.transport import Transport
 
-# Hops of a visit: disk -> RAM, RAM -> staging, RAM -> device, and its computation.
-DISK, STAGE, LINK, COMPUTE = "disk", "stage", "link", "compute"
+# Hops of a visit: disk -> RAM, comparison with its hashes, RAM -> staging, RAM -> device, and its
+# computation.
+DISK, CHECK, STAGE, LINK, COMPUTE = "disk", "check", "stage", "link", "compute"
+HASH_THREADS = 4
 WAIT_S = 0.5  # at a time: Windows hears Ctrl-C only between two waits
 
 
 @dataclass(frozen=True)
 class StreamedComponent:
-    """The blocks of one component: their file, and the tensors of a block."""
+    """The blocks of one component: their file, and the tensors of a block.
+
+    is_checked: whether a block was compared with its hashes before; checks: the comparisons of a
+    block that was read (see `StoreFile`).
+    """
 
     file: BlockFile
     tensors: BlockTensors
+    is_checked: Callable[[int], bool] = lambda index: True
+    checks: Callable[[int, Tensor], list[Callable[[], None]]] = lambda index, data: []
 
 
 class Stopped(Exception):
@@ -64,7 +74,7 @@ class Hops:
     def forget(self, number: int) -> None:
         """Drop the events of a visit that are no longer needed."""
         with self._changed:
-            for hop in (DISK, STAGE, LINK, COMPUTE):
+            for hop in (DISK, CHECK, STAGE, LINK, COMPUTE):
                 self._over.pop((hop, number), None)
 
     def stop(self) -> None:
@@ -76,8 +86,9 @@ class Hops:
 
 class Streamer:
     """Three workers bring the block of every visit into its slot, each as far ahead as its buffers
-    allow: disk -> RAM, RAM -> staging (only for blocks in pageable RAM), RAM -> device. Each walks
-    the schedule in order and waits only for earlier visits.
+    allow: disk -> RAM, RAM -> staging (only for blocks in pageable RAM), RAM -> device. A fourth
+    compares what is read for the first time with its hashes, while the next block is read. Each
+    walks the schedule in order and waits only for earlier visits.
 
     `with streamer.block(component, index) as view:` gives the next block of the schedule; asking
     for another one is an error. A worker's failure is raised in the thread that asks for the block
@@ -111,6 +122,7 @@ class Streamer:
         self._in_slot: dict[int, Tensor] = {}
         self._in_host: dict[int, Tensor] = {}
         self._in_stage: dict[int, Tensor] = {}
+        self._checked_visits = self._first_reads()
         self._awaited = {visit.after for visit in visits if visit.load}
         # No visit asks for what happened longer ago than this many visits.
         former = (
@@ -125,6 +137,7 @@ class Streamer:
         self._next = 0
         self._counting = threading.Lock()
         self.read_bytes = 0
+        self._hashers = ThreadPoolExecutor(min(HASH_THREADS, cpu_count()), "lowvram-hash")
         self._workers = [
             threading.Thread(
                 target=self._walk, args=(hop, takes, carry), name=f"lowvram-{hop}", daemon=True
@@ -132,9 +145,10 @@ class Streamer:
             for hop, takes, carry in (
                 (DISK, self._reads_ahead, self._from_disk),
                 (STAGE, self._copies_on_the_host, self._to_staging),
-                (LINK, lambda visit: visit.load, self._to_device),
+                (LINK, lambda number: visits[number].load, self._to_device),
+                (CHECK, self._checked_visits.__contains__, self._check),
             )
-            if any(takes(visit) for visit in visits)
+            if any(takes(number) for number in range(len(visits)))
         ]
 
     def __enter__(self) -> Streamer:
@@ -149,6 +163,7 @@ class Streamer:
             component.file.stop()
         for worker in self._workers:
             worker.join()
+        self._hashers.shutdown(cancel_futures=True)
         self._transport.settle(self._last_copy)  # the buffers it reads are handed back next
 
     @contextmanager
@@ -166,6 +181,8 @@ class Streamer:
         visit = self._visits[number]
         if visit.load:
             self._transport.wait(self._hops.wait(LINK, number))
+        if number in self._checked_visits:
+            self._hops.wait(CHECK, number)
         yield BlockView(self._in_slot[visit.slot], self._components[component].tensors)
         self._next += 1
         self._hops.done(
@@ -174,10 +191,10 @@ class Streamer:
         self._hops.forget(number - self._look_back - 1)
 
     def _walk(
-        self, hop: str, takes: Callable[[Visit], bool], carry: Callable[[int, Visit], object | None]
+        self, hop: str, takes: Callable[[int], bool], carry: Callable[[int, Visit], object | None]
     ) -> None:
         for number, visit in enumerate(self._visits):
-            if not takes(visit):
+            if not takes(number):
                 continue
             try:
                 self._hops.done(hop, number, carry(number, visit))
@@ -189,11 +206,39 @@ class Streamer:
                 self._hops.done(hop, number, error)
                 return
 
-    def _reads_ahead(self, visit: Visit) -> bool:
+    def _first_reads(self) -> set[int]:
+        """Visits that read a block which was not compared with its hashes before."""
+        first: dict[BlockId, int] = {}
+        for number, visit in enumerate(self._visits):
+            if self._reads_ahead(number) or (visit.load and visit.host is visit.stage is None):
+                first.setdefault(visit.block, number)
+        return {
+            number
+            for (component, index), number in first.items()
+            if not self._components[component].is_checked(index)
+        }
+
+    def _reads_ahead(self, number: int) -> bool:
+        visit = self._visits[number]
         return visit.read and (visit.host is not None or visit.stage is not None)
 
-    def _copies_on_the_host(self, visit: Visit) -> bool:
+    def _copies_on_the_host(self, number: int) -> bool:
+        visit = self._visits[number]
         return visit.stage is not None and visit.host is not None
+
+    def _check(self, number: int, visit: Visit) -> None:
+        """Compare the block with its hashes, on several threads."""
+        self._hops.wait(DISK if self._reads_ahead(number) else LINK, number)
+        component, index = visit.block
+        if visit.host is not None:
+            data = self._in_host[visit.host]
+        elif visit.stage is not None:
+            data = self._in_stage[visit.stage]
+        else:
+            data = self._in_slot[visit.slot]
+        tasks = self._components[component].checks(index, data)
+        for task in [self._hashers.submit(check) for check in tasks]:
+            task.result()
 
     def _from_disk(self, number: int, visit: Visit) -> None:
         """Disk -> the block's RAM buffer if it has one, else its staging buffer."""
@@ -219,9 +264,9 @@ class Streamer:
     def _to_device(self, number: int, visit: Visit) -> object | None:
         """Staging or RAM -> slot; directly from the disk if the slot is host memory."""
         slot = self._slots[visit.slot]
-        if self._copies_on_the_host(visit):
+        if self._copies_on_the_host(number):
             self._hops.wait(STAGE, number)
-        elif self._reads_ahead(visit):
+        elif self._reads_ahead(number):
             self._hops.wait(DISK, number)
         after = self._hops.wait(COMPUTE, visit.after) if visit.after != NEVER else None
         if visit.stage is not None:
@@ -239,17 +284,25 @@ class Streamer:
         """Waits until the copy of an earlier visit has left the buffer that it came from."""
         if number != NEVER:
             self._transport.settle(self._hops.wait(LINK, number))
+            if number in self._checked_visits:
+                self._hops.wait(CHECK, number)
 
     def _leave_host(self, number: int) -> None:
         """The same for a RAM buffer, which pageable blocks leave through staging."""
-        if number != NEVER and self._copies_on_the_host(self._visits[number]):
+        if number != NEVER and self._copies_on_the_host(number):
             self._hops.wait(STAGE, number)
+            if number in self._checked_visits:
+                self._hops.wait(CHECK, number)
         else:
             self._leave(number)
 
     def _read(self, visit: Visit, buffer: Tensor) -> Tensor:
         component, index = visit.block
-        view = self._components[component].file.read_into(index, buffer)
+        source = self._components[component]
+        view = source.file.read_into(index, buffer)
+        if source.file.modified:  # not as it was when its blocks were compared
+            for check in source.checks(index, view):
+                check()
         with self._counting:
             self.read_bytes += view.numel()
         return view

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.checkpoint.source import ComponentSource
 from lowvram.errors import NonFiniteError
 from lowvram.store.layout import ComponentLayout, StoredTensor, marker_bytes
@@ -49,15 +49,14 @@ class ComponentMaker:
             return (self._quantize(stored.source)[1] if scales is None else scales), None
         if stored.role == "marker":
             return torch.frombuffer(bytearray(marker_bytes(self._format)), dtype=torch.uint8), None
-        tensor, dtype = self._source.read(stored.source), TORCH_DTYPES[stored.dtype]
-        return (
-            cast_rows(self._engine, tensor, dtype)
-            if self.is_lossy(stored)
-            else (tensor.to(dtype), None)
-        )
+        dtype = TORCH_DTYPES[stored.dtype]
+        if not self.is_lossy(stored):
+            return self._source.read(stored.source).to(dtype), None
+        cast, error = cast_rows(self._engine, self._source.rows(stored.source), dtype)
+        return cast.reshape(stored.shape), error
 
     def _quantize(self, name: str) -> tuple[Tensor, Tensor, ErrorSums]:
         try:
-            return quantize_rows(self._engine, self._source.read(name), ROW_FORMATS[self._format])
+            return quantize_rows(self._engine, self._source.rows(name), ROW_FORMATS[self._format])
         except NonFiniteError as error:
             raise NonFiniteError(f"{self._source.component} {name}: {error}") from error

@@ -67,7 +67,11 @@ def quantize(
     source, model, recipe = Path(source), Path(model), Recipe(format)
     if os.path.realpath(model) == os.path.realpath(source):
         raise OutputError(f"{model} is the checkpoint itself: choose another folder for the result")
-    with open_source(source, allow_pickle) as opened, RowEngine(threads, device) as engine:
+    with (
+        _system_errors(model),
+        open_source(source, allow_pickle) as opened,
+        RowEngine(threads, device) as engine,
+    ):
         check_distinct_experts(opened)
         layouts = {
             component: component_layout(component, opened.config, format)
@@ -100,7 +104,7 @@ def check_finite(
     meter = Meter(SCAN, sum(info.nbytes for _, info in infos), progress)
     bad = {}
     for part, info in infos:
-        if count := count_nonfinite(engine, part.read(info.name)):
+        if count := count_nonfinite(engine, part.rows(info.name)):
             bad[f"{part.component} {info.name}"] = count
         meter.advance(part.component, info.name, info.nbytes)
     if bad:
@@ -113,6 +117,22 @@ def check_finite(
 
 
 @contextmanager
+def _system_errors(model: Path) -> Iterator[None]:
+    """Raise the system's errors as `OutputError` or, if they name no file, `LowvramError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # not about a file, such as no memory for a read
+            raise LowvramError(
+                f"cannot quantize to {model}: {error.strerror or error}: go on with --resume "
+                f"once that is fixed"
+            ) from error
+        raise output_error(
+            Path(error.filename), error, "make room and go on with --resume"
+        ) from error
+
+
+@contextmanager
 def _output_folder(model: Path) -> Iterator[None]:
     """Create the output folder for a run; remove it if the run ends before it writes anything.
 
@@ -121,15 +141,6 @@ def _output_folder(model: Path) -> Iterator[None]:
     try:
         model.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
-        if error.filename is None:  # not about a file, such as no memory to map the source
-            raise LowvramError(
-                f"cannot quantize to {model}: {error.strerror or error}: go on with --resume "
-                f"once that is fixed"
-            ) from error
-        raise output_error(
-            Path(error.filename), error, "make room and go on with --resume"
-        ) from error
     except KeyboardInterrupt:
         if (model / STAGING_NAME).exists():
             _log.warning(

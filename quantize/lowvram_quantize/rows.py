@@ -17,6 +17,7 @@ import torch
 from optimum.quanto import AbsmaxOptimizer, qtype
 from torch import Tensor
 
+from lowvram.checkpoint.readers.tensor_data import Rows
 from lowvram.errors import NonFiniteError
 from lowvram_quantize.rotate import rotate_
 
@@ -104,7 +105,7 @@ class RowEngine:
         torch.set_num_threads(self._before)
 
     def over_rows(
-        self, matrix: Tensor, work: Callable[[slice], Result], chunk_elements: int = CHUNK_ELEMENTS
+        self, matrix: Rows, work: Callable[[slice], Result], chunk_elements: int = CHUNK_ELEMENTS
     ) -> Iterator[Result]:
         """Call `work` for each chunk of rows of `matrix`; yield the results in row order."""
         step = max(1, chunk_elements // max(1, matrix.shape[1]))
@@ -146,7 +147,7 @@ def row_scales(absmax: Tensor, code_type: qtype) -> Tensor:
 
 
 def quantize_rows(
-    engine: RowEngine, weight: Tensor, row_format: RowFormat
+    engine: RowEngine, weight: Rows, row_format: RowFormat
 ) -> tuple[Tensor, Tensor, ErrorSums]:
     """Quantize a weight [N, K]; return its codes, scales and error.
 
@@ -155,13 +156,14 @@ def quantize_rows(
     Raises `NonFiniteError` if the rotation overflows.
     """
     codes, scales = (
-        torch.empty(weight.shape, dtype=row_format.qtype.dtype),
+        torch.empty(tuple(weight.shape), dtype=row_format.qtype.dtype),
         torch.empty(weight.shape[0], 1),
     )
 
     def work(rows: slice) -> ErrorSums:
-        x, y, half = engine.workspace(weight[rows].shape, 1)
-        x.copy_(weight[rows])
+        chunk = weight[rows]
+        x, y, half = engine.workspace(chunk.shape, 1)
+        x.copy_(chunk)
         if row_format.rotated:
             rotate_(x, y, half)
         scale = row_scales(torch.abs(x, out=y).amax(1, keepdim=True).cpu(), row_format.qtype)
@@ -176,28 +178,27 @@ def quantize_rows(
     return codes, scales, _total(engine.over_rows(weight, work))
 
 
-def cast_rows(engine: RowEngine, tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, ErrorSums]:
-    """Cast a tensor to `dtype`, rounded half to even; return it and its error."""
-    result = torch.empty(tensor.shape, dtype=dtype)
-    source, target = _as_matrix(tensor), _as_matrix(result)
+def cast_rows(engine: RowEngine, source: Rows, dtype: torch.dtype) -> tuple[Tensor, ErrorSums]:
+    """Cast a matrix to `dtype`, rounded half to even; return it and its error."""
+    target = torch.empty(tuple(source.shape), dtype=dtype)
 
     def work(rows: slice) -> ErrorSums:
-        x, y, _ = engine.workspace(source[rows].shape, 0)
-        x.copy_(source[rows])
-        target[rows] = source[rows].to(dtype)
+        chunk = source[rows]
+        x, y, _ = engine.workspace(chunk.shape, 0)
+        x.copy_(chunk)
+        target[rows] = chunk.to(dtype)
         return _error(x, y.copy_(target[rows]))
 
-    return result, _total(engine.over_rows(source, work))
+    return target, _total(engine.over_rows(source, work))
 
 
-def count_nonfinite(engine: RowEngine, tensor: Tensor) -> int:
-    """Return the number of elements that are NaN or infinite.
+def count_nonfinite(engine: RowEngine, matrix: Rows) -> int:
+    """Return the number of elements of a matrix that are NaN or infinite.
 
     If all are finite it takes one pass, for minimum and maximum, into which NaN propagates.
     """
-    if not tensor.is_floating_point() or not tensor.numel():
+    if not matrix.dtype.is_floating_point or not math.prod(matrix.shape):
         return 0
-    matrix = _as_matrix(tensor)
     return sum(
         engine.over_rows(matrix, lambda rows: _count_nonfinite(matrix[rows]), 8 * CHUNK_ELEMENTS)
     )
@@ -210,11 +211,6 @@ def _count_nonfinite(chunk: Tensor) -> int:
     if all(math.isfinite(extreme.item()) for extreme in torch.aminmax(chunk)):
         return 0
     return int((~torch.isfinite(chunk)).sum())
-
-
-def _as_matrix(tensor: Tensor) -> Tensor:
-    """Return a 2-D view: [1, K] of a vector, [N, ...] flattened otherwise."""
-    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
 
 
 def _error(x: Tensor, dequantized: Tensor) -> ErrorSums:

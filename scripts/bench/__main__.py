@@ -7,6 +7,7 @@ From the root of the repository:
     python -m scripts.bench kernels | block | stream           one benchmark at length; --help shows its options
     python -m scripts.bench whole                              all of A14B at its true size, within budgets that the kernel enforces
     python -m scripts.bench quantize | vae                     the quantizer at true shapes; the tiles of the VAE
+    python -m scripts.bench hashes                             what the comparison of a store with its hashes costs
 
 Needs torch, and nothing of lowvram installed. `all` leaves out what needs a package
 that is not there and says so.
@@ -24,6 +25,7 @@ COMMANDS = {
     "whole": "whole",
     "quantize": "quantize",
     "vae": "vae",
+    "hashes": "hashes",
 }
 
 

@@ -20,7 +20,7 @@ from lowvram_quantize.rows import RowEngine
 from torch import Tensor
 
 from lowvram.checkpoint.names import official_from_diffusers_dit
-from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.memory.arena import Arena, Ledger
 from lowvram.models.wan import WanTransformer
 from lowvram.planner.phases import PlanChoice

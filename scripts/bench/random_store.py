@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.files.write import check_room
 from lowvram.store.layout import StoredTensor, component_layout, marker_bytes
 from lowvram.store.manifest import TOKENIZER_NAME, ComponentManifest, Manifest, component_file

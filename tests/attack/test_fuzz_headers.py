@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES, TensorFile
+from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.checkpoint.readers.safetensors_header import DTYPE_BYTES, read_header
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.checkpoint.source import open_source
 from lowvram.errors import LowvramError
 from lowvram.store.layout import StoredTensor

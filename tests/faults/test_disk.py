@@ -47,8 +47,10 @@ def read_in_parts(patch: pytest.MonkeyPatch) -> None:
     """Read blocks in parts of 64 KiB, so that threads share them, and retry at once."""
     begin = BlockFile.__init__
 
-    def small_parts(file: BlockFile, path: Path, ranges: list[tuple[int, int]]) -> None:
-        begin(file, path, ranges, 64 * 2**10)
+    def small_parts(
+        file: BlockFile, path: Path, ranges: list[tuple[int, int]], modified_ns: int | None = None
+    ) -> None:
+        begin(file, path, ranges, 64 * 2**10, modified_ns)
 
     patch.setattr(BlockFile, "__init__", small_parts)
     patch.setattr(disk_module, "RETRY_DELAYS_S", FAST_RETRIES_S)

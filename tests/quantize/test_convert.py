@@ -309,9 +309,10 @@ def test_errors_of_the_system_name_what_they_are_about(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr("lowvram.checkpoint.readers.safetensors.mmap.mmap", refuse)
-    with pytest.raises(LowvramError, match="Cannot allocate memory") as caught:
-        quantize(source, tmp_path / "m", progress=StopAt(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr("lowvram.files.read.read_at", refuse)
+        with pytest.raises(LowvramError, match="Cannot allocate memory") as caught:
+            quantize(source, tmp_path / "m", progress=StopAt(1000))
     assert not isinstance(caught.value, OutputError)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="part of this path is a file: choose another folder"):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.errors import CheckpointError, IntegrityError, MissingTensorsError
 from lowvram.formats import FORMATS
 from lowvram.store.layout import StoredTensor, component_layout

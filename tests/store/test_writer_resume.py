@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.checkpoint.readers.safetensors import TORCH_DTYPES, TensorFile
+from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.checkpoint.readers.safetensors_header import read_header
+from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.errors import CheckpointError, ResumeError
 from lowvram.store.layout import StoredTensor
 from lowvram.store.writer import StoreWriter

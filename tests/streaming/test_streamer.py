@@ -207,3 +207,76 @@ def test_a_ledger_refuses_more_than_planned() -> None:
     ledger.allocate("first", 600, CPU)
     with pytest.raises(InternalLimitError, match="600 of the planned 1000"):
         ledger.allocate("second", 600, CPU)
+
+
+@pytest.mark.parametrize("choice", [(0, 2, 0), (1, 1, 2), (BLOCKS, 0, 0)])
+@pytest.mark.parametrize("staged", [False, True])
+def test_p26_no_block_is_computed_or_overwritten_before_it_is_compared(
+    tmp_path: Path, choice: tuple[int, int, int], staged: bool
+) -> None:
+    """Comparisons that are slow still see the block as it was read, once each, before its visit."""
+    compared: list[tuple[str, int]] = []
+
+    def checks_of(name: str, first: int) -> Callable[[int, torch.Tensor], list[Callable[[], None]]]:
+        def check(index: int, data: torch.Tensor) -> None:
+            for _ in range(3):
+                assert set(data.tolist()) == {first + index}
+                time.sleep(1e-3)
+            compared.append((name, index))
+
+        return lambda index, data: [lambda: check(index, data)]
+
+    resident, ring, host = choice
+    transport = StagedTransport() if staged else HostTransport()
+    staging_buffers = 2 if staged else 0
+    firsts = {"high": 1, "low": 101}
+    files = {name: write_blocks(tmp_path, name, first) for name, first in firsts.items()}
+    ledger = Ledger("test", 10**6)
+    slots, cached, staging = (
+        Slots(label, count, SLOT_BYTES, ledger, CPU)
+        for label, count in (
+            ("slot", resident + ring),
+            ("cached", host),
+            ("staging", staging_buffers),
+        )
+    )
+    schedule = two_experts(4, 2)
+    visits = assign_slots(schedule, resident, ring, host, staging_buffers)
+    components = {
+        name: StreamedComponent(file, TENSORS, lambda index: False, checks_of(name, firsts[name]))
+        for name, file in files.items()
+    }
+    with Streamer(components, visits, slots, cached, staging, transport) as streamer:
+        for name, index in schedule:
+            with streamer.block(name, index):
+                assert (name, index) in compared
+    assert sorted(compared) == sorted(set(schedule)), "once each"
+    for file in files.values():
+        file.close()
+
+
+def test_p26_a_damaged_block_fails_where_it_is_asked_for(tmp_path: Path) -> None:
+    def damaged() -> None:
+        raise CheckpointError("block 2 is damaged")
+
+    file = write_blocks(tmp_path, "high", 1)
+    ledger = Ledger("test", 10**6)
+    slots = Slots("slot", 2, SLOT_BYTES, ledger, CPU)
+    none = Slots("none", 0, SLOT_BYTES, ledger, CPU)
+    schedule = [("high", index) for index in range(BLOCKS)] * 2
+    component = StreamedComponent(
+        file,
+        TENSORS,
+        lambda index: index != 2,
+        lambda index, data: [damaged] if index == 2 else [],
+    )
+    with Streamer(
+        {"high": component}, assign_slots(schedule, 0, 2, 0), slots, none, none, HostTransport()
+    ) as streamer:
+        for index in range(2):
+            with streamer.block("high", index):
+                pass
+        with pytest.raises(CheckpointError, match="block 2 is damaged"), streamer.block("high", 2):
+            pass
+    file.close()
+    assert not lowvram_threads()

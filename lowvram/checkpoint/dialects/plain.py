@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from lowvram.checkpoint.readers.shards import RawTensors
+from lowvram.checkpoint.readers.tensor_data import Rows
 
 
-def read_plain(raw: RawTensors, name: str) -> torch.Tensor:
-    """The tensor in the dtype of its file, mapped where the file format allows."""
-    return raw.read(name)
+def plain_rows(raw: RawTensors, name: str) -> Rows:
+    """The tensor in the dtype of its file."""
+    return raw.rows(name)

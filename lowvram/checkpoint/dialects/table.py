@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
-from lowvram.checkpoint.dialects.plain import read_plain
+from lowvram.checkpoint.dialects.plain import plain_rows
 from lowvram.checkpoint.readers.shards import RawTensors
+from lowvram.checkpoint.readers.tensor_data import Rows
 
 SCALE_NAME = re.compile(r"scale|comfy_quant|\._data$|\.qweight$|\.qzeros$|absmax", re.IGNORECASE)
 _OFFICIAL = re.compile(r"self_attn\.q\.weight|attn\.q\.weight|decoder\.conv1\.weight")
@@ -22,14 +21,14 @@ WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 class Dialect:
     """A way of storing the weights of linears (formats.md 1).
 
-    looks: whether tensor names and metadata of a file are of it; read: a weight in a floating-point
+    looks: whether tensor names and metadata of a file are of it; rows: a weight in a floating-point
     dtype by its name in the file, None for a dialect that is recognised but not read; companions:
-    names of the scales and markers that `read` consumes; dtypes: of weights in the file.
+    names of the scales and markers that `rows` consumes; dtypes: of weights in the file.
     """
 
     name: str
     looks: Callable[[Iterable[str], Mapping[str, str]], bool]
-    read: Callable[[RawTensors, str], torch.Tensor] | None = None
+    rows: Callable[[RawTensors, str], Rows] | None = None
     companions: re.Pattern[str] | None = None
     dtypes: tuple[str, ...] = WEIGHT_DTYPES
 
@@ -70,9 +69,9 @@ DIALECTS = (
     Dialect(
         "official",
         lambda names, metadata: any(_OFFICIAL.search(name) for name in names),
-        read_plain,
+        plain_rows,
     ),
-    Dialect("plain", lambda names, metadata: True, read_plain),
+    Dialect("plain", lambda names, metadata: True, plain_rows),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from lowvram.checkpoint.readers.files import check_plain_name, inside, read_json
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
 from lowvram.checkpoint.readers.table import READERS, TensorReader
+from lowvram.checkpoint.readers.tensor_data import Rows
 from lowvram.errors import CheckpointError, MissingTensorsError
 
 # Keys of metadata whose values name the model.
@@ -37,6 +39,10 @@ class RawTensors:
     def read(self, name: str) -> torch.Tensor:
         """A tensor by its name in the files. Raises `CheckpointError`."""
         return self.readers[name].read(name)
+
+    def rows(self, name: str) -> Rows:
+        """A tensor as a matrix whose rows are read when they are asked for."""
+        return self.readers[name].rows(name)
 
     def add(self, path: Path, reader: TensorReader) -> None:
         """Raises `CheckpointError` where another shard has a tensor of the same name."""
@@ -149,11 +155,17 @@ def _open_indexed(root: Path, folder: Path, index: Path, files: list[Path]) -> R
     return raw
 
 
-def fingerprint_texts(infos: dict[str, TensorInfo], files: list[Path]) -> list[str]:
-    """Texts that identify a source without reading its data.
+def fingerprint_texts(raw: RawTensors) -> list[str]:
+    """Texts that identify the content of a component without reading all of it.
 
-    One per tensor (name, dtype, shape) and one per file (size and modification time).
+    One per tensor (name, dtype, shape and the hash of samples of its data) and one per file (size
+    and modification time).
     """
-    tensors = [json.dumps([name, infos[name].dtype, infos[name].shape]) for name in sorted(infos)]
-    status = [path.stat() for path in sorted(files)]
+    tensors = [
+        json.dumps(
+            [name, info.dtype, info.shape, sha256(raw.readers[name].sample(name)).hexdigest()]
+        )
+        for name, info in sorted(raw.infos.items())
+    ]
+    status = [path.stat() for path in sorted(raw.files)]
     return tensors + [f"{item.st_size} {item.st_mtime_ns}" for item in status]

@@ -12,14 +12,13 @@ import torch
 from lowvram.checkpoint.readers.pickle import PickleFile
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
+from lowvram.checkpoint.readers.tensor_data import Rows
 
 
 class TensorReader(Protocol):
-    """An open file of tensors, by their names in it."""
+    """An open file of tensors. tensors: dtypes, shapes and places by name."""
 
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """Dtypes, shapes and places by tensor name."""
+    tensors: dict[str, TensorInfo]
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -27,6 +26,12 @@ class TensorReader(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor. Raises `CheckpointError`."""
+
+    def rows(self, name: str) -> Rows:
+        """One tensor as a matrix whose rows are read when they are asked for."""
+
+    def sample(self, name: str) -> bytes:
+        """Data of one tensor that tell whether it was replaced. Raises `CheckpointError`."""
 
     def close(self) -> None:
         """Close the file; tensors that were read stay valid."""

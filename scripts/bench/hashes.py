@@ -1,0 +1,134 @@
+"""What the comparison of a store with its hashes costs: `python -m scripts.bench hashes`.
+
+- the demo: the bundled model's clip, with and without the comparison, in turns;
+- true shapes: a file of A14B's blocks (random values) streamed from the disk and consumed at once,
+  which hides nothing, with and without the comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from lowvram_quantize.convert import quantize
+
+from lowvram.demo.run import MODEL
+from lowvram.hardware.cgroups import cpu_count
+from lowvram.memory.arena import Ledger
+from lowvram.pipeline import load
+from lowvram.planner.workspace import READ_SLACK_BYTES
+from lowvram.store.hashes import TensorHashes
+from lowvram.store.reader import Store, StoreFile, open_store
+from lowvram.streaming.stream import Buffers, open_stream
+from lowvram.streaming.transport import make_transport
+from lowvram.variants import EXPERTS
+from scripts.bench.random_store import bench_config, write_random_store
+
+OUTPUT = Path("docs/benchmarks/hashes.json")
+CPU = torch.device("cpu")
+PROMPT = "a red circle moves right on a white background"
+
+
+@contextmanager
+def without_hashes(files: Mapping[str, StoreFile]) -> Iterator[None]:
+    """Read without comparing."""
+    kept = {name: file.hashes for name, file in files.items()}
+    for file in files.values():
+        file.hashes = None
+    try:
+        yield
+    finally:
+        for name, file in files.items():
+            file.hashes = kept[name]
+
+
+def forget(store: Store) -> None:
+    """Compare everything again at the next reading."""
+    for name, file in store.files.items():
+        file.hashes = TensorHashes(file.path, store.manifest.components[name].tensors)
+
+
+def demo(runs: int) -> dict[str, list[float]]:
+    """Seconds of the demo's clip, with and without the comparison, in turns."""
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    with tempfile.TemporaryDirectory() as folder:
+        quantize(MODEL, Path(folder) / "model")
+        pipeline = load(Path(folder) / "model", device="cpu", prompt_cache=False)
+        with pipeline.store as store:
+            request = pipeline.request(PROMPT)
+            pipeline.generate(request)  # libraries load
+            for number in range(2 * runs):
+                compared = number % 2 == 0
+                forget(store)
+                began = time.perf_counter()
+                with nullcontext() if compared else without_hashes(store.files):
+                    pipeline.generate(request)
+                seconds["with" if compared else "without"].append(time.perf_counter() - began)
+    return seconds
+
+
+def true_shapes(folder: Path, layers: int, runs: int) -> dict[str, object]:
+    """Seconds per block of A14B's shapes, streamed and consumed at once."""
+    path = folder / "store"
+    config = bench_config(layers)
+    store = open_store(path) if path.exists() else write_random_store(path, config)
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    with store:
+        blocks = [(name, index) for name in EXPERTS for index in range(layers)]
+        slot_bytes = store.files[EXPERTS[0]].blocks[0].nbytes + READ_SLACK_BYTES
+        for number in range(2 * runs):
+            compared = number % 2 == 0
+            forget(store)
+            ledger = Ledger("bench", 2**40)
+            with (
+                nullcontext() if compared else without_hashes(store.files),
+                open_stream(
+                    store.files,
+                    blocks,
+                    Buffers(slot_bytes, 0, 3, 0, 0),
+                    ledger,
+                    ledger,
+                    CPU,
+                    make_transport(CPU),
+                ) as streamer,
+            ):
+                began = time.perf_counter()
+                for name, index in blocks:
+                    with streamer.block(name, index):
+                        pass
+                took = time.perf_counter() - began
+            seconds["with" if compared else "without"].append(took / len(blocks))
+    return {"block_bytes": slot_bytes - READ_SLACK_BYTES, "seconds_per_block": seconds}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench hashes", description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="for a store of 6 GB; kept")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=OUTPUT)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(cpu_count())
+    found = {
+        "machine": {"cpus": cpu_count(), "system": platform.system(), "torch": torch.__version__},
+        "demo_seconds": demo(options.runs),
+        "true_shapes": true_shapes(options.folder, options.layers, options.runs),
+    }
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    demo_seconds = found["demo_seconds"]
+    assert isinstance(demo_seconds, dict)
+    for name, values in demo_seconds.items():
+        print(f"demo {name}: median {statistics.median(values):.2f} s")
+    shapes = found["true_shapes"]
+    assert isinstance(shapes, dict)
+    for name, values in shapes["seconds_per_block"].items():
+        print(f"block of {shapes['block_bytes']} bytes {name}: {statistics.median(values):.3f} s")
+    return 0
