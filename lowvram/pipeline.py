@@ -65,28 +65,43 @@ class Video:
     model: str
     peak_bytes: dict[str, int]
 
-    def save(self, path: str | Path, *, overwrite: bool = False, scale: int = 1) -> None:
-        """Write H.264 in mp4 with the request in its metadata. scale: enlarge each pixel this many
-        times.
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        scale: int = 1,
+        metadata: str = "full",
+    ) -> None:
+        """Write H.264 in mp4. scale: enlarge each pixel this many times; metadata: `full`, with the
+        request, or `label`, only that the video is generated.
 
-        Raises `OutputError` if the file exists and `overwrite` is not set.
+        Raises `OutputError` if the file exists and `overwrite` is not set, `UsageError` for an
+        unknown kind of metadata.
         """
-        metadata = clip_metadata(self.request, self.model)
+        if metadata not in ("full", "label"):
+            raise UsageError(f"metadata is {shown(metadata)}: use full or label")
+        facts = clip_metadata(self.request if metadata == "full" else None, self.model)
         write_video(
             Path(path),
             iter(self.frames),
             self.request.fps,
-            metadata,
+            facts,
             overwrite=overwrite,
             scale=scale,
         )
 
 
-def draw_noise(shape: LatentShape, seed: int) -> Tensor:
-    """Noise [C, T, h, w] float32 from the CPU's generator, so that a seed gives the same noise on
-    every machine.
+def draw_noise(shape: LatentShape, seed: int, device: str = "cpu") -> Tensor:
+    """Noise [C, T, h, w] float32, on `device`.
+
+    The CPU's generator gives the same noise on every machine, also as ComfyUI; a GPU's gives that
+    of the official code on a GPU. Raises `UsageError` for a GPU where there is none.
     """
-    return torch.randn(shape.shape, generator=torch.Generator().manual_seed(seed))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("noise_device is cuda, but torch finds no GPU: use cpu")
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape.shape, generator=generator, device=device)
 
 
 def moved(expert: Expert, device: torch.device) -> Expert:
@@ -251,9 +266,9 @@ class Pipeline:
         )
 
         def begin() -> Tensor:
-            return (draw_noise(shape, request.seed) if noise is None else noise).to(
-                self.device, torch.float32
-            )
+            return (
+                draw_noise(shape, request.seed, request.noise_device) if noise is None else noise
+            ).to(self.device, torch.float32)
 
         latents = run.phase("noise", begin)
         if tuple(latents.shape) != shape.shape:
@@ -356,9 +371,11 @@ def load(
     ram: str | int = "auto",
     device: str = "auto",
     prompt_cache: bool = True,
+    allow_links: bool = False,
 ) -> Pipeline:
     """Open a quantized model. vram, ram: bytes, text such as `8GiB`, or `auto` for a share of the
-    free memory; prompt_cache: whether to cache encoded prompts on disk.
+    free memory; prompt_cache: whether to cache encoded prompts on disk; allow_links: follow
+    links that point out of the folder.
 
     Raises `CheckpointError` if `model` is not a store, `UsageError` for an invalid budget or
     device.
@@ -383,7 +400,7 @@ def load(
     profile = None if measured is None else on_disk_of(path, measured)
     cache = PromptCache() if prompt_cache else None
     pipeline = Pipeline(
-        open_store(path),
+        open_store(path, allow_links=allow_links),
         target,
         budgets.vram_bytes,
         budgets.ram_bytes,

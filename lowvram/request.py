@@ -20,6 +20,7 @@ DEFAULT_NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 SOLVERS = ("unipc", "euler")
+NOISE_DEVICES = ("cpu", "cuda")
 MAX_STEPS = 1000  # timesteps that Wan2.2 was trained on: more steps would repeat some of them
 _DEFAULTS = SamplingDefaults()
 
@@ -29,7 +30,7 @@ class Request:
     """A request for one video. Defaults of guidance, shift and steps are the official ones;
     `guidance_high` belongs to the high-noise expert. refine_steps: how many of the last steps
     quantize activations to two codes instead of one, with attention's values in fp16 (int8 formats
-    alone).
+    alone); noise_device: where the seed's noise is drawn, cpu or cuda.
     """
 
     prompt: str
@@ -46,9 +47,10 @@ class Request:
     seed: int = 0
     solver: str = "unipc"
     refine_steps: int = 0
+    noise_device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt", "solver"):
+        for name in ("prompt", "negative_prompt", "solver", "noise_device"):
             _check_text(name, getattr(self, name))
         for name in ("fps", "seed"):
             _check_integer(name, getattr(self, name))
@@ -62,6 +64,8 @@ class Request:
         check_refine_steps(self.refine_steps, self.steps)
         if self.solver not in SOLVERS:
             raise UsageError(f"unknown solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
+        if self.noise_device not in NOISE_DEVICES:
+            raise UsageError(f"noise_device is {shown(self.noise_device)}: use cpu or cuda")
         if not (math.isfinite(self.shift) and self.shift > 0):
             raise UsageError(f"shift {self.shift} is not a positive number")
         for name in ("guidance_high", "guidance_low"):

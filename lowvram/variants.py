@@ -74,7 +74,7 @@ class VAEConfig:
     base_dim: Size = 96
     z_dim: Size = 16
     dim_mult: Multipliers = (1, 2, 4, 4)
-    num_res_blocks: Size = 2
+    num_res_blocks: Annotated[int, Meta(ge=1, le=64)] = 2
     temporal_downsample: Switches = (False, True, True)
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowvram.encoder import ENCODER
 from lowvram.errors import UsageError
 from lowvram.files.output import PART, check_name
 from lowvram.files.write import replacing
@@ -28,7 +29,7 @@ STATEMENT = (
 )
 # The official code uses imageio with quality 8 of 10, which imageio turns into x264's
 # crf = int((1 - 8 / 10) * 51) = 10.
-ENCODER = {"crf": "10", "preset": "medium", "x264-params": "mbtree=0"}
+ENCODING = {"crf": "10", "preset": "medium", "x264-params": "mbtree=0"}
 # Fixed, so that the same frames give the same file on any machine: x264's output depends on its
 # number of threads. For the same reason the macroblock tree (mbtree) is off: in small frames it
 # varies from run to run.
@@ -50,18 +51,15 @@ def to_uint8(decoded: Tensor) -> Tensor:
     return out
 
 
-def clip_metadata(request: Request, fingerprint: str) -> dict[str, Any]:
-    """Metadata of a generated video: the request, the model and the mark `ai_generated`.
+def clip_metadata(request: Request | None, fingerprint: str) -> dict[str, Any]:
+    """Metadata of a generated video: the mark `ai_generated` and, with a request, it and the model.
 
     fingerprint: hash of the model's store.
     """
-    return {
-        "ai_generated": True,
-        "generator": "lowvram",
-        "version": _version(),
-        "model": fingerprint,
-        "request": asdict(request),
-    }
+    label = {"ai_generated": True, "generator": "lowvram", "version": _version()}
+    if request is None:
+        return label
+    return label | {"model": fingerprint, "request": asdict(request)}
 
 
 def write_video(
@@ -128,7 +126,7 @@ def _encode(
             description=STATEMENT,
             comment=json.dumps(metadata, ensure_ascii=False, sort_keys=True),
         )
-        stream = _video_stream(container.add_stream("libx264", rate=fps), first.shape)
+        stream = _video_stream(container.add_stream(ENCODER, rate=fps), first.shape)
         for frame in _same_size(first, frames):
             container.mux(stream.encode(_as_yuv(frame)))
         container.mux(stream.encode(None))
@@ -138,7 +136,7 @@ def _video_stream(stream: VideoStream, shape: tuple[int, ...]) -> VideoStream:
     stream.height, stream.width = shape[:2]
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context
-    context.options = ENCODER
+    context.options = ENCODING
     context.thread_count = ENCODER_THREADS
     context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
     context.color_range = 1  # 16..235

@@ -13,6 +13,7 @@ import torch
 from lowvram.checkpoint.dialects.table import Dialect, dialect_of
 from lowvram.checkpoint.layouts.parts import Parts, Rename
 from lowvram.checkpoint.layouts.table import layout_of, model_folder
+from lowvram.checkpoint.readers.files import links_allowed
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.checkpoint.readers.shards import RawTensors, fingerprint_texts, named
 from lowvram.checkpoint.readers.tensor_data import Rows
@@ -92,15 +93,16 @@ class Source:
                 reader.close()
 
 
-def open_source(path: Path, allow_pickle: bool = False) -> Source:
+def open_source(path: Path, allow_pickle: bool = False, allow_links: bool = False) -> Source:
     """Open and validate the model in the folder `path`; reads headers and configs, no weights.
 
     Raises `MissingTensorsError`, listing all tensors of all components that are missing, unexpected
     or of the wrong shape; `UnsafeFileError` for a pickle without `allow_pickle` or a path out of
-    the folder; `CheckpointError` for any other defect.
+    the folder without `allow_links`; `CheckpointError` for any other defect.
     """
     path = model_folder(path)
-    parts = _read_parts(path, allow_pickle)
+    with links_allowed(allow_links):
+        parts = _read_parts(path, allow_pickle)
     check_config(path, parts.config)
     check_experts(parts.raw)
     components, texts = {}, []

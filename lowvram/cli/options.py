@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -177,6 +177,29 @@ SeedOrRandom = Annotated[
 Solver = Annotated[
     str, typer.Option(rich_help_panel=SAMPLING, metavar="NAME", help="unipc or euler.")
 ]
+NoiseDevice = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=SAMPLING,
+        metavar="NAME",
+        help="Where the seed's noise is drawn. cpu: as ComfyUI does, the same everywhere; cuda: as "
+        "the official code does.",
+    ),
+]
+Fps = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=VIDEO, metavar="N", help="Frames per second of the file. Default: 16."
+    ),
+]
+Metadata = Annotated[
+    Literal["full", "label"],
+    typer.Option(
+        rich_help_panel=VIDEO,
+        metavar="KIND",
+        help="full: prompt and settings in the file; label: only that it is AI-generated.",
+    ),
+]
 Scale = Annotated[
     int,
     typer.Option(
@@ -262,6 +285,23 @@ ResumeGenerate = Annotated[
 ]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .pth files (weights only).")
+]
+AllowLinks = Annotated[
+    bool,
+    typer.Option(
+        "--allow-links",
+        rich_help_panel=MACHINE,
+        help="Follow links out of the model's folder, such as to another disk.",
+    ),
+]
+ProgressStyle = Annotated[
+    Literal["bar", "json"],
+    typer.Option(
+        "--progress",
+        rich_help_panel=SCRIPTS,
+        metavar="STYLE",
+        help="bar, or json: a line per event on standard error.",
+    ),
 ]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Check the hash of every tensor against the manifest.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +41,22 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+class Events:
+    """Progress as one JSON object a line on standard error, for scripts: every event."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._began: dict[str, float] = {}
+
+    def say(self, phase: str, done: int, total: int, left_s: float | None, **more: str) -> None:
+        """Print the state of a phase."""
+        now = time.monotonic()
+        began = self._began.setdefault(phase, now)
+        event = {"phase": phase, "done": done, "total": total, "unit": self._unit}
+        times = {"elapsed_s": round(now - began, 3), "left_s": left_s}
+        print(json.dumps(event | times | more), file=sys.stderr, flush=True)
+
+
 class Lines:
     """Progress as lines of text, for a console that is not a terminal: one line when a task starts
     and one every `LINE_PERIOD_S` seconds.
@@ -61,8 +79,15 @@ class Lines:
 
 
 @contextmanager
-def generation_progress(console: Console) -> Iterator[Listener]:
-    """A listener that shows one bar per phase, with the pipeline's estimate of the time left."""
+def generation_progress(console: Console, style: str = "bar") -> Iterator[Listener]:
+    """A listener that shows one bar per phase, with the pipeline's estimate of the time left.
+
+    style: `bar`, or `json` for a line per event.
+    """
+    if style == "json":
+        events = Events("steps")
+        yield lambda event: events.say(event.phase, event.done, event.total, event.seconds_left)
+        return
     if not console.is_terminal:
         lines = Lines(console)
 
@@ -101,10 +126,23 @@ def _time_left(event: Progress) -> str:
 
 
 @contextmanager
-def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress], None]]:
+def quantize_progress(
+    console: Console, style: str = "bar"
+) -> Iterator[Callable[[QuantizeProgress], None]]:
     """A listener that shows one bar for the NaN scan of the source and one for quantization, each
-    with bytes, speed and time left.
+    with bytes, speed and time left. style: as in `generation_progress`.
     """
+    if style == "json":
+        events = Events("bytes")
+        yield lambda event: events.say(
+            event.phase,
+            event.done_bytes,
+            event.total_bytes,
+            event.left_s,
+            component=event.component,
+            tensor=event.tensor,
+        )
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -148,8 +186,15 @@ def quantize_progress(console: Console) -> Iterator[Callable[[QuantizeProgress],
 
 
 @contextmanager
-def verify_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A listener `(done_bytes, total_bytes)` that shows one bar over the bytes hashed."""
+def verify_progress(console: Console, style: str = "bar") -> Iterator[Callable[[int, int], None]]:
+    """A listener `(done_bytes, total_bytes)` that shows one bar over the bytes hashed.
+
+    style: as in `generation_progress`.
+    """
+    if style == "json":
+        events = Events("bytes")
+        yield lambda done, total: events.say("verify", done, total, None)
+        return
     if not console.is_terminal:
         lines = Lines(console)
         yield lambda done, total: lines.say(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path
 
@@ -50,18 +51,16 @@ def check_name(path: Path, overwrite: bool) -> None:
         )
 
 
-def fresh_output(folder: Path, resume: bool = False) -> Path:
-    """`clip.mp4`, or `clip-2.mp4` and so on where that exists.
+def fresh_outputs(folder: Path, resume: bool = False) -> Iterator[Path]:
+    """`clip.mp4`, `clip-2.mp4` and so on, without those that exist.
 
-    resume: that of the newest interrupted run, if there is one.
+    resume: first that of the newest interrupted run, if there is one.
     """
     if resume:
         states = [state for state in folder.glob(f"clip*.mp4{RESUME}") if state.is_file()]
         if states:
-            return max(states, key=lambda state: state.stat().st_mtime).with_suffix("")
+            yield max(states, key=lambda state: state.stat().st_mtime).with_suffix("")
     names = chain(["clip.mp4"], (f"clip-{number}.mp4" for number in count(2)))
-    return next(
-        folder / name
-        for name in names
-        if not any((folder / (name + suffix)).exists() for suffix in ("", RESUME))
-    )
+    for name in names:
+        if not any((folder / (name + suffix)).exists() for suffix in ("", RESUME)):
+            yield folder / name

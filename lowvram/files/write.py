@@ -20,11 +20,13 @@ _NO_FOLDER_SYNC = tuple(
     getattr(errno, name, errno.EINVAL)  # not every system has all of them
     for name in ("EINVAL", "EIO", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EACCES", "EPERM")
 )
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _ADVICE = {
     errno.EEXIST: "it is a file: choose a folder that does not exist",
     errno.ENOTDIR: "a part of this path is a file: choose another folder",
     errno.EISDIR: "it is a folder: choose another name",
+    errno.EFBIG: "the file system (FAT32 holds 4 GB a file) or a limit (ulimit -f) allows no file "
+    "of this size: choose another disk or raise the limit",
     errno.EACCES: "choose another folder or change its permissions",
     errno.EPERM: "choose another folder or change its permissions",
 }

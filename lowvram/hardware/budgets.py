@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import psutil
 
 from lowvram.errors import BudgetError, UsageError
+from lowvram.hardware.cgroups import host_memory
 from lowvram.units import format_bytes, parse_bytes, shown
 
 # Share of the free memory that `auto` takes; the remainder is for other programs.
 AUTO_SHARE = 0.85
 # Growth of the process after the budgets are fixed: imported libraries and small tensors.
 PROCESS_GROWTH_BYTES = 400 * 10**6
+# What torch and the libraries take before a run begins: 0.35 GB measured.
+SMALLEST_FREE_BYTES = 500 * 10**6
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,25 @@ class Budgets:
     ram_bytes: int
     process_bytes: int
     context_bytes: int | None = None
+
+
+def check_budgets(vram: str | int, ram: str | int) -> None:
+    """Check two budgets as far as that needs no torch, whose import takes seconds and memory.
+
+    Raises `UsageError` for an invalid amount, `BudgetError` for more RAM than there is and for a
+    control group that is too small for any run.
+    """
+    memory = host_memory()
+    if vram != "auto":
+        amount_bytes("VRAM", vram)
+    _amount("RAM", ram, 0, memory.total_bytes)
+    if memory.free_bytes < SMALLEST_FREE_BYTES:
+        limit = "" if memory.limited_by == "machine" else f", by its {memory.limited_by}"
+        raise BudgetError(
+            f"this process may take {format_bytes(memory.free_bytes)} of memory{limit}, and "
+            f"libraries alone take {format_bytes(SMALLEST_FREE_BYTES)}: close other programs, or "
+            f"give the container more memory"
+        )
 
 
 def resolve_budgets(vram: str | int, ram: str | int, device: str) -> Budgets:

@@ -90,7 +90,7 @@ class PromptCache:
             with TensorFile(path) as file:
                 metadata = file.header.metadata
                 # The clone is allocated by torch, whose memory is counted against the RAM budget.
-                features = file.read("features")
+                features = file.read("features").clone()
         except (CheckpointError, OSError) as error:
             _log.info("cannot read %s: %s", path, error)
             return None

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lowvram.memory.malloc import trim_heap
 from lowvram.models.umt5 import TextEncoder
 from lowvram.models.wan import compute_dtype
+from lowvram.planner.umt5 import TOKENIZER_BYTES
 from lowvram.progress import PhaseClock
 from lowvram.prompt.cache import PromptCache, features_key
-from lowvram.prompt.tokenizer import Tokenizer
+from lowvram.prompt.tokenizer import tokenize
 from lowvram.request import Request
 from lowvram.run import Run
 from lowvram.store.reader import Store
@@ -56,9 +56,10 @@ def prompt_tokens(store: Store, request: Request) -> dict[str, dict[str, int]]:
 
     tokens: including the end token; kept: those that the model reads, at most its `text_len`.
     """
-    tokenizer, limit = Tokenizer(store.tokenizer), store.config.dit.text_len
+    limit = store.config.dit.text_len
     counts = {
-        name.replace(" ", "_"): tokenizer.length(text) for name, text in _prompts(request).items()
+        name.replace(" ", "_"): len(_tokenized(store, text))
+        for name, text in _prompts(request).items()
     }
     return {name: {"tokens": tokens, "kept": min(tokens, limit)} for name, tokens in counts.items()}
 
@@ -69,21 +70,25 @@ def _prompts(request: Request) -> dict[str, str]:
 
 def _token_ids(store: Store, request: Request) -> list[list[int]]:
     """Token ids of both prompts, cut to the model's `text_len`, with a warning for each one cut."""
-    tokenizer, limit = Tokenizer(store.tokenizer), store.config.dit.text_len
+    limit = store.config.dit.text_len
     ids = []
     for name, text in _prompts(request).items():
-        ids.append(tokenizer.encode(text, limit))
-        tokens = tokenizer.length(text)
-        if tokens > limit:
+        tokens = _tokenized(store, text)
+        ids.append(tokens if len(tokens) <= limit else [*tokens[: limit - 1], tokens[-1]])
+        if len(tokens) > limit:
             _log.warning(
                 "the %s has %d tokens, but the model reads only %d: the rest is cut off",
                 name,
-                tokens,
+                len(tokens),
                 limit,
             )
-    del tokenizer
-    trim_heap()
     return ids
+
+
+def _tokenized(store: Store, prompt: str) -> list[int]:
+    """All token ids of a prompt, `</s>` last."""
+    memory_bytes = store.config.text_encoder.vocab_size * TOKENIZER_BYTES
+    return tokenize(store.tokenizer, prompt, memory_bytes)
 
 
 def _encode(run: Run, prompts: list[list[int]], after_block: Callable[[int], None]) -> list[Tensor]:

@@ -118,7 +118,7 @@ def load_state(
             )
             _check_tensors(file.header.tensors, shape)
             # Clones are allocated by torch, whose memory is counted against the RAM budget.
-            tensors = {name: file.read(name) for name in file.header.tensors}
+            tensors = {name: file.read(name).clone() for name in file.header.tensors}
         if metadata.pop("sha256", None) != _checksum(metadata, tensors):
             raise ValueError("it has been changed: its checksum is another")
         step, latents = header.step, tensors.pop("latents")

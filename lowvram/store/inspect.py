@@ -13,6 +13,7 @@ import torch
 from lowvram.checkpoint.dialects.table import dialect_of
 from lowvram.checkpoint.layouts.official import FOLDERS, STEMS, looks_official
 from lowvram.checkpoint.layouts.table import model_folder
+from lowvram.checkpoint.readers.files import links_allowed
 from lowvram.checkpoint.readers.safetensors_header import Header, TensorInfo, read_header
 from lowvram.checkpoint.readers.shards import RawTensors, named, open_folder, open_one
 from lowvram.checkpoint.source import Source, open_source
@@ -31,11 +32,14 @@ _COMPONENTS = {
 }
 
 
-def inspect_path(path: Path, verify: bool, progress: OnBytes | None = None) -> dict[str, Any]:
+def inspect_path(
+    path: Path, verify: bool, progress: OnBytes | None = None, allow_links: bool = False
+) -> dict[str, Any]:
     """Describes a safetensors file, a source folder or a store, as data for JSON.
 
     verify: also read all data of a store and check them with `verify_store`.
-    progress: called with (done_bytes, total_bytes) during verification.
+    progress: called with (done_bytes, total_bytes) during verification; allow_links: follow links
+    that point out of the folder.
     Raises `CheckpointError`, and `UsageError` for `verify` on anything but a store.
     """
     if not path.exists():
@@ -46,7 +50,7 @@ def inspect_path(path: Path, verify: bool, progress: OnBytes | None = None) -> d
     path = model_folder(path)
     if (path / MANIFEST_NAME).exists():
         # A failed sample check would prevent the complete list of differences.
-        with open_store(path, sample=not verify) as store:
+        with open_store(path, not verify, allow_links) as store:
             if verify:
                 verify_store(store, progress)
             return _describe_store(store, verify)
@@ -55,7 +59,8 @@ def inspect_path(path: Path, verify: bool, progress: OnBytes | None = None) -> d
             f"{path} is not a quantized store and has no hashes to verify: leave out --verify"
         )
     if path.is_dir():
-        return _describe_folder(path)
+        with links_allowed(allow_links):
+            return _describe_folder(path, allow_links)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         raise CheckpointError(f"{path} is a pickle, which inspect does not open: give its folder")
     return _describe_file(read_header(path))
@@ -133,10 +138,10 @@ def _describe_store(store: Store, verified: bool) -> dict[str, Any]:
     )
 
 
-def _describe_folder(path: Path) -> dict[str, Any]:
+def _describe_folder(path: Path, allow_links: bool) -> dict[str, Any]:
     if looks_official(path) and any(_only_pickled(path, stem) for stem in STEMS.values()):
         return _describe_pickled(path)
-    with open_source(path) as source:
+    with open_source(path, allow_links=allow_links) as source:
         return _describe_source(source)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from lowvram.checkpoint.readers.files import inside, read_bytes
+from lowvram.checkpoint.readers.files import inside, links_allowed, read_bytes
 from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
 from lowvram.checkpoint.readers.shards import named
@@ -212,11 +212,12 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
 
 
-def open_store(path: Path, sample: bool = True) -> Store:
+def open_store(path: Path, sample: bool = True, allow_links: bool = False) -> Store:
     """Open the store in the folder `path` and check its headers against the manifest.
 
     sample: also check the hash of one small tensor per file, which detects swapped files. Every
-    other tensor is compared with its hash when it is first read.
+    other tensor is compared with its hash when it is first read. allow_links: open files through
+    links that point out of the folder.
     Raises `MissingTensorsError`, listing the differences from the layout in all files;
     `IntegrityError` for samples that differ from the manifest; `CheckpointError` for any other
     defect.
@@ -225,6 +226,11 @@ def open_store(path: Path, sample: bool = True) -> Store:
         raise CheckpointError(
             f"{path} is not a folder: give the output folder of `lowvram quantize`"
         )
+    with links_allowed(allow_links):
+        return _opened(path, sample)
+
+
+def _opened(path: Path, sample: bool) -> Store:
     manifest = read_manifest(path)
     missing = [
         component_file(name) for name in COMPONENTS if not (path / component_file(name)).exists()

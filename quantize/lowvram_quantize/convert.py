@@ -44,6 +44,7 @@ def quantize(
     format: str = "int8",
     resume: bool = False,
     allow_pickle: bool = False,
+    allow_links: bool = False,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     threads: int | None = None,
@@ -57,6 +58,7 @@ def quantize(
     resume: continue an interrupted run, or start one if there is none; without it the files of an
     interrupted run are removed.
     allow_pickle: read `.pth` files with torch's restricted unpickler.
+    allow_links: follow links that point out of `source`.
     overwrite: replace a store in `model`; it stays intact if the run fails.
     progress: called after each tensor, from a thread of the quantizer.
     threads: default torch's number of threads; device: does the arithmetic.
@@ -69,7 +71,7 @@ def quantize(
         raise OutputError(f"{model} is the checkpoint itself: choose another folder for the result")
     with (
         _system_errors(model),
-        open_source(source, allow_pickle) as opened,
+        open_source(source, allow_pickle, allow_links) as opened,
         RowEngine(threads, device) as engine,
     ):
         check_distinct_experts(opened)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from lowvram.checkpoint.readers import safetensors_header as header
 from lowvram.checkpoint.readers.safetensors_header import read_header
 from lowvram.errors import CheckpointError, HeaderError
+from lowvram.files.limits import HEADER_BYTES
 
 F32_PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -45,12 +46,12 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "length 0": (b"RAW" + bytes(8), "empty_header"),
     "over the cap": (b"RAW" + (2**62).to_bytes(8, "little") + b"{}", "too_long"),
     "just over the cap": (
-        b"RAW" + (header.HEADER_CAP_BYTES + 1).to_bytes(8, "little"),
+        b"RAW" + (HEADER_BYTES + 1).to_bytes(8, "little"),
         "too_long",
     ),
     "over the file": (b"RAW" + (3).to_bytes(8, "little") + b"{}", "beyond_file"),
     "claims the cap": (
-        b"RAW" + header.HEADER_CAP_BYTES.to_bytes(8, "little") + b"{}",
+        b"RAW" + HEADER_BYTES.to_bytes(8, "little") + b"{}",
         "beyond_file",
     ),
     "not UTF-8": (b'{"\xff":1}', "encoding"),

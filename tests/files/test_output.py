@@ -12,20 +12,20 @@ from filelock import FileLock
 
 from lowvram.errors import OutputError
 from lowvram.files.lock import OutputLock
-from lowvram.files.output import SUFFIXES, check_output, fresh_output
+from lowvram.files.output import SUFFIXES, check_output, fresh_outputs
 from lowvram.files.write import replace_file
 
 posix = pytest.mark.skipif(os.name == "nt", reason="links and pipes are POSIX's")
 
 
 def test_a_fresh_name_is_neither_a_clip_nor_an_interrupted_run(tmp_path: Path) -> None:
-    assert fresh_output(tmp_path) == tmp_path / "clip.mp4"
+    assert next(fresh_outputs(tmp_path)) == tmp_path / "clip.mp4"
     (tmp_path / "clip.mp4").touch()
     (tmp_path / "clip-2.mp4.resume").touch()
-    assert fresh_output(tmp_path) == tmp_path / "clip-3.mp4"
-    assert fresh_output(tmp_path, resume=True) == tmp_path / "clip-2.mp4"
+    assert next(fresh_outputs(tmp_path)) == tmp_path / "clip-3.mp4"
+    assert next(fresh_outputs(tmp_path, resume=True)) == tmp_path / "clip-2.mp4"
     (tmp_path / "clip-2.mp4.resume").unlink()
-    assert fresh_output(tmp_path, resume=True) == tmp_path / "clip-2.mp4"
+    assert next(fresh_outputs(tmp_path, resume=True)) == tmp_path / "clip-2.mp4"
 
 
 def in_the_way(path: Path, kind: str, target: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from lowvram.checkpoint import names
 from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.store.layout import StoredTensor, component_layout, marker_bytes
-from lowvram.store.manifest import ComponentManifest, Manifest, component_file
+from lowvram.store.manifest import ComponentManifest, Manifest, component_file, read_manifest
+from lowvram.store.reader import StoreFile
 from lowvram.store.writer import JOURNAL, StoreWriter
 from lowvram.variants import (
     COMPONENTS,
@@ -228,6 +229,17 @@ def write_shards(folder: Path, stem: str, weights: Weights, shards: int) -> None
         folder / f"{stem}.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": weight_map},
     )
+
+
+def accept_changes(store: Path, component: str, name: str) -> None:
+    """Write the manifest of a store anew, with the hash that a changed tensor has now."""
+    manifest = read_manifest(store)
+    with StoreFile(store / component_file(component)) as file:
+        data = file.read(name).reshape(-1).view(torch.uint8).numpy().tobytes()
+    record = manifest.components[component]
+    tensors = record.tensors | {name: hashlib.sha256(data).hexdigest()}
+    components = manifest.components | {component: replace(record, tensors=tensors)}
+    replace(manifest, components=components).write(store)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

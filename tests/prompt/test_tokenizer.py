@@ -4,14 +4,17 @@ own truncation.
 
 from __future__ import annotations
 
+import json
 import re
+import time
+from typing import Any
 
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from lowvram.errors import CheckpointError
-from lowvram.prompt.tokenizer import Tokenizer, clean_prompt
+from lowvram.prompt.tokenizer import Tokenizer, clean_prompt, tokenize
 from lowvram.request import DEFAULT_NEGATIVE_PROMPT
 
 PIECES = ["<pad>", "</s>", "<s>", "<unk>", "▁", "▁a", "▁red", "▁ball", "▁rolls", "b", "l", "a", "."]
@@ -86,8 +89,8 @@ def test_truncation_equals_that_of_the_library(tokenizer: Tokenizer, text_len: i
 
 
 def test_length_counts_what_truncation_drops(tokenizer: Tokenizer) -> None:
-    assert tokenizer.length("ball " * 40) == 41
-    assert tokenizer.length("") == 1
+    assert len(tokenizer.encode("ball " * 40)) == 41
+    assert len(tokenizer.encode("")) == 1
 
 
 def test_padding_and_truncation_of_the_file_are_ignored() -> None:
@@ -110,3 +113,65 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
     other = tokenizers.Tokenizer(models.WordLevel({"[CLS]": 0, "[UNK]": 1}, unk_token="[UNK]"))
     with pytest.raises(CheckpointError, match="</s>"):
         Tokenizer(other.to_str().encode())
+
+
+def hostile(**changes: Any) -> bytes:
+    """The small tokenizer with parts that its library accepts and does not survive."""
+    return json.dumps(json.loads(small_tokenizer().to_str()) | changes).encode()
+
+
+def replacements(count: int) -> dict[str, Any]:
+    rule = {"type": "Replace", "pattern": {"Regex": "."}, "content": "aaaaaaaa"}
+    return {"type": "Sequence", "normalizers": [rule] * count}
+
+
+def test_a_process_gives_the_same_tokens() -> None:
+    content = small_tokenizer().to_str().encode()
+    for prompt in ("a red ball", "", "lone \udc80 surrogate", "“Hello”　ｗ"):
+        expected = Tokenizer(content).encode(prompt)
+        assert tokenize(content, prompt, 10**6) == expected
+        assert tokenize(content, prompt, 10**6) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (hostile(normalizer=replacements(12)), "crash|failed|cannot be used|memory"),
+        (
+            hostile(
+                pre_tokenizer={
+                    "type": "Split",
+                    "pattern": {"Regex": "^(a+)+$"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                }
+            ),
+            None,
+        ),
+        (
+            hostile(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
+            "tokenizer",
+        ),
+        (b"{" * 10**6, "tokenizer"),
+        (b'{"model":' + b"[" * 10**6, "tokenizer"),
+    ],
+    ids=["expands", "slow pattern", "character map", "open", "deep"],
+)
+def test_p31_what_the_library_does_not_survive_is_an_error(
+    content: bytes, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory, panics, aborts and endless loops of the library end its process, not the run."""
+    monkeypatch.setattr("lowvram.prompt.tokenizer.TIMEOUT_S", 5.0)
+    began = time.monotonic()
+    found = attempt(content, "a" * 40 + "!")
+    assert "\n" not in found
+    assert re.search(said or "ids|tokenizer", found)
+    assert time.monotonic() - began < 10
+
+
+def attempt(content: bytes, prompt: str) -> str:
+    """The ids, or the message of the error that is in their place."""
+    try:
+        return f"ids {tokenize(content, prompt, 10**6)}"
+    except CheckpointError as error:
+        return str(error)

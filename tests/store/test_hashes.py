@@ -47,6 +47,15 @@ def flip(path: Path, at: int, bit: int) -> None:
         file.write(bytes([byte ^ (1 << bit)]))
 
 
+def attempt(store: Path) -> str:
+    """The clip's digest, or the message of the error that is in its place."""
+    try:
+        with open_store(store) as opened:
+            return clip(pipeline_of(opened))
+    except IntegrityError as error:
+        return str(error)
+
+
 def test_each_tensor_is_compared_once_whichever_way_it_is_read(tmp_path: Path) -> None:
     data = [bytes(range(size)) for size in (3, 5, 7)]
     hashes = TensorHashes(
@@ -78,14 +87,10 @@ def test_p26_a_flipped_bit_anywhere_in_a_store_is_named(
         at, bit = rng.randrange(info.start, info.end), rng.randrange(8)
         flip(path, at, bit)
         needed = component != "vae" or not info.name.startswith(("encoder.", "conv1."))
-        try:
-            with open_store(store) as opened:
-                found = clip(pipeline_of(opened))
-        except IntegrityError as error:
-            assert f"{component}.safetensors: {info.name} differs" in str(error)
-        else:
-            assert not needed
-            assert found == clean
+        found = attempt(store)
+        assert f"{component}.safetensors: {info.name} differs" in found or (
+            not needed and found == clean
+        )
         flip(path, at, bit)
 
 

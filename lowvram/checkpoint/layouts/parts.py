@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from lowvram.checkpoint.readers.files import CONFIG_CAP_BYTES, read_bytes, read_json
+import msgspec
+
+from lowvram.checkpoint.readers.files import read_bytes, read_json
 from lowvram.checkpoint.readers.shards import RawTensors
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.files.checked import checked
+from lowvram.files.limits import CONFIG_BYTES
 from lowvram.request import Request
 from lowvram.variants import (
     DiTConfig,
@@ -43,8 +46,13 @@ class Parts:
 
 def read_tokenizer(root: Path, path: Path) -> bytes:
     """Read `tokenizer.json` as bytes, after checking that it is JSON. Raises `CheckpointError`."""
-    read_json(root, path)
-    return read_bytes(root, path)
+    content = read_bytes(root, path)
+    try:
+        # checks the values without making objects of them
+        msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not a JSON object: {error}: download it again") from error
+    return content
 
 
 def read_sampling(root: Path, defaults: SamplingDefaults) -> SamplingDefaults:
@@ -56,7 +64,7 @@ def read_sampling(root: Path, defaults: SamplingDefaults) -> SamplingDefaults:
     if not os.path.lexists(path):  # a broken link is an error
         return defaults
     advice = "correct it or remove it"
-    data = read_json(root, path, CONFIG_CAP_BYTES, advice)
+    data = read_json(root, path, CONFIG_BYTES, advice)
     known = {item.name for item in fields(SamplingDefaults)} - {"boundary"}
     try:
         unknown = [key for key in data if key not in known]

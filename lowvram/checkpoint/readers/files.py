@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lowvram.errors import CheckpointError, UnsafeFileError, UsageError
 from lowvram.files.checked import checked
+from lowvram.files.limits import CONFIG_BYTES, JSON_BYTES, check_values
 
-JSON_CAP_BYTES = 64 * 2**20  # UMT5's tokenizer.json has 17 MB
-CONFIG_CAP_BYTES = 2**20
 DOWNLOAD = "download it again"
 LFS_POINTER = b"version https://git-lfs"
 T = TypeVar("T")
@@ -37,11 +39,28 @@ def check_plain_name(name: str, where: Path) -> str:
     return name
 
 
+# Whether links may point out of a model's folder, for weights that are kept on another disk.
+_links_allowed = ContextVar("links_allowed", default=False)
+
+
+@contextmanager
+def links_allowed(allowed: bool) -> Iterator[None]:
+    """Open model folders whose links point out of them, if `allowed`."""
+    token = _links_allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _links_allowed.reset(token)
+
+
 def inside(root: Path, path: Path) -> Path:
-    """Return `path` if it resolves to a file in `root`, or in the blobs of the hub cache of `root`.
+    """Return `path` if it resolves to a file in `root`, or in the blobs of the hub cache of `root`,
+    or if links are allowed.
 
     Raises `UnsafeFileError` for a link that points elsewhere.
     """
+    if _links_allowed.get():
+        return path
     # realpath: `resolve` raises on links that lead in a circle
     home, target = Path(os.path.realpath(root)), Path(os.path.realpath(path))
     homes = [home]
@@ -49,8 +68,8 @@ def inside(root: Path, path: Path) -> Path:
         homes.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(allowed) for allowed in homes):
         raise UnsafeFileError(
-            f"{path} is a link out of its model folder (to {target}): replace it with the file "
-            f"itself"
+            f"{path} is a link out of its model folder (to {target}): pass --allow-links if you "
+            f"made it, or replace it with the file itself"
         )
     return path
 
@@ -67,7 +86,7 @@ def refuse_pointer(path: Path, start: bytes) -> None:
 
 
 def read_bytes(
-    root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD
+    root: Path, path: Path, cap_bytes: int = JSON_BYTES, advice: str = DOWNLOAD
 ) -> bytes:
     """Read a file of at most `cap_bytes` in the model folder `root`.
 
@@ -92,14 +111,16 @@ def read_bytes(
 
 
 def read_json(
-    root: Path, path: Path, cap_bytes: int = JSON_CAP_BYTES, advice: str = DOWNLOAD
+    root: Path, path: Path, cap_bytes: int = JSON_BYTES, advice: str = DOWNLOAD
 ) -> dict[str, Any]:
     """Read a JSON object from a file of at most `cap_bytes` in the model folder `root`.
 
     Raises `CheckpointError`, whose message ends with `advice`.
     """
     try:
-        data = json.loads(read_bytes(root, path, cap_bytes, advice).decode("utf-8"))
+        text = read_bytes(root, path, cap_bytes, advice)
+        check_values(text)
+        data = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}: {advice}") from error
     if not isinstance(data, dict):
@@ -107,7 +128,7 @@ def read_json(
     return data
 
 
-def read_settings(root: Path, path: Path, kind: type[T], cap_bytes: int = CONFIG_CAP_BYTES) -> T:
+def read_settings(root: Path, path: Path, kind: type[T], cap_bytes: int = CONFIG_BYTES) -> T:
     """The JSON object in a configuration file as `kind`, a msgspec struct.
 
     Raises `CheckpointError` naming the file, the key, its value and what is expected.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from lowvram.checkpoint.readers.files import LFS_POINTER, refuse_pointer
 from lowvram.errors import CheckpointError, HeaderError
+from lowvram.files.limits import HEADER_BYTES, check_values
 
 DTYPE_BYTES = {
     "BOOL": 1,
@@ -31,13 +32,12 @@ DTYPE_BYTES = {
     "F64": 8,
     "C64": 8,
 }
-HEADER_CAP_BYTES = 32 * 2**20  # a 14 B model needs 0.3 MB
 SIZE_CAP = 2**63 - 1
 # The rules of the format: what a `HeaderError` of each rule means.
 RULES = {
     "file_too_short": "The file is shorter than the eight bytes of the header's length.",
     "empty_header": "The header's length is 0.",
-    "too_long": "The header's length exceeds `HEADER_CAP_BYTES`.",
+    "too_long": "The header's length exceeds `HEADER_BYTES`.",
     "beyond_file": "The header's length exceeds the size of the file.",
     "encoding": "The header, or a name in it, is not UTF-8.",
     "json": "The header is not a JSON object.",
@@ -134,11 +134,11 @@ def _check_length(path: Path, prefix: bytes, file_bytes: int) -> int:
         raise HeaderError(
             "empty_header", f"{path}: the header has length 0: not a safetensors file"
         )
-    if length > HEADER_CAP_BYTES:
+    if length > HEADER_BYTES:
         raise HeaderError(
             "too_long",
             f"{path}: the header's length is {length} bytes, above the limit of "
-            f"{HEADER_CAP_BYTES}: not a safetensors file",
+            f"{HEADER_BYTES}: not a safetensors file",
         )
     if length > file_bytes - 8:
         raise HeaderError(
@@ -168,6 +168,7 @@ def _no_constant(text: str) -> NoReturn:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
+        check_values(text)
         entries = json.loads(
             text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
         )

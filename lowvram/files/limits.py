@@ -1,0 +1,27 @@
+"""Limits on what a file may expand to, checked before it is parsed."""
+
+from __future__ import annotations
+
+import re
+
+# Of whole files and headers. UMT5's tokenizer.json has 17 MB, the header of a 14 B model 0.3 MB.
+HEADER_BYTES = 16 * 2**20
+JSON_BYTES = 32 * 2**20
+CONFIG_BYTES = 2**20
+# A value of JSON takes some 100 bytes of memory and 1 µs. A checkpoint has 1,100 tensors.
+JSON_VALUES = 500_000
+_TEXTS = re.compile(rb'"[^"]*"?')
+
+
+def count_values(text: bytes) -> int:
+    """An upper bound on the number of values in a JSON text, without parsing it."""
+    # no quotes within texts are left, so that each text ends at the next one
+    plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    rest = _TEXTS.sub(b"", plain)
+    return sum(rest.count(mark) for mark in (b",", b"[", b"{", b":"))
+
+
+def check_values(text: bytes) -> None:
+    """Raise `ValueError` if a JSON text has more than `JSON_VALUES` values."""
+    if len(text) > JSON_VALUES and (count := count_values(text)) > JSON_VALUES:
+        raise ValueError(f"it has {count} values, above the limit of {JSON_VALUES}")
