@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowvram.encoder import ENCODER
 from lowvram.errors import UsageError
+from lowvram.files.limits import check_values
 from lowvram.files.output import PART, check_name
 from lowvram.files.write import replacing
 from lowvram.request import Request
@@ -93,8 +94,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     try:
         with av.open(f"file:{path}") as container:
-            data = json.loads(container.metadata.get("comment", ""))
-    except (OSError, ValueError) as error:
+            comment = container.metadata.get("comment", "")
+        check_values(comment.encode("utf-8", "replace"))
+        data = json.loads(comment)
+    except (av.FFmpegError, OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} is not a video made by lowvram: {' '.join(str(error).split())}"
         ) from error

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram.errors import OutputError
 from lowvram.files.cache import cache_folder
-from lowvram.files.write import replace_file
+from lowvram.files.sealed import read_sealed, write_sealed
 from lowvram.hardware.cgroups import cpu_count
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def _load(path: Path, key: KernelKey) -> tuple[Check, ...] | None:
     from lowvram_kernels.check import Check
 
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = read_sealed(path)
         if (
             content["version"] != CACHE_VERSION
             or content["key"] != asdict(key)
@@ -269,7 +269,7 @@ def _load(path: Path, key: KernelKey) -> tuple[Check, ...] | None:
             Check(**{name: str(value) for name, value in check.items()})
             for check in content["checks"]
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -282,6 +282,6 @@ def _save(path: Path, key: KernelKey, checks: Sequence[Check]) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+        write_sealed(path, content)
     except (OSError, OutputError) as error:
         logger.warning("could not cache the check of the kernels: %s", error)

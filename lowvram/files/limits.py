@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 # Of whole files and headers. UMT5's tokenizer.json has 17 MB, the header of a 14 B model 0.3 MB.
 HEADER_BYTES = 16 * 2**20
@@ -25,3 +26,14 @@ def check_values(text: bytes) -> None:
     """Raise `ValueError` if a JSON text has more than `JSON_VALUES` values."""
     if len(text) > JSON_VALUES and (count := count_values(text)) > JSON_VALUES:
         raise ValueError(f"it has {count} values, above the limit of {JSON_VALUES}")
+
+
+def read_at_most(path: Path, cap_bytes: int) -> bytes:
+    """The content of a regular file. Raises `OSError`, and `ValueError` if it is larger."""
+    if not path.is_file() and path.exists():
+        raise ValueError("it is no regular file")
+    with open(path, "rb") as file:
+        content = file.read(cap_bytes + 1)
+    if len(content) > cap_bytes:
+        raise ValueError(f"it is larger than {cap_bytes} bytes")
+    return content

@@ -16,11 +16,11 @@ from typing import Any
 from lowvram.errors import OutputError, UsageError
 from lowvram.files.cache import cache_folder
 from lowvram.files.checked import checked
-from lowvram.files.write import replace_file
+from lowvram.files.sealed import read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 MEASURED, TABLE, GIVEN, PREDICTED = "measured", "table", "given", "predicted"
 # Upper bound of page-locked memory as a share of RAM: the system cannot swap or reclaim it.
 PINNED_SHARE = 0.5
@@ -151,7 +151,7 @@ def save_profile(
     content = {"version": CACHE_VERSION, "key": asdict(key), "profile": profile.to_dict()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        write_sealed(path, content)
     except (OSError, OutputError) as error:
         logger.warning("cannot save the machine profile: %s", error)
         return None
@@ -171,17 +171,13 @@ def load_profile(key: ProfileKey, folder: Path | None = None) -> MachineProfile 
     """
     path = (folder or cache_folder()) / key.file_name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_sealed(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         logger.warning("cannot read %s (%s): run `lowvram doctor` to measure again", path, error)
         return None
-    if (
-        not isinstance(content, dict)
-        or content.get("version") != CACHE_VERSION
-        or content.get("key") != asdict(key)
-    ):
+    if content.get("version") != CACHE_VERSION or content.get("key") != asdict(key):
         logger.warning(
             "%s belongs to another machine or version: run `lowvram doctor` to measure again", path
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.errors import ResumeError
+from lowvram.files.limits import JSON_BYTES, read_at_most
 from lowvram.files.write import BINARY, write_all
 
 
@@ -72,10 +73,16 @@ def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines before the first truncated or invalid one, and their length in bytes."""
     lines: list[dict[str, Any]] = []
     length = 0
-    for raw in path.read_bytes().splitlines(keepends=True):
+    try:
+        content = read_at_most(path, JSON_BYTES)
+    except (OSError, ValueError) as error:
+        raise ResumeError(
+            f"{path} cannot be read ({error}): start again without --resume"
+        ) from error
+    for raw in content.splitlines(keepends=True):
         try:
             line = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         keys = ("name", "sha256") if lines else ("identity",)
         if not raw.endswith(b"\n") or not isinstance(line, dict) or set(line) != set(keys):

@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from lowvram.errors import ResumeError
+from lowvram.files.limits import JSON_BYTES, read_at_most
 from lowvram.files.write import BINARY, output_error, write_all
 from lowvram_quantize.recipe import check_same
 from lowvram_quantize.report import TensorError
@@ -77,10 +79,16 @@ def _checksum(entry: object) -> str:
 
 def _whole_lines(path: Path) -> list[bytes]:
     """Return the lines before the first that is not as it was written."""
-    if not path.exists():
+    lines: list[bytes] = []
+    try:
+        content = read_at_most(path, JSON_BYTES)
+    except FileNotFoundError:
         return []
-    lines = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    except (OSError, ValueError) as error:
+        raise ResumeError(
+            f"{path} cannot be read ({error}): start again without --resume"
+        ) from error
+    for line in content.splitlines(keepends=True):
         try:
             data = json.loads(line) if line.endswith(b"\n") else {}
             whole = data["sha256"] == _checksum(data["entry"])

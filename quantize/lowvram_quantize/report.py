@@ -14,7 +14,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from lowvram.checkpoint.readers.files import read_json
 from lowvram.errors import CheckpointError
+from lowvram.files.checked import checked
 from lowvram.store.manifest import REPORT_NAME
 from lowvram.units import format_bytes
 from lowvram_quantize.rows import ErrorSums
@@ -78,13 +80,14 @@ class QuantizationReport:
 def read_report(model: Path) -> QuantizationReport:
     """Read the report of a store; raise `CheckpointError` if it is missing or damaged."""
     path = model / REPORT_NAME
+    data = read_json(model, path, advice="quantize again or restore it")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        errors = tuple(TensorError(**entry) for entry in data["tensors"])
+        errors = tuple(checked(entry, TensorError) for entry in data["tensors"])
+        recipe, sizes = data["recipe"], (data["source_bytes"], data["stored_bytes"])
         return QuantizationReport(
-            data["recipe"], data["source_bytes"], data["stored_bytes"], errors
+            checked(recipe, dict[str, Any]), *checked(sizes, tuple[int, int]), errors
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a readable quantization report: {error}") from error
 
 
