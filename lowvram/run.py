@@ -22,7 +22,7 @@ from lowvram.streaming.block import Blocks
 from lowvram.streaming.schedule import BlockId
 from lowvram.streaming.stream import Buffers, open_stream
 from lowvram.streaming.transport import Transport
-from lowvram.units import format_bytes
+from lowvram.units import format_memory
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -119,7 +119,7 @@ class Run:
             peak.phase: peak.vram_bytes if short == VRAM else peak.ram_bytes
             for peak in self.plan.phases
         }
-        needs = f"{format_bytes(planned.get(phase, 0))} of {short}"
+        needs = f"{format_memory(planned.get(phase, 0))} of {short}"
         if phase not in planned:
             needs = f"it needs less {short} than any phase of the plan"
         elif phase == "denoise":

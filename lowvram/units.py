@@ -63,12 +63,21 @@ def clip_size(size: str | Sequence[int]) -> tuple[int, int]:
 
 
 def format_bytes(count: float) -> str:
-    """Format a number of bytes in decimal units: `14.50 GB`."""
+    """Format the size of a file, or a speed per second, in decimal units: `14.50 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def format_memory(count: float) -> str:
+    """Format VRAM or RAM in binary units, as budgets are given: `8.00 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
 
 
 def shown(value: object) -> str:

@@ -23,7 +23,7 @@ from lowvram.timing.cards import COMPUTE_CAPABILITIES, LANE_BYTES_S, Card, find_
 from lowvram.timing.forecast import Forecast, simulate_choice
 from lowvram.timing.predict import attention_ops, block_seconds, linear_ops, text_ops
 from lowvram.timing.simulate import HopSpeeds
-from lowvram.units import format_bytes
+from lowvram.units import format_memory
 from lowvram.variants import I2V_A14B, T2V_A14B, ModelConfig
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -93,10 +93,10 @@ def plan_of(
     config: ModelConfig, card: Card, size: tuple[int, int], vram_gb: int, ram_gb: int
 ) -> MemoryPlan | BudgetError:
     """The plan that `lowvram plan` makes for a card under two budgets, or why there is none."""
-    ram_bytes = ram_gb * 10**9
+    ram_bytes = ram_gb * 2**30
     profile = card.profile(ram_bytes)
     workload = Workload.of(config, "int8", size, FRAMES)
-    budgets = vram_gb * 10**9, ram_bytes
+    budgets = vram_gb * 2**30, ram_bytes
     try:
         return choose_plan(
             workload,
@@ -115,16 +115,16 @@ def plan_row(config: ModelConfig, size: tuple[int, int], vram_gb: int, ram_gb: i
     """
     cards = [find_card(name) for name in CARDS]
     plans = [
-        plan_of(config, card, size, vram_gb, ram_gb) if card.vram_bytes >= vram_gb * 10**9 else None
+        plan_of(config, card, size, vram_gb, ram_gb) if card.vram_bytes >= vram_gb * 2**30 else None
         for card in cards
     ]
     first = next(plan for plan in plans if plan is not None)
-    cells = [f"{vram_gb} GB", f"{ram_gb} GB"]
+    cells = [f"{vram_gb} GiB", f"{ram_gb} GiB"]
     if isinstance(first, BudgetError):
         return _line([*cells, "does not fit", *["-"] * (3 + 2 * len(CARDS))])
     choice = first.choice
     from_disk = first.num_blocks - choice.resident_blocks - choice.host_blocks
-    cells += [format_bytes(first.peak_vram_bytes), format_bytes(first.peak_ram_bytes)]
+    cells += [format_memory(first.peak_vram_bytes), format_memory(first.peak_ram_bytes)]
     cells += [
         f"{choice.resident_blocks} / {choice.host_blocks} ({choice.pinned_blocks}) / {from_disk}",
         f"{choice.chunk_tokens}",
@@ -357,7 +357,7 @@ def _line(cells: list[str]) -> str:
 def readme_cards() -> str:
     """The README's table of cards, between its two markers."""
     lines = [
-        "Predicted, not measured: int8, 81 frames, 40 steps with guidance, 16 GB of RAM, from data "
+        "Predicted, not measured: int8, 81 frames, 40 steps with guidance, 16 GiB of RAM, from data "
         "sheets and the kernels'",
         "machine code. `lowvram plan t2v-a14b --gpu NAME` predicts other cards, sizes and budgets.",
         "",
@@ -371,7 +371,7 @@ def readme_cards() -> str:
             if plan.prediction is None:
                 raise ValueError(f"{name}: no prediction")
             minutes = round(plan.prediction.video_s / 60)
-            cells += [format_bytes(plan.peak_vram_bytes), f"{minutes} min"]
+            cells += [format_memory(plan.peak_vram_bytes), f"{minutes} min"]
         lines.append(_line(cells))
     return "\n".join(lines)
 

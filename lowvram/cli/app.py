@@ -204,7 +204,7 @@ def plan(
     as_json: opts.Json = False,
 ) -> None:
     """Predict peak memory and time of a run, without a GPU; without --size, of many sizes."""
-    from lowvram.cli.plan_tables import matrix_table, plan_table
+    from lowvram.cli.plan_tables import budget_note, matrix_table, plan_table
     from lowvram.plans import api as planning
 
     settings: dict[str, Any] = {
@@ -223,7 +223,7 @@ def plan(
         _show(matrix.to_dict(), lambda: matrix_table(matrix), as_json)
     else:
         single = planning.plan(model, size=size, **settings)
-        _show(single.to_dict(), lambda: plan_table(single, gpu), as_json)
+        _show(single.to_dict(), lambda: plan_table(single, gpu, budget_note(gpu, vram)), as_json)
 
 
 def _show(data: dict[str, Any], table: Callable[[], Table], as_json: bool) -> None:

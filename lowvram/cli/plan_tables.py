@@ -9,8 +9,10 @@ from rich.table import Table
 
 from lowvram.cli.progress import PhaseTimer, duration
 from lowvram.cli.terminal import printable
+from lowvram.hardware.budgets import AUTO_SHARE
 from lowvram.planner.phases import PHASES
-from lowvram.units import format_bytes
+from lowvram.timing.cards import find_card
+from lowvram.units import format_memory
 from lowvram.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ def plan_line(plan: MemoryPlan) -> str:
     """A plan in one line: peaks, placement of blocks, chunk length and predicted time."""
     choice = plan.choice
     return (
-        f"plan: {format_bytes(plan.peak_vram_bytes)} VRAM and "
-        f"{format_bytes(plan.peak_ram_bytes)} RAM at most, "
+        f"plan: {format_memory(plan.peak_vram_bytes)} VRAM and "
+        f"{format_memory(plan.peak_ram_bytes)} RAM at most, "
         f"{choice.resident_blocks} of {plan.num_blocks} blocks resident, "
         f"{choice.host_blocks} in RAM, "
         f"chunks of {choice.chunk_tokens} tokens"
@@ -40,10 +42,10 @@ def plan_line(plan: MemoryPlan) -> str:
     )
 
 
-def plan_table(plan: MemoryPlan, gpu: str | None = None) -> Table:
+def plan_table(plan: MemoryPlan, gpu: str | None = None, note: str = "") -> Table:
     """Table of a plan: VRAM items of the denoising phase, peak of each phase, predicted times.
 
-    gpu: the card named by the user, if any.
+    gpu: the card named by the user, if any; note: a line below the table.
     """
     choice, workload = plan.choice, plan.workload
     table = Table(
@@ -52,30 +54,43 @@ def plan_table(plan: MemoryPlan, gpu: str | None = None) -> Table:
         f"{workload.num_tokens:,} tokens"
     )
     table.add_column("VRAM while denoising")
-    table.add_column("bytes", justify="right")
+    table.add_column("size", justify="right")
     labels = {
-        "residual stream": "x, fp32"
+        "residual stream": "activations between blocks"
         + (", both guidance branches" if choice.joint_guidance else ""),
-        "keys and values": "K and V",
-        "chunk workspace": f"chunk workspace, {choice.chunk_tokens} tokens",
-        "block slots": f"{choice.resident_blocks + choice.ring_slots} block slots "
-        f"({choice.resident_blocks} resident)",
+        "keys and values": "keys and values of attention",
+        "chunk workspace": f"workspace for {choice.chunk_tokens} tokens at a time",
+        "block slots": f"weights: {choice.resident_blocks} blocks that stay, room for "
+        f"{choice.ring_slots} that pass",
     }
     for name, nbytes in plan.items.items():
         if nbytes:
-            table.add_row(labels.get(name, name), format_bytes(nbytes))
-    table.add_row("sum", format_bytes(sum(plan.items.values())), style="bold", end_section=True)
+            table.add_row(labels.get(name, name), format_memory(nbytes))
+    table.add_row("sum", format_memory(sum(plan.items.values())), style="bold", end_section=True)
     for phase in plan.phases:
-        peak = f"{format_bytes(phase.vram_bytes)} VRAM, {format_bytes(phase.ram_bytes)} RAM"
+        peak = f"{format_memory(phase.vram_bytes)} VRAM, {format_memory(phase.ram_bytes)} RAM"
         table.add_row(f"peak of the {phase.phase} phase", peak)
     table.add_row(
         "peak of the run",
-        f"{format_bytes(plan.peak_vram_bytes)} VRAM, {format_bytes(plan.peak_ram_bytes)} RAM",
+        f"{format_memory(plan.peak_vram_bytes)} VRAM, {format_memory(plan.peak_ram_bytes)} RAM",
         style="bold",
     )
     _add_prediction(table, plan, gpu)
-    table.caption = _placement(plan) + _variant_note(workload.config.variant)
+    table.caption = (
+        _placement(plan) + _variant_note(workload.config.variant) + (f"\n{note}" if note else "")
+    )
     return table
+
+
+def budget_note(gpu: str | None, vram: str | None) -> str:
+    """How much of a card `auto` takes, where a plan is for one; else nothing."""
+    if gpu is None or vram not in (None, "auto"):
+        return ""
+    total = format_memory(find_card(gpu).vram_bytes)
+    return (
+        f"the VRAM budget is auto: {AUTO_SHARE:.0%} of the card's {total}; the rest is for the "
+        f"desktop and other programs"
+    )
 
 
 def _placement(plan: MemoryPlan) -> str:
@@ -123,13 +138,13 @@ def matrix_table(matrix: Matrix) -> Table:
         "predicted": "from its data sheet and the kernels' machine code",
         "table": "from the table of cards",
     }.get(matrix.basis, "from given speeds")
-    model = f"{matrix.variant} {matrix.format}, {format_bytes(matrix.ram_bytes)} of RAM"
+    model = f"{matrix.variant} {matrix.format}, {format_memory(matrix.ram_bytes)} of RAM"
     machine = printable(matrix.machine)
     table = Table(title=f"{model}: time of a video, predicted for {machine} {source}")
     budgets = list(dict.fromkeys(cell.vram_bytes for cell in matrix.cells))
     table.add_column("size x frames")
     for budget in budgets:
-        table.add_column(f"VRAM {format_bytes(budget)}", justify="right")
+        table.add_column(f"VRAM {format_memory(budget)}", justify="right")
     rows: dict[tuple[int, int, int], dict[int, str]] = {}
     for cell in matrix.cells:
         row = rows.setdefault((cell.width, cell.height, cell.num_frames), {})
@@ -236,8 +251,8 @@ def peaks_table(peaks: dict[str, Any]) -> Table:
         for names in kinds.values():
             measured = [actual[name] for name in names if actual.get(name) is not None]
             cells += [
-                format_bytes(sum(planned[name] for name in names)),
-                format_bytes(sum(measured)) if measured else "-",
+                format_memory(sum(planned[name] for name in names)),
+                format_memory(sum(measured)) if measured else "-",
             ]
         table.add_row(PHASES[phase].label, *cells)
     return table

@@ -13,7 +13,7 @@ from lowvram.doctor.measure import machine_profile
 from lowvram.errors import LowvramError, UsageError
 from lowvram.hardware.machine import Machine
 from lowvram.hardware.profile import MachineProfile
-from lowvram.units import format_bytes
+from lowvram.units import format_bytes, format_memory
 
 MIN_VRAM_BYTES = 5 << 30  # for the A14B models at 480p
 MIN_RAM_BYTES = 6 << 30
@@ -149,8 +149,8 @@ def _gpu(machine: Machine) -> Finding:
         )
     link = f", link {format_bytes(gpu.link_bytes_s)}/s" if gpu.link_bytes_s else ""
     detail = (
-        f"{gpu.name} ({gpu.architecture}), {format_bytes(gpu.free_bytes)} of "
-        f"{format_bytes(gpu.total_bytes)} free{link}"
+        f"{gpu.name} ({gpu.architecture}), {format_memory(gpu.free_bytes)} of "
+        f"{format_memory(gpu.total_bytes)} free{link}"
     )
     if gpu.capability < INT8_CAPABILITY and gpu.architecture.startswith("sm_"):
         return Finding(
@@ -165,7 +165,7 @@ def _gpu(machine: Machine) -> Finding:
             "warn",
             detail,
             f"close other programs that use the GPU: the A14B models need "
-            f"{format_bytes(MIN_VRAM_BYTES)}",
+            f"{format_memory(MIN_VRAM_BYTES)}",
         )
     return Finding("GPU", "ok", detail)
 
@@ -209,15 +209,15 @@ def _kernels(machine: Machine, report: KernelReport | None) -> Finding:
 def _ram(machine: Machine) -> Finding:
     limit = "" if machine.ram_limited_by == "machine" else f" (limit of {machine.ram_limited_by})"
     detail = (
-        f"{format_bytes(machine.ram_free_bytes)} of "
-        f"{format_bytes(machine.ram_total_bytes)} free{limit}"
+        f"{format_memory(machine.ram_free_bytes)} of "
+        f"{format_memory(machine.ram_total_bytes)} free{limit}"
     )
     if machine.ram_free_bytes < MIN_RAM_BYTES:
         return Finding(
             "RAM",
             "warn",
             detail,
-            f"close other programs: the A14B models need {format_bytes(MIN_RAM_BYTES)}",
+            f"close other programs: the A14B models need {format_memory(MIN_RAM_BYTES)}",
         )
     return Finding("RAM", "ok", detail)
 

@@ -9,7 +9,7 @@ import psutil
 
 from lowvram.errors import BudgetError, UsageError
 from lowvram.hardware.cgroups import host_memory
-from lowvram.units import format_bytes, parse_bytes, shown
+from lowvram.units import format_memory, parse_bytes, shown
 
 # Share of the free memory that `auto` takes; the remainder is for other programs.
 AUTO_SHARE = 0.85
@@ -47,8 +47,8 @@ def check_budgets(vram: str | int, ram: str | int) -> None:
     if memory.free_bytes < SMALLEST_FREE_BYTES:
         limit = "" if memory.limited_by == "machine" else f", by its {memory.limited_by}"
         raise BudgetError(
-            f"this process may take {format_bytes(memory.free_bytes)} of memory{limit}, and "
-            f"libraries alone take {format_bytes(SMALLEST_FREE_BYTES)}: close other programs, or "
+            f"this process may take {format_memory(memory.free_bytes)} of memory{limit}, and "
+            f"libraries alone take {format_memory(SMALLEST_FREE_BYTES)}: close other programs, or "
             f"give the container more memory"
         )
 
@@ -96,7 +96,7 @@ def _amount(label: str, wanted: str | int, automatic: int, total: int) -> int:
         return automatic
     nbytes = amount_bytes(label, wanted)
     if nbytes > total:
-        wanted, has = format_bytes(nbytes), format_bytes(total)
+        wanted, has = format_memory(nbytes), format_memory(total)
         raise BudgetError(
             f"the {label} budget is {wanted}, but this machine has {has}: use less, or auto"
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowvram.errors import InternalLimitError, OutOfMemoryError
 from lowvram.memory.out_of_memory import is_out_of_memory
 from lowvram.planner.workspace import Workspace
-from lowvram.units import format_bytes
+from lowvram.units import format_memory
 
 
 class Ledger:
@@ -49,7 +49,7 @@ class Ledger:
             self.release(nbytes)
             if not is_out_of_memory(error):
                 raise
-            needed = f"{label} needs {format_bytes(nbytes)} of {self.name}"
+            needed = f"{label} needs {format_memory(nbytes)} of {self.name}"
             raise OutOfMemoryError(
                 f"{needed}, within the budget but not available on this machine", self.name
             ) from None

@@ -17,7 +17,7 @@ from lowvram.planner.phases import Host, PlanChoice
 from lowvram.planner.plan import CHUNK_TOKENS, MemoryPlan, describe_plan
 from lowvram.planner.prediction import Prediction
 from lowvram.request import Workload
-from lowvram.units import format_bytes
+from lowvram.units import format_memory
 
 # Below this many tokens a block computes faster than PCIe 4.0 brings the next one (kernels 5), so
 # both branches share a visit.
@@ -168,10 +168,17 @@ def _refusal(smallest: MemoryPlan, vram_bytes: int, ram_bytes: int) -> str:
         if peak > budget:
             phase = max(smallest.phases, key=lambda phase: getattr(phase, attribute)).phase
             flag = label.lower()
-            mebibytes = -(-peak // 2**20)
             needs.append(
-                f"{label} of {format_bytes(budget)} is too little (the {phase} phase needs "
-                f"{format_bytes(peak)}): "
-                f"use --{flag} {mebibytes}MiB or more"
+                f"{label} of {format_memory(budget)} is too little (the {phase} phase needs "
+                f"{format_memory(peak)}): "
+                f"use --{flag} {_rounded_up(peak)} or more"
             )
     return f"{name}: {'; '.join(needs)}, or a smaller size or fewer frames"
+
+
+def _rounded_up(nbytes: int) -> str:
+    """An amount as an option takes it, at least `nbytes`: `5.31GiB`, below 1 GiB in MiB."""
+    if nbytes < 2**30:
+        return f"{-(-nbytes // 2**20)}MiB"
+    hundredths = -(-nbytes * 100 // 2**30)
+    return f"{hundredths // 100}.{hundredths % 100:02d}GiB"

@@ -32,12 +32,12 @@ from lowvram.timing.cards import (
     parse_speed,
 )
 from lowvram.timing.forecast import Forecast
-from lowvram.units import clip_size, format_bytes, shown
+from lowvram.units import clip_size, format_memory, shown
 from lowvram.variants import VARIANTS, ModelConfig
 
 MATRIX_SIZES = ((640, 384), (832, 480), (1280, 720))
 MATRIX_FRAMES = (33, 81, 121)
-MATRIX_VRAM_GB = (24, 16, 12, 8, 6)
+MATRIX_VRAM_GIB = (24, 16, 12, 8, 6)
 DEFAULT_VRAM_BYTES = 8 * 2**30
 
 
@@ -114,7 +114,7 @@ def plan_matrix(
     """Compute `plan` for every size, number of frames and VRAM budget.
 
     frames: one number instead of `MATRIX_FRAMES`. vram: one budget; by default a share of the
-    memory of `gpu`, or those of `MATRIX_VRAM_GB` that the machine has. sizes: (width, height) in
+    memory of `gpu`, or those of `MATRIX_VRAM_GIB` that the machine has. sizes: (width, height) in
     pixels. Other arguments as in `plan`.
 
     Without `gpu` and without a measured machine, the card is `cards.card_with` the VRAM budget. A
@@ -139,7 +139,7 @@ def plan_matrix(
         if vram != "auto":
             _check_vram(machine, vram_bytes)
     else:
-        listed = [] if gpu else [gigabytes * 10**9 for gigabytes in MATRIX_VRAM_GB]
+        listed = [] if gpu else [gibibytes * 2**30 for gibibytes in MATRIX_VRAM_GIB]
         budgets = [budget for budget in listed if budget <= machine.vram_total_bytes] or [
             _auto_vram_bytes(machine)
         ]
@@ -257,7 +257,7 @@ def _auto_vram_bytes(machine: MachineProfile) -> int:
 def _check_vram(machine: MachineProfile, vram_bytes: int) -> None:
     """Raise `BudgetError` if the machine has less VRAM than the budget."""
     if vram_bytes > machine.vram_total_bytes:
-        wanted, total = format_bytes(vram_bytes), format_bytes(machine.vram_total_bytes)
+        wanted, total = format_memory(vram_bytes), format_memory(machine.vram_total_bytes)
         raise BudgetError(
             f"VRAM of {wanted} was asked for, {machine.name} has {total}: ask for less or for "
             f"auto, or name another --gpu"

@@ -23,7 +23,7 @@ from lowvram.sampling.solvers import Solver
 from lowvram.streaming.block import BlockView
 from lowvram.streaming.schedule import BlockId
 from lowvram.streaming.stream import Buffers
-from lowvram.units import format_bytes
+from lowvram.units import format_memory
 
 # With less free RAM on the machine, a run releases blocks that it caches in RAM.
 LOW_RAM_BYTES = 256 * 2**20
@@ -174,8 +174,8 @@ class _ReleasingBlocks:
         _log.warning(
             "%s of RAM is free on this machine, less than %s: continuing with %s; nothing is "
             "computed again, the video stays the same",
-            format_bytes(free_bytes),
-            format_bytes(LOW_RAM_BYTES),
+            format_memory(free_bytes),
+            format_memory(LOW_RAM_BYTES),
             fallback.gives_up,
         )
         self._stream.close()

@@ -100,10 +100,10 @@ def test_progress_names_every_phase(model: Path, tmp_path: Path) -> None:
         (["--size", "60x64"], 2, ("width 60", "use 64")),
         (["--size", "64"], 2, ("'64'", "832x480")),
         (["--frames", "6"], 2, ("frames 6 is not 4n+1", "use 5")),
-        (["--vram", "1MiB"], 1, ("VRAM of 1.05 MB is too little", "--vram")),
-        (["--ram", "1MiB"], 1, ("RAM of 1.05 MB is too little", "--ram")),
+        (["--vram", "1MiB"], 1, ("VRAM of 1.00 MiB is too little", "--vram")),
+        (["--ram", "1MiB"], 1, ("RAM of 1.00 MiB is too little", "--ram")),
         (["--vram", "lots"], 2, ("'lots'", "8GiB")),
-        (["--vram", "100000GiB"], 1, ("the VRAM budget is 107.37 TB, but this machine has",)),
+        (["--vram", "100000GiB"], 1, ("the VRAM budget is 97.66 TiB, but this machine has",)),
         (["--device", "tpu"], 2, ("unknown device 'tpu'",)),
         (["--solver", "ddim"], 2, ("unknown solver 'ddim'", "unipc, euler")),
         (["--out", "clip.gif"], 2, ("clip.gif", "use clip.mp4")),
@@ -553,8 +553,8 @@ def test_plan_answers_for_a_card_of_the_table() -> None:
         refused(
             run("plan", "t2v-a14b", *size, *card, "--vram", "24GB"),
             1,
-            "VRAM of 24.00 GB",
-            "RTX 3060 12GB has 12.88 GB",
+            "VRAM of 22.35 GiB",
+            "RTX 3060 12GB has 12.00 GiB",
         )
     refused(
         run("plan", "t2v-a14b", "--size", "832x480", "--link", "PCIe 3.0 x8"),
@@ -656,11 +656,11 @@ def test_plan_and_doctor_speak_json() -> None:
     assert plan["peak_vram_bytes"] <= 8 * 2**30
     table = run("plan", "t2v-a14b", "--size", "1280x720", "--vram", "24GiB").stdout
     for text in (
-        "x, fp32",
-        "1.55 GB",
-        "K and V",
-        "chunk workspace",
-        "block slots",
+        "activations between blocks",
+        "1.44 GiB",
+        "keys and values",
+        "tokens at a time",
+        "blocks that stay",
         "peak of the decode phase",
     ):
         assert text in table
@@ -668,7 +668,7 @@ def test_plan_and_doctor_speak_json() -> None:
         run("plan", "t2v-a14b", "--size", "1280x720", "--vram", "2GiB"),
         1,
         "use --vram",
-        "MiB or more",
+        "GiB or more",
     )
     assert {
         finding["name"] for finding in json.loads(run("doctor", "--json").stdout)["findings"]

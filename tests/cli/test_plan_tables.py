@@ -41,7 +41,7 @@ def test_planned_and_actual_memory_stand_side_by_side(
     screen = StringIO()
     Console(file=screen, width=120).print(table)
     row = next(line for line in screen.getvalue().splitlines() if "denoising" in line)
-    assert ("2.00 GB" in row) == bool(actual)
+    assert ("1.86 GiB" in row) == bool(actual)
     assert peaks["planned"]["denoise"]["vram_bytes"] == next(
         phase.vram_bytes for phase in plan.phases if phase.phase == "denoise"
     )

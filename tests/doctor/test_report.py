@@ -147,8 +147,9 @@ def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_speed_module, "PROBE_BLOCKS", 2)
     monkeypatch.setattr(read_speed_module, "PROBE_BLOCK_BYTES", MIB)
     monkeypatch.setattr(source, "PART_BYTES", MIB // 4)
-    defaults = (*(source.BlockFile.__init__.__defaults__ or ())[:-1], MIB // 4)
-    monkeypatch.setattr(source.BlockFile.__init__, "__defaults__", defaults)
+    part_bytes, *others = source.BlockFile.__init__.__defaults__ or ()
+    assert part_bytes > MIB // 4
+    monkeypatch.setattr(source.BlockFile.__init__, "__defaults__", (MIB // 4, *others))
 
 
 @pytest.mark.usefixtures("small_probe")

@@ -15,7 +15,7 @@ from lowvram.models.umt5 import TextEncoder
 from lowvram.models.vae import WanVAE
 from lowvram.request import Request
 from lowvram.store.reader import Store
-from lowvram.units import format_bytes
+from lowvram.units import format_memory
 from tests.faults.inject import Injection, always, cuda_error, first, python_error
 from tests.faults.runs import CHOICE, last_fallback, needs, request
 from tests.helpers.runs import digest, plan_of
@@ -73,7 +73,7 @@ def test_p16_the_advice_fits_the_phase_and_what_is_saved(
     said = str(failed.value)
     assert "\n" not in said
     ended = last_fallback(pipeline, asked, plan) if phase == "denoise" else plan
-    assert f"it needs {format_bytes(needs(ended, phase))} of VRAM" in said
+    assert f"it needs {format_memory(needs(ended, phase))} of VRAM" in said
     assert ("and go on with --resume" in said, "and run it again" in said) == (saved, not saved), (
         said
     )

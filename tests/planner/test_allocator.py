@@ -299,7 +299,9 @@ def test_a_gpu_by_number_becomes_the_current_one_and_its_context_counts(
     )
     monkeypatch.setattr(measure, "this_machine", lambda device: asked.append([*current]))
     monkeypatch.setattr(
-        pipeline_module, "open_store", lambda path: SimpleNamespace(path=path, format="int8")
+        pipeline_module,
+        "open_store",
+        lambda path, allow_links: SimpleNamespace(path=path, format="int8"),
     )
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     loaded = pipeline_module.load(tmp_path, device="cuda:1", prompt_cache=False)

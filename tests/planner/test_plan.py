@@ -111,13 +111,13 @@ def test_more_memory_is_spent_on_residency() -> None:
 def test_a_refusal_names_the_smallest_budget_and_that_budget_works() -> None:
     with pytest.raises(BudgetError, match="VRAM") as refused:
         plan_for(2, 16)
-    smallest = re.search(r"--vram (\d+)MiB", str(refused.value))
+    smallest = re.search(r"--vram (\d+\.\d\d)GiB", str(refused.value))
     assert smallest is not None
-    mebibytes = int(smallest[1])
-    assert plan_for(mebibytes / 1024, 16).peak_vram_bytes <= mebibytes * 2**20
+    gibibytes = float(smallest[1])
+    assert plan_for(gibibytes, 16).peak_vram_bytes <= gibibytes * 2**30
     with pytest.raises(BudgetError):
-        plan_for((mebibytes - 2) / 1024, 16)
-    with pytest.raises(BudgetError, match=r"RAM of .* --ram \d+MiB"):
+        plan_for(gibibytes - 0.02, 16)
+    with pytest.raises(BudgetError, match=r"RAM of .* --ram \d+\.\d\dGiB or more"):
         plan_for(8, 1)
 
 

@@ -157,7 +157,7 @@ def test_auto_vram_here_is_really_asked(monkeypatch: pytest.MonkeyPatch) -> None
 def test_vram_that_a_card_has_not_is_refused_with_what_it_has(vram: str | int) -> None:
     for plan in (planning.plan, planning.plan_matrix):
         with pytest.raises(
-            BudgetError, match=r"was asked for, RTX 3060 12GB has 12\.88 GB: ask for less"
+            BudgetError, match=r"was asked for, RTX 3060 12GB has 12\.00 GiB: ask for less"
         ):
             plan("t2v-a14b", gpu="RTX 3060 12GB", vram=vram)
 
@@ -184,7 +184,7 @@ def test_a_matrix_without_a_card_is_that_of_one_that_has_the_vram(
     card = find_card(machine)
     assert all(cell.vram_bytes <= card.vram_bytes for cell in matrix.cells)
     most = max(card.vram_bytes for card in CARDS)
-    with pytest.raises(BudgetError, match=r"H200 has 141\.00 GB"):
+    with pytest.raises(BudgetError, match=r"H200 has 131\.32 GiB"):
         planning.plan_matrix("t2v-a14b", vram=most + 1)
 
 
@@ -209,7 +209,7 @@ def test_a_matrix_of_this_machine_leaves_out_what_it_has_not(
 ) -> None:
     measured("RTX 3060 12GB")
     matrix = planning.plan_matrix("t2v-a14b", frames=33, sizes=[(640, 384)])
-    assert [cell.vram_bytes for cell in matrix.cells] == [12 * 10**9, 8 * 10**9, 6 * 10**9]
+    assert [cell.vram_bytes for cell in matrix.cells] == [12 * 2**30, 8 * 2**30, 6 * 2**30]
     with pytest.raises(BudgetError, match="RTX 3060 12GB has"):
         planning.plan("t2v-a14b", vram="16GB")
     measured("RTX 3060 12GB", vram_total_bytes=5 * GIB)

@@ -29,7 +29,7 @@ def lines(name: str) -> list[str]:
 
 
 def test_every_asked_combination_is_answered() -> None:
-    rows = [line for line in lines("plans.md") if line.startswith("| ") and " GB | " in line]
+    rows = [line for line in lines("plans.md") if line.startswith("| ") and " GiB | " in line]
     assert len(rows) == 2 * 2 * 5 * 4  # variants, sizes, VRAM, RAM
     assert all("predicted" in line for line in lines("plans.md") if line.startswith("| VRAM"))
 
@@ -41,7 +41,7 @@ def test_a_card_is_planned_for_with_the_vram_that_it_has(plans: ModuleType) -> N
     cells = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in lines("plans.md")
-        if line.startswith("| ") and " GB | " in line
+        if line.startswith("| ") and " GiB | " in line
     ]
     for vram, _, *plan, small_step, small_video, large_step, large_video in cells:
         has = int(vram.split()[0]) <= 12
