@@ -140,7 +140,8 @@ def matrix_table(matrix: Matrix) -> Table:
     }.get(matrix.basis, "from given speeds")
     model = f"{matrix.variant} {matrix.format}, {format_memory(matrix.ram_bytes)} of RAM"
     machine = printable(matrix.machine)
-    table = Table(title=f"{model}: time of a video, predicted for {machine} {source}")
+    title = f"{model}: time of a video, predicted for {machine} {source}"
+    table = Table(title=title, min_width=64)
     budgets = list(dict.fromkeys(cell.vram_bytes for cell in matrix.cells))
     table.add_column("size x frames")
     for budget in budgets:

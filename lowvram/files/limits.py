@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 # Of whole files and headers. UMT5's tokenizer.json has 17 MB, the header of a 14 B model 0.3 MB.
 HEADER_BYTES = 16 * 2**20
-JSON_BYTES = 32 * 2**20
+JSON_BYTES = 16 * 2**20
+TOKENIZER_FILE_BYTES = 32 * 2**20
 CONFIG_BYTES = 2**20
 # A value of JSON takes some 100 bytes of memory and 1 µs. A checkpoint has 1,100 tensors.
 JSON_VALUES = 500_000
-_TEXTS = re.compile(rb'"[^"]*"?')
 
 
 def count_values(text: bytes) -> int:
     """An upper bound on the number of values in a JSON text, without parsing it."""
+    import numpy as np  # where the text is long alone
+
     # no quotes within texts are left, so that each text ends at the next one
     plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    rest = _TEXTS.sub(b"", plain)
-    return sum(rest.count(mark) for mark in (b",", b"[", b"{", b":"))
+    characters = np.frombuffer(plain, dtype=np.uint8)
+    quotes = (characters == ord('"')).view(np.uint8)
+    outside = np.bitwise_xor.accumulate(quotes) == 0
+    marks = np.zeros(256, dtype=bool)
+    marks[list(b",[{:")] = True
+    return int(np.count_nonzero(marks[characters] & outside))
 
 
 def check_values(text: bytes) -> None:

@@ -20,6 +20,7 @@ _NO_FOLDER_SYNC = tuple(
     getattr(errno, name, errno.EINVAL)  # not every system has all of them
     for name in ("EINVAL", "EIO", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EACCES", "EPERM")
 )
+MAKE_ROOM = "make room and run it again"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _ADVICE = {
     errno.EEXIST: "it is a file: choose a folder that does not exist",
@@ -39,9 +40,7 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def output_error(
-    path: Path, error: OSError, advice: str = "make room and run it again"
-) -> OutputError:
+def output_error(path: Path, error: OSError, advice: str = MAKE_ROOM) -> OutputError:
     """The `OutputError` for an `OSError` while writing `path`; `DiskFullError`, with `advice`, if
     there is no room.
     """
@@ -97,14 +96,19 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(
-    path: Path, partial: Path | None = None, durable: bool = True, made: bool = False
+    path: Path,
+    partial: Path | None = None,
+    durable: bool = True,
+    made: bool = False,
+    advice: str = MAKE_ROOM,
 ) -> Iterator[Path]:
     """A path to write to, renamed to `path` when the block ends and removed when it raises.
 
     `path` holds either its old content or all of the new one, at any moment. partial: the file
     written to, by default `path` with `.partial`; durable: sync file and folder, so that the rename
     survives a power cut; made: the caller has just made `partial`; otherwise what an earlier run
-    left there is removed first. Raises `OutputError` in place of `OSError`.
+    left there is removed first; advice: what to do where the disk is full. Raises `OutputError` in
+    place of `OSError`.
     """
     partial = partial or path.with_name(path.name + PARTIAL)
     try:
@@ -112,7 +116,7 @@ def replacing(
         if not made:
             partial.unlink(missing_ok=True)  # it may have other names
     except OSError as error:
-        raise output_error(path, error) from error
+        raise output_error(path, error, advice) from error
     try:
         yield partial
         if durable:
@@ -124,7 +128,7 @@ def replacing(
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise output_error(path, error) from error
+            raise output_error(path, error, advice) from error
         raise
 
 
@@ -136,9 +140,9 @@ def _sync_file(path: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, advice: str = MAKE_ROOM) -> None:
     """Replace `path` atomically by `content`; see `replacing`. Raises `OutputError`."""
-    with replacing(path) as partial:
+    with replacing(path, advice=advice) as partial:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
         try:
             write_all(fd, content)

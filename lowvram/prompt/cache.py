@@ -89,8 +89,7 @@ class PromptCache:
                 return None
             with TensorFile(path) as file:
                 metadata = file.header.metadata
-                # The clone is allocated by torch, whose memory is counted against the RAM budget.
-                features = file.read("features").clone()
+                features = file.read("features")
         except (CheckpointError, OSError) as error:
             _log.info("cannot read %s: %s", path, error)
             return None

@@ -20,7 +20,7 @@ from lowvram.checkpoint.readers.safetensors_header import TensorInfo
 from lowvram.errors import CheckpointError, OutOfMemoryError, ResumeError
 from lowvram.files.checked import checked
 from lowvram.files.output import RESUME
-from lowvram.files.write import replace_file
+from lowvram.files.write import MAKE_ROOM, replace_file
 from lowvram.memory.out_of_memory import as_out_of_memory
 from lowvram.request import Request
 
@@ -77,7 +77,9 @@ def save_state(path: Path, state: RunState) -> None:
         "step": str(state.step),
     }
     metadata["sha256"] = _checksum(metadata, tensors)
-    replace_file(path, save(tensors, metadata))
+    # without a finished step there is nothing to resume
+    saved = "make room and go on with --resume" if path.exists() else MAKE_ROOM
+    replace_file(path, save(tensors, metadata), saved)
 
 
 def saved_seed(path: Path) -> int | None:
@@ -117,8 +119,7 @@ def load_state(
                 path, saved, {"model": model, "arithmetic": arithmetic} | asdict(request)
             )
             _check_tensors(file.header.tensors, shape)
-            # Clones are allocated by torch, whose memory is counted against the RAM budget.
-            tensors = {name: file.read(name).clone() for name in file.header.tensors}
+            tensors = {name: file.read(name) for name in file.header.tensors}
         if metadata.pop("sha256", None) != _checksum(metadata, tensors):
             raise ValueError("it has been changed: its checksum is another")
         step, latents = header.step, tensors.pop("latents")

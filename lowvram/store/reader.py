@@ -19,6 +19,7 @@ from lowvram.checkpoint.readers.safetensors_header import TensorInfo, quoted
 from lowvram.checkpoint.readers.shards import named
 from lowvram.checkpoint.readers.tensor_data import TORCH_DTYPES
 from lowvram.errors import CheckpointError, IntegrityError, MissingTensorsError, UsageError
+from lowvram.files.limits import TOKENIZER_FILE_BYTES
 from lowvram.store.hashes import TensorHashes
 from lowvram.store.layout import StoredTensor, component_layout
 from lowvram.store.manifest import TOKENIZER_NAME, Manifest, component_file, read_manifest
@@ -238,7 +239,9 @@ def _opened(path: Path, sample: bool) -> Store:
     missing += [] if (path / TOKENIZER_NAME).exists() else [TOKENIZER_NAME]
     if missing:
         raise CheckpointError(f"{path} lacks {named(missing)}: quantize again or restore it")
-    tokenizer = read_bytes(path, path / TOKENIZER_NAME, advice="quantize again or restore it")
+    tokenizer = read_bytes(
+        path, path / TOKENIZER_NAME, TOKENIZER_FILE_BYTES, "quantize again or restore it"
+    )
     if hashlib.sha256(tokenizer).hexdigest() != manifest.tokenizer_sha256:
         raise IntegrityError(
             f"{path / TOKENIZER_NAME} differs from its hash in the manifest: quantize again "

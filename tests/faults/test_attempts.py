@@ -22,7 +22,7 @@ from lowvram import pipeline as pipeline_module
 from lowvram.cli.app import app
 from lowvram.request import Request
 from lowvram.store.reader import Store
-from lowvram.units import format_bytes
+from lowvram.units import format_memory
 from tests.faults.attempts import Attempts, Living
 from tests.faults.inject import cuda_error, python_error
 from tests.faults.places import ATTEMPT, LOOP, PLACES, STAGING, asked_at, in_worker
@@ -90,7 +90,7 @@ def test_p16_memory_that_never_comes_back_is_a_clear_error(
     assert re.match(rf"error: out of VRAM in {named} \(CUDA out of memory", line), line
     assert "Traceback" not in result.output
     ended = last_fallback(pipeline, asked, plan) if name == "denoise" else plan
-    assert f"needs {format_bytes(needs(ended, name))} of VRAM" in line
+    assert f"needs {format_memory(needs(ended, name))} of VRAM" in line
     assert ("--resume" in line) is (tmp_path / "clip.mp4.resume").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) in ([], ["clip.mp4.resume"])
     assert (

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from lowvram.pipeline import Pipeline
 from lowvram.planner.phases import PlanChoice
 from lowvram.planner.plan import MemoryPlan
 from lowvram.progress import Progress
-from lowvram.store.reader import Store, StoreFile, open_store
+from lowvram.store.reader import Store, open_store
 from lowvram.variants import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
 from tests.helpers.checkpoints import write_store
 from tests.helpers.runs import CPU, plan_of
@@ -52,32 +51,19 @@ def medium_config(dim: int, text_len: int, base_dim: int = 8) -> ModelConfig:
 
 @dataclass
 class Allocations:
-    """Peak bytes by phase of a run: what torch's allocator gives out, and what is mapped from
-    files.
-    """
+    """Peak bytes by phase of a run, of what torch's allocator gives out."""
 
-    events: list[tuple[int, int]] = field(default_factory=list)
     phases: list[tuple[int, str]] = field(default_factory=list)
 
     def enter(self, event: Progress) -> None:
         if not self.phases or self.phases[-1][1] != event.phase:
             self.phases.append((time.time_ns(), event.phase))
 
-    def map(self, tensor: torch.Tensor) -> torch.Tensor:
-        nbytes = tensor.nbytes
-        self.events.append((time.time_ns(), nbytes))
-        weakref.finalize(
-            tensor.untyped_storage(), lambda: self.events.append((time.time_ns(), -nbytes))
-        )
-        return tensor
-
     def peaks(self, profiled: profile) -> dict[str, int]:
         peaks: dict[str, int] = {}
         used, starts = 0, [*self.phases]
         phase = "before"
-        for moment, nbytes in sorted(
-            [*self.events, *_allocations(profiled)], key=lambda event: event[0]
-        ):
+        for moment, nbytes in sorted(_allocations(profiled), key=lambda event: event[0]):
             while starts and moment >= starts[0][0]:
                 phase = starts.pop(0)[1]
             used += nbytes
@@ -116,7 +102,7 @@ def tracked_peaks(
     clip = plan.workload
     size = {"width": clip.width, "height": clip.height, "num_frames": clip.num_frames}
     request = pipeline.request(**PROMPTS, **size, steps=3, **changes)  # type: ignore[arg-type]
-    allocations, read = Allocations(), StoreFile.read
+    allocations = Allocations()
 
     def stop(event: Progress) -> None:
         if event.phase == "denoise" and event.done == 2:
@@ -124,7 +110,6 @@ def tracked_peaks(
 
     with pytest.raises(Interrupted):
         pipeline.generate(request, plan=plan, state_file=state, listener=stop)
-    monkeypatch.setattr(StoreFile, "read", lambda file, name: allocations.map(read(file, name)))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         pipeline.generate(
             request, plan=plan, state_file=state, resume=True, listener=allocations.enter

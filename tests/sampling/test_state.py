@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lowvram.errors import ResumeError
+from lowvram.errors import DiskFullError, ResumeError
 from lowvram.request import Request
 from lowvram.sampling.state import RunState, load_state, save_state, saved_seed
 
@@ -142,3 +144,21 @@ def test_p31_a_large_sparse_state_is_refused_before_it_is_read(tmp_path: Path) -
         file.truncate(8 + len(text) + size)
     with pytest.raises(ResumeError, match="is not the state of an interrupted run"):
         loaded(path)
+
+
+def test_p33_a_full_disk_says_how_to_go_on_and_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first state the same command works again, after it only --resume does."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "clip.mp4.resume"
+    state = RunState(REQUEST, "model", "int8", 2, random(0), {})
+    for advice in ("make room and run it again", "make room and go on with --resume"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(DiskFullError, match=advice):
+                save_state(path, state)
+        save_state(path, state)

@@ -14,7 +14,7 @@ from lowvram.checkpoint.readers.files import read_bytes, read_json
 from lowvram.checkpoint.readers.shards import RawTensors
 from lowvram.errors import CheckpointError, UsageError
 from lowvram.files.checked import checked
-from lowvram.files.limits import CONFIG_BYTES
+from lowvram.files.limits import CONFIG_BYTES, TOKENIZER_FILE_BYTES
 from lowvram.request import Request
 from lowvram.variants import (
     DiTConfig,
@@ -46,7 +46,7 @@ class Parts:
 
 def read_tokenizer(root: Path, path: Path) -> bytes:
     """Read `tokenizer.json` as bytes, after checking that it is JSON. Raises `CheckpointError`."""
-    content = read_bytes(root, path)
+    content = read_bytes(root, path, TOKENIZER_FILE_BYTES)
     try:
         # checks the values without making objects of them
         msgspec.json.decode(content, type=dict[str, msgspec.Raw])

@@ -40,7 +40,8 @@ TORCH_DTYPES = {
     "C64": torch.complex64,
 }
 DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
-# With less, a library may choose another kernel, which rounds differently.
+# Of data that torch allocates: with less, a library may choose another kernel, which rounds
+# differently.
 ALIGNMENT = 64
 SAMPLE_BYTES = 4096
 Self = TypeVar("Self", bound="TensorData")
@@ -200,16 +201,15 @@ class TensorData:
                 f"{self.path}: expected {self._file_bytes} bytes, found "
                 f"{self._status().st_size}: the file has changed since it was opened",
             )
-        buffer = bytearray(length + ALIGNMENT)
-        first = -torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % ALIGNMENT
-        target = memoryview(buffer)[first : first + length]
-        (count,) = self._fill([(target, info.start + start)], info.name)
+        # torch aligns what it allocates, and its memory is counted against the RAM budget
+        data = torch.empty(length, dtype=torch.uint8)
+        (count,) = self._fill([(data.numpy().data, info.start + start)], info.name)
         if count != length:
             raise HeaderError(
                 "truncated_file",
                 f"{self.path}: expected {length} bytes of {quoted(info.name)}, found {count}",
             )
-        return torch.frombuffer(buffer, dtype=torch.uint8, count=length, offset=first)
+        return data
 
     def _status(self) -> os.stat_result:
         try:
