@@ -105,7 +105,7 @@ def open_source(path: Path, allow_pickle: bool = False, allow_links: bool = Fals
         parts = _read_parts(path, allow_pickle)
     check_config(path, parts.config)
     check_experts(parts.raw)
-    components, texts = {}, []
+    components, texts, strange = {}, [], []
     for component in COMPONENTS:
         raw = parts.raw[component]
         dialect = dialect_of(raw.infos, raw.metadata)
@@ -114,8 +114,9 @@ def open_source(path: Path, allow_pickle: bool = False, allow_links: bool = Fals
         extra = [name for name in tensors if name not in expected]
         check_dialect(component, raw, dialect, unknown + extra)
         texts += problems(component, raw.where, tensors, expected, unknown)
+        strange += unknown + extra
         components[component] = ComponentSource(component, tensors, stored, raw, dialect)
-    raise_problems(texts)
+    raise_problems(texts, strange)
     return Source(path, parts.layout, parts.config, components, parts.tokenizer)
 
 

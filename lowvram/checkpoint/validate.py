@@ -29,6 +29,9 @@ class QuantizedSourceError(CheckpointError):
     """
 
 
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+
 class WrongExpertError(CheckpointError):
     """The experts are swapped, or one expert is given twice."""
 
@@ -95,13 +98,21 @@ def problems(
     return [f"{component} ({where}): {text}" for text in texts]
 
 
-def raise_problems(texts: list[str]) -> None:
-    """Raise `MissingTensorsError` with all texts, if there are any."""
-    if texts:
-        raise MissingTensorsError(
-            f"{'; '.join(texts)}: download it again, or give the folder with the matching "
-            f"config.json"
+def raise_problems(texts: list[str], unknown: list[str]) -> None:
+    """Raise `MissingTensorsError` with all texts, if there are any.
+
+    unknown: tensors that the model does not have.
+    """
+    if not texts:
+        return
+    advice = "download it again, or give the folder with the matching config.json"
+    prefix = next((text for text in _PREFIXES if any(n.startswith(text) for n in unknown)), "")
+    if prefix:
+        advice = (
+            f"names that begin with {prefix!r} are ComfyUI's, which are not read yet: give the "
+            f"official or the diffusers model"
         )
+    raise MissingTensorsError(f"{'; '.join(texts)}: {advice}")
 
 
 def check_experts(raw: Mapping[str, RawTensors]) -> None:

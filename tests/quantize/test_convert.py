@@ -9,6 +9,7 @@ import logging
 import os
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lowvram.checkpoint.readers.safetensors import TensorFile
 from lowvram.errors import (
     CheckpointError,
     DiskFullError,
@@ -34,6 +36,7 @@ from lowvram.errors import (
     UnsafeFileError,
     UsageError,
 )
+from lowvram.files import read as disk
 from lowvram.files.lock import LOCK_NAME
 from lowvram.formats import FORMATS
 from lowvram.store.inspect import inspect_path
@@ -560,3 +563,56 @@ def test_a_state_cut_at_any_byte_keeps_its_whole_lines(source: Path, tmp_path: P
             assert len(state.errors) == max(0, content[:length].count(b"\n") - 1)
         assert path.read_bytes().startswith(lines[0])
         assert path.read_bytes().endswith(b"\n")
+
+
+def test_p26_a_source_that_was_replaced_between_two_runs_is_refused(tmp_path: Path) -> None:
+    """Its size and its time are those of before."""
+    source = write_official(tmp_path / "source", CONFIG)
+    with pytest.raises(Stopped):
+        quantize(source, tmp_path / "m", progress=StopAt(150))
+    assert (tmp_path / "m" / STAGING_NAME).exists()
+    shard = next((source / "low_noise_model").glob("*.safetensors"))
+    status = shard.stat()
+    with TensorFile(shard) as file:
+        info = max(file.tensors.values(), key=lambda info: info.nbytes)
+    with open(shard, "r+b") as content:
+        content.seek(info.start)
+        content.write(bytes(info.nbytes))
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ResumeError, match=r"source low_noise was .*, now "):
+        quantize(source, tmp_path / "m", resume=True)
+
+
+def test_p30_a_disk_that_fails_under_the_source_is_an_error_with_file_and_tensor(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, reads = disk.read_at, 0
+
+    def read_at(*arguments: Any) -> int:
+        nonlocal reads
+        reads += 1
+        if reads > 500:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*arguments)
+
+    monkeypatch.setattr(disk, "read_at", read_at)
+    monkeypatch.setattr(disk, "RETRY_DELAYS_S", (1e-4, 1e-4, 1e-4))
+    with pytest.raises(
+        CheckpointError,
+        match=r"safetensors: reading '\S+' at byte \d+ failed: Input/output error, 4",
+    ):
+        quantize(source, tmp_path / "m")
+
+
+def test_names_of_comfyui_are_told_from_a_damaged_download(tmp_path: Path) -> None:
+    source = write_official(tmp_path / "source", CONFIG, shards=1)
+    for expert in ("high_noise", "low_noise"):
+        shard = source / f"{expert}_model" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(shard)
+        save_file(
+            {f"model.diffusion_model.{name}": value for name, value in weights.items()}, shard
+        )
+    with pytest.raises(
+        MissingTensorsError, match=r"'model\.diffusion_model\.' are ComfyUI's.*official"
+    ):
+        quantize(source, tmp_path / "m")

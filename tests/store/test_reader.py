@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -364,3 +365,17 @@ def test_forged_manifest_is_refused(
 def test_forging_without_a_change_opens(store: Path) -> None:
     forged(store, lambda data: None)
     assert isinstance(open_store(store).manifest, Manifest)
+
+
+def test_p31_numbers_that_would_take_minutes_are_refused(store: Path) -> None:
+    manifest = read_manifest(store)
+    data = manifest.to_dict()
+    data.pop("sha256")
+    data["config"]["vae"]["num_res_blocks"] = 2**20
+    text = json.dumps(data, sort_keys=True, ensure_ascii=True).encode()
+    data["sha256"] = hashlib.sha256(text).hexdigest()
+    (store / MANIFEST_NAME).write_text(json.dumps(data))
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="num_res_blocks is 1048576"):
+        open_store(store)
+    assert time.monotonic() - began < 1
