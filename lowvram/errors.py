@@ -82,6 +82,10 @@ class OutOfMemoryError(LowvramError):
         self.budget = budget
 
 
+class LoraError(CheckpointError):
+    """A LoRA that is damaged, or for another model or expert; the message names the key."""
+
+
 class UnsupportedError(LowvramError):
     """No backend can run the operation on this machine; the message gives each one's reason."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,13 +35,19 @@ TIED = "encoder.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """The tensors of one component by official name; `stored` maps to the names in the files."""
+    """The tensors of one component by official name; `stored` maps to the names in the files.
+
+    merge: what is merged into a weight when it is read, from its name and its rows, such as LoRAs;
+    merged: texts that say what that is.
+    """
 
     component: str
     tensors: Mapping[str, TensorInfo]
     stored: Mapping[str, str]
     raw: RawTensors
     dialect: Dialect
+    merge: Callable[[str, Rows], Rows] = lambda name, rows: rows
+    merged: tuple[str, ...] = ()
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in a floating-point dtype. Raises `CheckpointError`."""
@@ -58,11 +64,13 @@ class ComponentSource:
         stored, rows = self.stored[name], self.dialect.rows
         if rows is None:
             raise CheckpointError(f"{self.raw.where}: the dialect {self.dialect.name} is not read")
-        return rows(self.raw, stored)
+        return self.merge(name, rows(self.raw, stored))
 
     def fingerprint(self) -> str:
         """Hash of tensor names, dtypes, shapes and samples, and of the files' sizes and times."""
-        return hashlib.sha256("\n".join(fingerprint_texts(self.raw)).encode()).hexdigest()
+        return hashlib.sha256(
+            "\n".join([*fingerprint_texts(self.raw), *self.merged]).encode()
+        ).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import typer
 from lowvram.cli import options as opts
 from lowvram.cli.commands import Commands
 from lowvram.cli.first_checks import (
+    check_lora,
     check_model,
     check_readable,
     check_source,
@@ -28,6 +29,7 @@ from lowvram.cli.terminal import (
     printable,
 )
 from lowvram.files.output import check_output
+from lowvram.variants import EXPERTS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,16 +95,22 @@ def quantize(
     resume: opts.ResumeQuantize = False,
     allow_pickle: opts.AllowPickle = False,
     allow_links: opts.AllowLinks = False,
+    lora: opts.Lora = None,
+    lora_high: opts.LoraHigh = None,
+    lora_low: opts.LoraLow = None,
     overwrite: opts.Overwrite = False,
     progress: opts.ProgressStyle = "bar",
     as_json: opts.Json = False,
 ) -> None:
     """Quantize a checkpoint into a model for streaming, in bounded memory; resumable."""
     check_source(source, model)
+    for text in [*(lora or []), *(lora_high or []), *(lora_low or [])]:
+        check_lora(text)
     from lowvram_quantize.convert import quantize as convert
     from lowvram_quantize.report import summary_table
 
     from lowvram.cli.progress import quantize_progress
+    from lowvram.lora.file import parse_choice
 
     with quantize_progress(console, progress) as listener:
         report = convert(
@@ -112,6 +120,11 @@ def quantize(
             resume=resume,
             allow_pickle=allow_pickle,
             allow_links=allow_links,
+            loras=[
+                *(parse_choice(text) for text in lora or []),
+                *(parse_choice(text, EXPERTS[:1]) for text in lora_high or []),
+                *(parse_choice(text, EXPERTS[1:]) for text in lora_low or []),
+            ],
             overwrite=overwrite,
             progress=listener,
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowvram.errors import CheckpointError, LowvramError, OutputError, UsageError
+from lowvram.errors import CheckpointError, LoraError, LowvramError, OutputError, UsageError
 from lowvram.files.lock import OutputLock
 from lowvram.files.output import check_output, fresh_outputs
 from lowvram.request import MAX_PROMPT_CHARACTERS
@@ -22,6 +22,12 @@ def check_source(path: Path, model: Path) -> None:
     check_readable(model)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give the folder of the whole model")
+
+
+def check_lora(text: str) -> None:
+    """Raise `LowvramError` if no file of a LoRA, `FILE` or `FILE:STRENGTH`, is there."""
+    if not any(Path(name).exists() for name in (text, text.rpartition(":")[0]) if name):
+        raise LoraError(f"{text} does not exist: check the name of the LoRA")
 
 
 def check_model(path: Path) -> None:

@@ -303,6 +303,16 @@ ProgressStyle = Annotated[
         help="bar, or json: a line per event on standard error.",
     ),
 ]
+_LORA = "LoRA to merge before quantizing, FILE or FILE:STRENGTH; may be repeated."
+Lora = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE", help=_LORA)]
+LoraHigh = Annotated[
+    list[str] | None,
+    typer.Option("--lora-high", metavar="FILE", help="The same for the high-noise expert alone."),
+]
+LoraLow = Annotated[
+    list[str] | None,
+    typer.Option("--lora-low", metavar="FILE", help="The same for the low-noise expert alone."),
+]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Check the hash of every tensor against the manifest.")
 ]

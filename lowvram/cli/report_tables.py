@@ -35,7 +35,9 @@ def inspect_table(report: dict[str, Any]) -> Table:
             format_bytes(part["bytes"]),
             printable(dtypes),
         )
-    if "config" in report:
+    if report.get("lora"):
+        table.caption = _lora_caption(report["lora"])
+    if report.get("config"):
         dit = report["config"]["dit"]
         sizes = (
             f"{dit['num_layers']} blocks, dim {dit['dim']}, ffn {dit['ffn_dim']}, "
@@ -45,6 +47,16 @@ def inspect_table(report: dict[str, Any]) -> Table:
     if report.get("verified"):
         table.caption = f"{table.caption}; the hash of every tensor matches"
     return table
+
+
+def _lora_caption(lora: dict[str, Any]) -> str:
+    ranks = ", ".join(map(str, lora["ranks"]))
+    changes = f"changes {lora['tensors_changed']} tensors of a T2V-A14B expert"
+    changes += f" ({', '.join(lora['kinds'])}" if lora["kinds"] else ""
+    changes += f"; rank {ranks})" if ranks else ")" if lora["kinds"] else ""
+    if lora["unknown_keys"]:
+        changes += f"; {lora['unknown_keys']} keys are of none: {', '.join(lora['unknown'])}"
+    return printable(changes)
 
 
 def doctor_table(report: dict[str, Any]) -> Table:

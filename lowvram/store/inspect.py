@@ -14,12 +14,15 @@ from lowvram.checkpoint.dialects.table import dialect_of
 from lowvram.checkpoint.layouts.official import FOLDERS, STEMS, looks_official
 from lowvram.checkpoint.layouts.table import model_folder
 from lowvram.checkpoint.readers.files import links_allowed
-from lowvram.checkpoint.readers.safetensors_header import Header, TensorInfo, read_header
+from lowvram.checkpoint.readers.safetensors_header import Header, TensorInfo, quoted, read_header
 from lowvram.checkpoint.readers.shards import RawTensors, named, open_folder, open_one
 from lowvram.checkpoint.source import Source, open_source
 from lowvram.errors import CheckpointError, IntegrityError, UsageError
+from lowvram.lora.changes import kind_of
+from lowvram.lora.keys import targets
 from lowvram.store.manifest import MANIFEST_NAME
 from lowvram.store.reader import Store, StoreFile, open_store
+from lowvram.variants import T2V_A14B
 
 OnBytes = Callable[[int, int], None]  # (bytes done, bytes in all)
 READ_BYTES = 8 * 2**20
@@ -211,11 +214,30 @@ def _describe_file(header: Header) -> dict[str, Any]:
         "header_bytes": header.data_start,
         "component": "lora" if "lora" in found else (found[0] if len(found) == 1 else "unknown"),
     }
+    if about["component"] == "lora":
+        about["lora"] = _describe_lora(header)
     about |= {
         "dialect": dialect_of(header.tensors, header.metadata).name,
         "metadata": {key: value[:1000] for key, value in header.metadata.items()},
     }
     return about | _contents(header.tensors.values())
+
+
+def _describe_lora(header: Header) -> dict[str, Any]:
+    """What a LoRA changes in an expert of T2V-A14B, and which of its keys are of nothing there."""
+    found, unknown = targets(header.tensors, T2V_A14B.dit)
+    ranks = {
+        header.tensors[keys["down"]].shape[0]
+        for keys in found.values()
+        if "down" in keys and header.tensors[keys["down"]].shape
+    }
+    return {
+        "tensors_changed": len(found),
+        "kinds": sorted({kind_of(tuple(keys)) or "incomplete" for keys in found.values()}),
+        "ranks": sorted(ranks),
+        "unknown_keys": len(unknown),
+        "unknown": [quoted(name) for name in unknown[:6]],
+    }
 
 
 def _contents(tensors: Iterable[TensorInfo]) -> dict[str, Any]:

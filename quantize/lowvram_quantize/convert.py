@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from lowvram.checkpoint.source import Source, check_distinct_experts, open_sourc
 from lowvram.errors import CheckpointError, DiskFullError, LowvramError, NonFiniteError, OutputError
 from lowvram.files.lock import OutputLock
 from lowvram.files.write import output_error, refuse_foreign
+from lowvram.lora.file import LoraChoice, parse_choice, with_loras
 from lowvram.store.layout import component_layout
 from lowvram.store.manifest import (
     MANIFEST_NAME,
@@ -45,6 +46,7 @@ def quantize(
     resume: bool = False,
     allow_pickle: bool = False,
     allow_links: bool = False,
+    loras: Sequence[LoraChoice | str] = (),
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     threads: int | None = None,
@@ -59,22 +61,26 @@ def quantize(
     interrupted run are removed.
     allow_pickle: read `.pth` files with torch's restricted unpickler.
     allow_links: follow links that point out of `source`.
+    loras: merged into the experts' weights in fp32 before they are quantized, in this order; a text
+    is `FILE` or `FILE:STRENGTH`, for both experts.
     overwrite: replace a store in `model`; it stays intact if the run fails.
     progress: called after each tensor, from a thread of the quantizer.
     threads: default torch's number of threads; device: does the arithmetic.
 
     Raises `CheckpointError` (`NonFiniteError` for NaN or infinity), `DiskFullError`, `OutputError`,
-    `ResumeError`, and `UsageError` for an unknown format.
+    `ResumeError`, `LoraError`, and `UsageError` for an unknown format.
     """
     source, model, recipe = Path(source), Path(model), Recipe(format)
+    choices = [parse_choice(item) if isinstance(item, str) else item for item in loras]
     if os.path.realpath(model) == os.path.realpath(source):
         raise OutputError(f"{model} is the checkpoint itself: choose another folder for the result")
     with (
         _system_errors(model),
-        open_source(source, allow_pickle, allow_links) as opened,
+        open_source(source, allow_pickle, allow_links) as plain,
+        with_loras(plain, choices) as opened,
         RowEngine(threads, device) as engine,
     ):
-        check_distinct_experts(opened)
+        check_distinct_experts(plain)
         layouts = {
             component: component_layout(component, opened.config, format)
             for component in COMPONENTS

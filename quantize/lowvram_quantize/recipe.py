@@ -51,10 +51,16 @@ def lowvram_version() -> str:
 
 
 def source_record(source: Source) -> dict[str, str]:
-    """Return the layout and one fingerprint per component, as stored in the manifest."""
-    return {"layout": source.layout} | {
-        name: component.fingerprint() for name, component in source.components.items()
+    """Return the layout, one fingerprint per component and the LoRAs merged into each, as stored in
+    the manifest.
+    """
+    loras = {
+        f"{name} loras": "; ".join(component.merged)
+        for name, component in source.components.items()
+        if component.merged
     }
+    fingerprints = {name: item.fingerprint() for name, item in source.components.items()}
+    return {"layout": source.layout} | fingerprints | loras
 
 
 def run_identity(recipe: Recipe, source: Source) -> dict[str, str]:

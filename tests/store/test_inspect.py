@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowvram.checkpoint.readers.safetensors_header import read_header
+from lowvram.cli.report_tables import inspect_table
 from lowvram.errors import CheckpointError, IntegrityError, UsageError
 from lowvram.store.inspect import inspect_path
 from lowvram.store.manifest import read_manifest
@@ -263,3 +264,25 @@ def test_verify_needs_hashes(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match="no hashes to verify"):
         inspect_path(tmp_path / "x.safetensors", verify=True)
+
+
+def test_a_lora_says_what_it_changes(tmp_path: Path) -> None:
+    tensors = {}
+    for module in ("blocks.3.ffn.0", "blocks.39.self_attn.q"):
+        tensors[f"diffusion_model.{module}.lora_A.weight"] = torch.zeros(8, 4)
+        tensors[f"diffusion_model.{module}.lora_B.weight"] = torch.zeros(4, 8)
+    tensors["diffusion_model.blocks.0.diff_m"] = torch.zeros(2)
+    tensors["diffusion_model.blocks.40.diff_m"] = torch.zeros(2)
+    save_file(tensors, tmp_path / "style.safetensors")
+    report = inspect_path(tmp_path / "style.safetensors", False)
+    assert report["component"] == "lora"
+    assert report["lora"] == {
+        "tensors_changed": 3,
+        "kinds": ["LoRA", "difference"],
+        "ranks": [8],
+        "unknown_keys": 1,
+        "unknown": ["'diffusion_model.blocks.40.diff_m'"],
+    }
+    caption = str(inspect_table(report).caption)
+    assert caption.startswith("changes 3 tensors of a T2V-A14B expert (LoRA, difference; rank 8)")
+    assert "1 keys are of none: 'diffusion_model.blocks.40.diff_m'" in caption
