@@ -27,7 +27,9 @@ from lowvram.cli.terminal import (
     emit,
     make_console,
     printable,
+    reported_output_errors,
 )
+from lowvram.errors import UsageError
 from lowvram.files.output import check_output
 from lowvram.variants import EXPERTS
 
@@ -165,6 +167,7 @@ def generate(
     metadata: opts.Metadata = "full",
     overwrite: opts.Overwrite = False,
     prompt_cache: opts.PromptCache = True,
+    lora: opts.LoraAtRunTime = None,
     allow_links: opts.AllowLinks = False,
     progress: opts.ProgressStyle = "bar",
     as_json: opts.Json = False,
@@ -173,6 +176,11 @@ def generate(
     from lowvram.encoder import check_encoder
     from lowvram.hardware.budgets import check_budgets
 
+    if lora:
+        raise UsageError(
+            f"LoRAs are merged when a model is quantized, not at run time yet: lowvram quantize "
+            f"SOURCE MODEL --lora {lora[0]}"
+        )
     text, pixels = read_prompt(prompt, prompt_file), chosen_size(size, width, height)
     check_model(model)
     check_budgets(vram, ram)
@@ -289,4 +297,5 @@ def doctor(
 def main() -> None:
     """Run the command line: the entry point of the `lowvram` script."""
     accept_every_character()
-    app()
+    with reported_output_errors():
+        app()

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from lowvram.cli.terminal import emit
+
 # Panels of the help.
 PROMPT = "What the video shows"
 VIDEO = "The video"
@@ -305,6 +307,7 @@ ProgressStyle = Annotated[
 ]
 _LORA = "LoRA to merge before quantizing, FILE or FILE:STRENGTH; may be repeated."
 Lora = Annotated[list[str] | None, typer.Option("--lora", metavar="FILE", help=_LORA)]
+LoraAtRunTime = Annotated[list[str] | None, typer.Option("--lora", hidden=True)]
 LoraHigh = Annotated[
     list[str] | None,
     typer.Option("--lora-high", metavar="FILE", help="The same for the high-noise expert alone."),
@@ -329,7 +332,7 @@ def _print_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        print(f"lowvram {version('lowvram')}")
+        emit(f"lowvram {version('lowvram')}")
         raise typer.Exit
 
 

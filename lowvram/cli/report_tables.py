@@ -27,13 +27,14 @@ def inspect_table(report: dict[str, Any]) -> Table:
     single = {report.get("component") or "file": report}
     for component, part in report.get("components", single).items():
         dtypes = ", ".join(
-            f"{dtype} {format_bytes(entry['bytes'])}" for dtype, entry in part["dtypes"].items()
+            f"{dtype} {format_bytes(entry['bytes'])}"
+            for dtype, entry in part.get("dtypes", {}).items()
         )
         table.add_row(
             printable(component),
-            f"{part['tensors']:,}",
+            f"{part['tensors']:,}" if "tensors" in part else "-",
             format_bytes(part["bytes"]),
-            printable(dtypes),
+            printable(dtypes or part.get("note", "")),
         )
     if report.get("lora"):
         table.caption = _lora_caption(report["lora"])

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from rich.console import Console, RenderableType
 
@@ -65,6 +66,36 @@ def emit(*parts: RenderableType, finished_work: bool = False) -> None:
 
 
 @contextmanager
+def reported_output_errors() -> Iterator[None]:
+    """Exit with one line and 1 where the standard output cannot be written, such as for the help
+    and the version, which the parser prints.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OutputError as error:
+        _exit_with(str(error))
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        closed = error.errno in (errno.EPIPE, errno.EINVAL)
+        _exit_with("" if closed else _unwritable(error))
+
+
+def _exit_with(message: str) -> NoReturn:
+    _discard_stdout()
+    if message:
+        make_console(stderr=True).print(f"error: {printable(message)}", style="red", soft_wrap=True)
+    sys.exit(1)
+
+
+def _unwritable(error: OSError) -> str:
+    return f"cannot write to the standard output: {error.strerror or error}"
+
+
+@contextmanager
 def _writing(finished_work: bool) -> Iterator[None]:
     try:
         yield
@@ -72,7 +103,7 @@ def _writing(finished_work: bool) -> Iterator[None]:
         _discard_stdout()
         if error.errno in (errno.EPIPE, errno.EINVAL):  # EINVAL: a closed pipe on Windows
             return
-        message = f"cannot write to the standard output: {error.strerror or error}"
+        message = _unwritable(error)
         if not finished_work:
             raise OutputError(f"{message}: send it to another place") from error
         make_console(stderr=True).print(

@@ -26,6 +26,7 @@ _ADVICE = {
     errno.EEXIST: "it is a file: choose a folder that does not exist",
     errno.ENOTDIR: "a part of this path is a file: choose another folder",
     errno.EISDIR: "it is a folder: choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EFBIG: "the file system (FAT32 holds 4 GB a file) or a limit (ulimit -f) allows no file "
     "of this size: choose another disk or raise the limit",
     errno.EACCES: "choose another folder or change its permissions",

@@ -824,3 +824,14 @@ def test_p20_nan_in_the_latents_makes_no_video(model: Path, tmp_path: Path) -> N
     result = run("generate", broken, "--prompt", "a circle", "--out", out, *CLIP)
     refused(result, 1, "step 1 of 2", "expert high_noise", "block 1", "inspect")
     assert not out.exists()
+
+
+def test_an_official_folder_with_pickles_is_shown(tmp_path: Path) -> None:
+    source = write_official(tmp_path / "source", tiny_config(), pickle=True)
+    result = run("inspect", source)
+    assert result.exit_code == 0, result.output
+    for text in ("official checkpoint", "high_noise", "a pickle, not opened"):
+        assert text in " ".join(result.stdout.split())
+    told = json.loads(run("inspect", source, "--json").stdout)
+    assert told["components"]["vae"]["note"] == "a pickle, not opened"
+    assert run("inspect", source / "Wan2.1_VAE.pth").exit_code == 1

@@ -222,3 +222,16 @@ def test_a_user_without_a_home_has_a_cache_folder(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("LOWVRAM_CACHE", raising=False)
     monkeypatch.setattr("platformdirs.user_cache_path", fail)
     assert cache_folder().name.startswith("lowvram-")
+
+
+def test_p33_a_lora_at_run_time_is_told_where_it_goes(model: Path) -> None:
+    result = run("generate", model, "-p", "a", "--lora", "style.safetensors:0.5")
+    refused(result, 2, "lowvram quantize SOURCE MODEL --lora style.safetensors:0.5")
+    refused(run("quantize", model.parent, "x", "--lora", "none.safetensors"), 1, "none.safetensors")
+
+
+def test_p33_a_name_that_is_too_long_is_told_to_be_shorter(model: Path, tmp_path: Path) -> None:
+    for length in (250, 254, 300):
+        out = tmp_path / f"{'n' * length}.mp4"
+        refused(run("generate", model, "-p", "a", "-o", out, *CLIP), 1, "choose a shorter name")
+    assert list(tmp_path.iterdir()) == []

@@ -140,3 +140,19 @@ def test_p30_a_folder_that_cannot_be_synced_is_no_reason_to_stop(
     monkeypatch.setattr(os, "fsync", fsync)
     write.replace_file(tmp_path / "file", b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"], ["plan"]])
+def test_p29_help_into_a_full_device_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lowvram", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        )
+    assert done.returncode == (2 if arguments == ["plan"] else 1)
+    assert "Traceback" not in done.stderr
+    assert arguments == ["plan"] or done.stderr.count("error: cannot write") == 1
