@@ -53,11 +53,9 @@ def test_rows_of_two_budgets_hold_what_runs_took(
     assert all(row.step_s > 0 and row.predicted_step_s > 0 for row in found)
 
 
-def test_a_run_that_is_refused_or_killed_is_no_row(
-    bench: Any, tiny_store: StoreOf, tmp_path: Path
-) -> None:
+def test_a_run_that_is_refused_is_no_row(bench: Any, tiny_store: StoreOf, tmp_path: Path) -> None:
     store = tiny_store("int8").path
     with pytest.raises(bench.RunFailed, match="use --ram"):
         bench.generate(store, bench.Clip("64x64", 5, 2), "0.5GB", "0.3GB", tmp_path / "clip.mp4")
-    with pytest.raises(bench.RunFailed, match=r"killed \d+ times within 60\.00 MB"):
+    with pytest.raises(bench.RunFailed, match=r"by its cgroup v\d, and libraries alone take"):
         bench.generate(store, bench.Clip("64x64", 5, 2), "30MB", "30MB", tmp_path / "clip.mp4")
