@@ -233,14 +233,14 @@ class Folder:
         model, kept = self.folder / "model", self.folder / "kept"
         if not kept.exists():
             with pytest.raises(KeyboardInterrupt):
-                quantize(self.source, model, allow_pickle=True, progress=_stop_in("low_noise"))
+                quantize(self.plain, model, progress=_stop_in("low_noise"))
             shutil.copytree(model / STAGING_NAME, kept)
         path = kept / name
 
         def read() -> dict[str, str]:
             shutil.rmtree(model, ignore_errors=True)
             shutil.copytree(kept, model / STAGING_NAME)
-            quantize(self.source, model, allow_pickle=True, resume=True)
+            quantize(self.plain, model, resume=True)
             return {
                 file.name: hashlib.sha256(file.read_bytes()).hexdigest()
                 for file in model.iterdir()
