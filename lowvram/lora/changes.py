@@ -64,11 +64,10 @@ def delta_of(kind: str, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> 
     if kind == "LoKr":
         return _kronecker(parts, shape)
     part = {"difference": "diff", "bias": "bias", "replacement": "set"}[kind]
-    whole = parts[part].double().reshape(-1)
-    if whole.numel() != math.prod(shape):
+    if parts[part].numel() != math.prod(shape):
         raise WrongShape(part, f"it is {list(parts[part].shape)}")
-    matrix = whole.view(shape)
-    return lambda rows: matrix[rows]
+    matrix = parts[part].reshape(shape)  # as large as the weight: its rows alone become fp64
+    return lambda rows: matrix[rows].double()
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

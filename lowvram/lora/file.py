@@ -140,8 +140,10 @@ class LoraFile:
         info = self._file.tensors[key]
         if part != "alpha" and info.dtype not in _FLOATS:
             raise self._error(f"{quoted(key)} is stored as {info.dtype}, expected floats")
+        if self._file.is_modified():
+            raise self._error("it has changed since it was opened: start again")
         tensor = self._file.read(key)
-        if not bool(torch.isfinite(tensor.float()).all()):
+        if not bool(torch.isfinite(tensor).all()):
             raise self._error(f"{quoted(key)} holds NaN or infinity: download it again")
         return tensor
 

@@ -5,6 +5,7 @@ refused by key.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -409,3 +410,18 @@ def test_a_resumed_run_wants_the_same_loras(source: Path, tmp_path: Path) -> Non
     quantize(source, tmp_path / "m", resume=True, loras=[str(path)])
     assert "high_noise loras" in read_manifest(tmp_path / "m").source
     assert load_file(tmp_path / "m" / "high_noise.safetensors")
+
+
+def test_a_lora_that_changes_during_the_run_gives_no_store(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file(good(), path)
+
+    def change(event: Any) -> None:
+        if event.phase == "quantize" and event.component == "high_noise":
+            path.write_bytes(path.read_bytes())
+            os.utime(path, (1, 1))
+
+    with pytest.raises(LoraError, match="changed since it was opened"):
+        quantize(source, tmp_path / "m", loras=[str(path)], progress=change)
+    with pytest.raises(LowvramError):
+        read_manifest(tmp_path / "m")
