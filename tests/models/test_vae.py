@@ -106,12 +106,12 @@ def test_a_failed_decode_costs_no_sampling(
 
 @pytest.mark.slow
 def test_seams_are_invisible_in_a_drawn_clip() -> None:
-    """The trained VAE, four tiles against one piece: no pixel is two of 255 levels off, and no line
-    of a tile's edge stands out.
+    """The trained VAE, four tiles against one piece, of one clip: no pixel where tiles overlap is
+    two of 255 levels off, and no line of a tile's edge stands out. Other clips differ by up to 10
+    levels in single pixels (docs/benchmarks/vae_tiles.json).
 
     A viewer sees steps between neighbours; one level is the smallest that a frame can hold. The
-    last line shows what would be seen
-    where one tile simply covers the other: the measure can fail.
+    last line shows what would be seen where one tile simply covers the other: the measure can fail.
     """
     found = importlib.import_module("scripts.bench.vae").measure()
     assert found["psnr_of_tiles_against_one_piece_db"] > 70
