@@ -1,6 +1,7 @@
 """What the comparison of a store with its hashes costs: `python -m scripts.bench hashes`.
 
 - the demo: the bundled model's clip, with and without the comparison, in turns;
+- a run whose blocks have A14B's shapes (random values, few layers), the same;
 - true shapes: a file of A14B's blocks (random values) streamed from the disk and consumed at once,
   which hides nothing, with and without the comparison.
 """
@@ -23,7 +24,7 @@ from lowvram_quantize.convert import quantize
 from lowvram.demo.run import MODEL
 from lowvram.hardware.cgroups import cpu_count
 from lowvram.memory.arena import Ledger
-from lowvram.pipeline import load
+from lowvram.pipeline import Pipeline, load
 from lowvram.planner.workspace import READ_SLACK_BYTES
 from lowvram.store.hashes import TensorHashes
 from lowvram.store.reader import Store, StoreFile, open_store
@@ -109,24 +110,52 @@ def true_shapes(folder: Path, layers: int, runs: int) -> dict[str, object]:
     return {"block_bytes": slot_bytes - READ_SLACK_BYTES, "seconds_per_block": seconds}
 
 
+def run_of_true_shapes(folder: Path, layers: int, runs: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of a whole run across the expert switch, whose blocks have A14B's shapes."""
+    path = folder / "store"
+    config = bench_config(layers)
+    tokenizer = (MODEL / "google/umt5-xxl/tokenizer.json").read_bytes()
+    store = open_store(path) if path.exists() else write_random_store(path, config, tokenizer)
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    with store:
+        pipeline = Pipeline(store, CPU, 2**40, 2**40, 10**9)
+        request = pipeline.request("a circle", size=(320, 192), num_frames=5, steps=steps)
+        for number in range(2 * runs):
+            compared = number % 2 == 0
+            forget(store)
+            began = time.perf_counter()
+            with nullcontext() if compared else without_hashes(store.files):
+                pipeline.generate(request)
+            seconds["with" if compared else "without"].append(time.perf_counter() - began)
+    return seconds
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench hashes", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for a store of 6 GB; kept")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--run-runs", type=int, default=1, help="runs of true shapes")
+    parser.add_argument("--steps", type=int, default=40, help="of the run of true shapes")
     parser.add_argument("--out", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
     torch.set_num_threads(cpu_count())
     found = {
         "machine": {"cpus": cpu_count(), "system": platform.system(), "torch": torch.__version__},
+        "layers": options.layers,
+        "steps_of_the_run": options.steps,
         "demo_seconds": demo(options.runs),
+        "run_of_true_shapes_seconds": run_of_true_shapes(
+            options.folder, options.layers, options.run_runs, options.steps
+        ),
         "true_shapes": true_shapes(options.folder, options.layers, options.runs),
     }
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    demo_seconds = found["demo_seconds"]
-    assert isinstance(demo_seconds, dict)
-    for name, values in demo_seconds.items():
-        print(f"demo {name}: median {statistics.median(values):.2f} s")
+    for what in ("demo_seconds", "run_of_true_shapes_seconds"):
+        runs = found[what]
+        assert isinstance(runs, dict)
+        for name, values in runs.items():
+            print(f"{what} {name}: median {statistics.median(values):.2f}")
     shapes = found["true_shapes"]
     assert isinstance(shapes, dict)
     for name, values in shapes["seconds_per_block"].items():
