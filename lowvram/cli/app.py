@@ -30,7 +30,6 @@ from lowvram.cli.terminal import (
     reported_output_errors,
 )
 from lowvram.errors import UsageError
-from lowvram.files.output import check_output
 from lowvram.variants import EXPERTS
 
 if TYPE_CHECKING:
@@ -78,10 +77,11 @@ def demo(
     from lowvram.cli.progress import duration, generation_progress
     from lowvram.demo.run import is_own_clip, run_demo
 
-    check_output(out, overwrite or is_own_clip(out))
-    with generation_progress(console, progress) as listener:
-        result = run_demo(prompt, seed, format, listener)
-    result.video.save(out, overwrite=overwrite or is_own_clip(out), scale=result.scale)
+    replaced = overwrite or is_own_clip(out)
+    with locked_output(out, replaced, resume=False) as path:
+        with generation_progress(console, progress) as listener:
+            result = run_demo(prompt, seed, format, listener)
+        result.video.save(path, overwrite=replaced, scale=result.scale)
     console.print(
         f"quantized in {duration(result.quantize_s)}, generated in "
         f"{duration(result.generate_s)}: “{printable(prompt)}”"

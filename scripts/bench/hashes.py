@@ -14,7 +14,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -57,23 +57,33 @@ def forget(store: Store) -> None:
         file.hashes = TensorHashes(file.path, store.manifest.components[name].tensors)
 
 
+def in_turns(store: Store, runs: int, work: Callable[[], float]) -> dict[str, list[float]]:
+    """What `work` returns, with and without the comparison, each `runs` times."""
+    found: dict[str, list[float]] = {"with": [], "without": []}
+    for number in range(2 * runs):
+        compared = number % 2 == 0
+        forget(store)
+        with nullcontext() if compared else without_hashes(store.files):
+            found["with" if compared else "without"].append(work())
+    return found
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long `work` takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def demo(runs: int) -> dict[str, list[float]]:
     """Seconds of the demo's clip, with and without the comparison, in turns."""
-    seconds: dict[str, list[float]] = {"with": [], "without": []}
     with tempfile.TemporaryDirectory() as folder:
         quantize(MODEL, Path(folder) / "model")
         pipeline = load(Path(folder) / "model", device="cpu", prompt_cache=False)
         with pipeline.store as store:
             request = pipeline.request(PROMPT)
             pipeline.generate(request)  # libraries load
-            for number in range(2 * runs):
-                compared = number % 2 == 0
-                forget(store)
-                began = time.perf_counter()
-                with nullcontext() if compared else without_hashes(store.files):
-                    pipeline.generate(request)
-                seconds["with" if compared else "without"].append(time.perf_counter() - began)
-    return seconds
+            return in_turns(store, runs, lambda: seconds_of(lambda: pipeline.generate(request)))
 
 
 def true_shapes(folder: Path, layers: int, runs: int) -> dict[str, object]:
@@ -81,32 +91,22 @@ def true_shapes(folder: Path, layers: int, runs: int) -> dict[str, object]:
     path = folder / "store"
     config = bench_config(layers)
     store = open_store(path) if path.exists() else write_random_store(path, config)
-    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    blocks = [(name, index) for name in EXPERTS for index in range(layers)]
+    slot_bytes = store.files[EXPERTS[0]].blocks[0].nbytes + READ_SLACK_BYTES
+    buffers, ledger = Buffers(slot_bytes, 0, 3, 0, 0), Ledger("bench", 2**40)
+
+    def stream() -> float:
+        with open_stream(
+            store.files, blocks, buffers, ledger, ledger, CPU, make_transport(CPU)
+        ) as streamer:
+            began = time.perf_counter()
+            for name, index in blocks:
+                with streamer.block(name, index):
+                    pass
+            return (time.perf_counter() - began) / len(blocks)
+
     with store:
-        blocks = [(name, index) for name in EXPERTS for index in range(layers)]
-        slot_bytes = store.files[EXPERTS[0]].blocks[0].nbytes + READ_SLACK_BYTES
-        for number in range(2 * runs):
-            compared = number % 2 == 0
-            forget(store)
-            ledger = Ledger("bench", 2**40)
-            with (
-                nullcontext() if compared else without_hashes(store.files),
-                open_stream(
-                    store.files,
-                    blocks,
-                    Buffers(slot_bytes, 0, 3, 0, 0),
-                    ledger,
-                    ledger,
-                    CPU,
-                    make_transport(CPU),
-                ) as streamer,
-            ):
-                began = time.perf_counter()
-                for name, index in blocks:
-                    with streamer.block(name, index):
-                        pass
-                took = time.perf_counter() - began
-            seconds["with" if compared else "without"].append(took / len(blocks))
+        seconds = in_turns(store, runs, stream)
     return {"block_bytes": slot_bytes - READ_SLACK_BYTES, "seconds_per_block": seconds}
 
 
@@ -116,18 +116,10 @@ def run_of_true_shapes(folder: Path, layers: int, runs: int, steps: int) -> dict
     config = bench_config(layers)
     tokenizer = (MODEL / "google/umt5-xxl/tokenizer.json").read_bytes()
     store = open_store(path) if path.exists() else write_random_store(path, config, tokenizer)
-    seconds: dict[str, list[float]] = {"with": [], "without": []}
     with store:
         pipeline = Pipeline(store, CPU, 2**40, 2**40, 10**9)
         request = pipeline.request("a circle", size=(320, 192), num_frames=5, steps=steps)
-        for number in range(2 * runs):
-            compared = number % 2 == 0
-            forget(store)
-            began = time.perf_counter()
-            with nullcontext() if compared else without_hashes(store.files):
-                pipeline.generate(request)
-            seconds["with" if compared else "without"].append(time.perf_counter() - began)
-    return seconds
+        return in_turns(store, runs, lambda: seconds_of(lambda: pipeline.generate(request)))
 
 
 def main(arguments: list[str]) -> int:

@@ -104,7 +104,9 @@ def test_p27_names_that_another_run_holds_are_passed_over(
     assert not Path("clip.mp4").exists()
     with OutputLock(Path("mine.mp4"), is_file=True):
         taken = run("generate", model, "-p", "a", "-o", "mine.mp4", *CLIP)
-    refused(taken, 1, "mine.mp4 is being written by process", "wait for it or stop it")
+        demo = run("demo", "-o", "mine.mp4")
+    for result in (taken, demo):
+        refused(result, 1, "mine.mp4 is being written by process", "wait for it or stop it")
 
 
 def test_p33_overwrite_starts_anew_where_an_interrupted_run_left_its_state(
